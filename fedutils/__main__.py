@@ -1,0 +1,77 @@
+"""Federated learning on chest X-rays: run the four notebooks, or make their committed pairs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from . import __version__, pipeline
+from .findings import InputError
+from .pipeline import NotebookFailed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 1 (a notebook failed), 2 (the input is unusable) or 130 (Ctrl-C)."""
+    options = build_parser().parse_args(argv)
+    try:
+        options.do(options)
+    except InputError as error:
+        return complain(error, 2)
+    except NotebookFailed as error:
+        return complain(error, 1)
+    except KeyboardInterrupt:
+        return complain("interrupted; the same command goes on from here", 130)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    parser = argparse.ArgumentParser("fedutils", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fedutils {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    run = commands.add_parser("run", help="execute the notebooks, resuming where they stopped")
+    add_parameters(run)
+    run.add_argument("--force", action="store_true", help="execute what is unchanged, too")
+    run.add_argument("--only", default="", metavar="01,02", help="these notebooks only")
+    run.set_defaults(do=run_notebooks)
+    render = commands.add_parser("render", help="write the demo's results as notebooks/*.ipynb")
+    render.set_defaults(do=lambda options: pipeline.render(pipeline.FOLDER))
+    return parser
+
+
+def add_parameters(command: argparse.ArgumentParser) -> None:
+    """Add the options that set parameters of the notebooks."""
+    places = {"data": "folder with Data_Entry_2017*.csv; default: NIH_DATA_DIR, Kaggle, phantom",
+              "work": "where results go; default: work/", "name": "name of the run",
+              "profile": "auto, demo (seconds, no GPU, no network) or kaggle"}  # fmt: skip
+    for option, text in places.items():
+        command.add_argument(f"--{option}", metavar=option.upper(), help=text)
+    command.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
+                         help="a parameter, such as -p rounds=20; may be repeated")  # fmt: skip
+
+
+def run_notebooks(options: argparse.Namespace) -> None:
+    """Execute the notebooks."""
+    pipeline.run(read_values(options), options.only, options.force, pipeline.FOLDER)
+
+
+def read_values(options: argparse.Namespace) -> dict[str, str]:
+    """Return the parameters given on the command line; the last of two equal names counts."""
+    named = {"data_dir": options.data, "work_dir": options.work, "name": options.name,
+             "profile": options.profile}  # fmt: skip
+    values = {name: value for name, value in named.items() if value is not None}
+    for pair in options.pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"-p {pair}: expected KEY=VALUE")
+        values[name] = value
+    return values
+
+
+def complain(message: object, status: int) -> int:
+    """Print a message as one line on stderr and return the exit status."""
+    print("fedutils:", " ".join(str(message).split()), file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Atomic, verified save and load of everything that a round boundary needs, and the run's lock.
+
+No pickle anywhere: tensors are safetensors, the rest is JSON in the file's header.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+
+from .findings import InputError
+from .images import write_atomic
+from .model import State
+
+KEPT_ROUNDS = 2  # the last one, and the one before it should the last be damaged
+
+
+@dataclass
+class Progress:
+    """What training carries from round to round: tensors, and the history so far."""
+
+    state: State
+    server: State = field(default_factory=dict)
+    clients: dict[str, State] = field(default_factory=dict)
+    round: int = 0
+    best: list[float] = field(default_factory=lambda: [-math.inf, -math.inf])
+    best_round: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+def state_hash(state: State) -> str:
+    """Return the SHA-256 of a state: names, dtypes, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_progress(folder: Path, progress: Progress, identity: str) -> Path:
+    """Write a round boundary beside the one before, then drop older ones; return the file.
+
+    The name holds the round and the checksum of the content. `identity` names the run, so that a
+    checkpoint of another one is not mistaken for this one's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "identity": identity,
+        "round": progress.round,
+        "best": progress.best,
+        "best_round": progress.best_round,
+        "clients": sorted(progress.clients),
+        "rows": progress.rows,
+    }
+    content = save(_flatten(progress), {"json": json.dumps(about)})
+    name = f"round-{progress.round:05d}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
+    write_atomic(folder / name, content)
+    for old in _files(folder)[KEPT_ROUNDS:]:
+        old.unlink()
+    return folder / name
+
+
+def load_progress(folder: Path, identity: str) -> Progress | None:
+    """Return the newest round boundary that is whole and of this run, or None.
+
+    A truncated or foreign file is passed over with a warning that names it.
+    """
+    for left in folder.glob(".round-*.tmp"):
+        left.unlink()
+    for path in _files(folder):
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest()[:16] != path.stem.rpartition("-")[2]:
+            warnings.warn(f"{path}: checksum does not match, using the round before", stacklevel=2)
+            continue
+        about = _header(content)
+        if about.pop("identity") == identity:
+            return _unflatten(load(content), about)
+        warnings.warn(f"{path}: belongs to another run, not used", stacklevel=2)
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    """List the checkpoints in a folder, newest round first."""
+    return sorted(folder.glob("round-*.safetensors"), reverse=True)
+
+
+def _header(content: bytes) -> dict[str, Any]:
+    """Return the JSON that `save_progress` put into the safetensors header."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["json"])
+
+
+def _flatten(progress: Progress) -> State:
+    """Give each tensor a name that tells where it belongs."""
+    parts = {"state": progress.state, "server": progress.server}
+    parts |= {f"client:{name}": kept for name, kept in progress.clients.items()}
+    return {f"{part}|{k}": v.contiguous() for part, s in parts.items() for k, v in s.items()}
+
+
+def _unflatten(tensors: State, about: dict[str, Any]) -> Progress:
+    """Undo `_flatten`."""
+    clients = {name: {} for name in about.pop("clients")}
+    parts: dict[str, State] = {"state": {}, "server": {}}
+    parts |= {f"client:{name}": kept for name, kept in clients.items()}
+    for key, value in tensors.items():
+        part, _, name = key.partition("|")
+        parts[part][name] = value
+    return Progress(parts["state"], parts["server"], clients, **about)
+
+
+@contextlib.contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold `run.lock`, so that a run has one writer; raise InputError where another lives.
+
+    The system drops the lock with the process that held it, so a dead one's is simply taken over;
+    the pid in the file is for the reader, since pids are used again.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / "run.lock").open("a+") as lock:
+        lock.seek(0)
+        owner = lock.read().strip()
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{run}: process {owner} is writing this run; wait or stop it"
+            ) from error
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+        lock.truncate(0)

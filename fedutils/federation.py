@@ -1,0 +1,409 @@
+"""The round loop, the three arms and the history: federated, centralised and local training.
+
+Centralised is one client that holds everything, local is each client alone: the same loop and the
+same budget for all.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import queue
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file, save
+
+from .checkpoint import Progress, load_progress, run_lock, save_progress, state_hash
+from .client import Client, Update, predict, to_cpu
+from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
+from .findings import FINDINGS, InputError
+from .images import ChestXrayDataset, read_report, write_atomic
+from .metrics import log_loss, mean_auroc
+from .model import ChestResNet34, State, build_resnet34
+from .rng import generator
+from .settings import Settings, find_devices
+
+HISTORY = [
+    "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
+    "bytes_down", "seconds", "status", "reason", "epsilon", "state_sha256",
+]  # fmt: skip
+Row = dict[str, Any]
+OnRound = Callable[[Row, pd.DataFrame], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train: an arm, a seed, and in the arm `local` the client that owns the model."""
+
+    arm: str
+    seed: int
+    clients: list[Client]
+    validation: ChestXrayDataset
+    owner: str = ""
+
+    @property
+    def name(self) -> str:
+        """The job's name in files, such as federated-s0 or local-s0-client-1."""
+        return "-".join(filter(None, [self.arm, f"s{self.seed}", self.owner]))
+
+
+class FederationError(RuntimeError):
+    """Fewer than `min_clients` answered; all is saved up to the last round boundary."""
+
+    def __init__(self, job: Job, rows: list[Row]) -> None:
+        self.rows = rows
+        faults = [f"{r['client']} {r['status']} ({r['reason']})" for r in rows if r["reason"]]
+        where = f"{job.name}, round {rows[0]['round']}"
+        super().__init__(f"{where}: too few clients answered: {'; '.join(faults)}")
+
+
+def plan(settings: Settings, films: ChestXrayDataset) -> list[Job]:
+    """List the models to train, from films whose index has the columns `client` and `split`."""
+    train, val = (films.where(films.index["split"] == split) for split in ("train", "val"))
+    names = sorted(films.index["client"].unique())
+    jobs = []
+    for seed in settings.seed_list:
+        parts = [train.where(train.index["client"] == name) for name in names]
+        hospitals = [Client(*pair, settings, seed) for pair in zip(names, parts, strict=True)]
+        own = [val.where(val.index["client"] == name) for name in names]
+        pairs = zip(hospitals, own, strict=True)
+        choices = {
+            "federated": [Job("federated", seed, hospitals, val)],
+            "centralised": [Job("centralised", seed, [Client("all", train, settings, seed)], val)],
+            "local": [Job("local", seed, [client], part, client.name) for client, part in pairs],
+        }
+        jobs += [job for arm in settings.arm_list for job in choices[arm]]
+    return jobs
+
+
+class Replicas:
+    """One model for each device; clients train side by side and come back in the order given."""
+
+    def __init__(self, models: list[ChestResNet34], threads: int) -> None:
+        self.models, self.threads = models, threads
+        torch.set_num_threads(threads)
+
+    def fit(
+        self, clients: list[Client], sent: State, kept: dict[str, State], round: int
+    ) -> Iterator[tuple[Update, State]]:
+        """Train each client from `sent`; yield its update and what it keeps, in the given order."""
+        free: queue.SimpleQueue[ChestResNet34] = queue.SimpleQueue()
+        for model in self.models:
+            free.put(model)
+
+        def work(client: Client) -> tuple[Update, State]:
+            model = free.get()
+            try:
+                return fit_safely(client, model, sent, kept.get(client.name, {}), round)
+            finally:
+                free.put(model)
+
+        if len(self.models) == 1:
+            yield from map(work, clients)  # lazily: one update in memory at a time
+            return
+        start = torch.set_num_threads, (self.threads,)  # it counts for the calling thread alone
+        with ThreadPoolExecutor(len(self.models), "replica", *start) as pool:
+            yield from pool.map(work, clients)
+
+
+def fit_safely(
+    client: Client, model: ChestResNet34, sent: State, kept: State, round: int
+) -> tuple[Update, State]:
+    """Train a client; whatever goes wrong there costs its update, with a reason, not the round."""
+    try:
+        update, keep = client.fit(model, sent, kept, round)
+    except Exception as error:  # any fault of a client is named in the history
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
+        return Update(client.name, 0, status="failed", reason=reason), kept
+    bad = [name for name, value in update.state.items() if not torch.isfinite(value).all()]
+    limit = client.settings.client_seconds
+    if bad or not math.isfinite(update.train_loss):
+        status, reason = "non-finite", f"{(bad or ['training loss'])[0]} is not finite"
+    elif limit and update.seconds > limit:
+        status, reason = "late", f"took {update.seconds:.1f} s, client_seconds is {limit:g}"
+    else:
+        return update, keep
+    return dataclasses.replace(update, status=status, reason=reason), kept
+
+
+def sample_clients(job: Job, settings: Settings, round: int) -> list[Client]:
+    """Draw the round's clients: a share of them, at least `min_clients`, in the order of names."""
+    share = math.floor(settings.client_fraction * len(job.clients) + 0.5)
+    count = min(max(share, settings.min_clients), len(job.clients))
+    chosen = generator(job.seed, "sample", round).choice(len(job.clients), count, replace=False)
+    return [job.clients[i] for i in sorted(chosen)]
+
+
+def run_round(job: Job, now: Progress, replicas: Replicas, strategy: FedAvg) -> list[Row]:
+    """Move `now` to the next round boundary, as on paper; return the clients' rows of the history.
+
+    Send the state; each drawn client trains on its own films; average what comes back, in the order
+    of the clients; take the strategy's step. Raises FederationError below `min_clients`.
+    """
+    sent = strategy.download(now.state, now.server)
+    chosen = sample_clients(job, strategy.settings, now.round + 1)
+    aggregator, rows = strategy.aggregator(), []
+    for update, kept in replicas.fit(chosen, sent, now.clients, now.round + 1):
+        rows.append(client_row(job, now.round + 1, update, sent))
+        if update.status == "ok":
+            aggregator.add(update.state, update.examples)
+            now.clients[update.client] = kept
+    if aggregator.count < min(strategy.settings.min_clients, len(job.clients)):
+        raise FederationError(job, rows)
+    share = aggregator.weight / sum(len(client.films) for client in job.clients)
+    now.state, now.server = strategy.step(now.state, aggregator.result(), now.server, share)
+    now.round += 1
+    return rows
+
+
+def client_row(job: Job, round: int, update: Update, sent: State) -> Row:
+    """Return the history's row of one client's update; only the federated arm sends anything."""
+    row = {"arm": job.arm, "seed": job.seed, "round": round} | vars(update)
+    state, travels = row.pop("state"), job.arm == "federated"
+    return row | {
+        "bytes_up": count_bytes(state) * travels,
+        "bytes_down": count_bytes(sent) * travels,
+    }
+
+
+def count_bytes(state: State) -> int:
+    """Return the size of a state's tensors, in bytes."""
+    return sum(value.numel() * value.element_size() for value in state.values())
+
+
+def aggregate_row(job: Job, now: Progress, rows: list[Row], model: ChestResNet34) -> Row:
+    """Return the row of the aggregated model: its own validation, and sums over the clients."""
+    good = pd.DataFrame([row for row in rows if row["status"] == "ok"])
+    logits = predict_with(model, job.validation, now.state, now.clients)
+    return {
+        "arm": job.arm,
+        "seed": job.seed,
+        "round": now.round,
+        "client": job.owner,
+        "train_loss": float(np.average(good["train_loss"], weights=good["examples"])),
+        "val_loss": log_loss(job.validation.labels, logits),
+        "val_auroc": mean_auroc(job.validation.labels, logits),
+        "examples": int(good["examples"].sum()),
+        "bytes_up": sum(row["bytes_up"] for row in rows),
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+        "status": "ok",
+        "reason": "",
+        "state_sha256": state_hash(now.state),
+    }
+
+
+def predict_with(
+    model: ChestResNet34, films: ChestXrayDataset, state: State, clients: dict[str, State]
+) -> np.ndarray:
+    """Return logits (N, 14) under a global state; local BatchNorm judges its own client's films."""
+    model.load(state)
+    local = model.local_names()
+    if not local:
+        return predict(model, films)
+    logits = np.empty((len(films), model.fc.out_features), np.float32)
+    for name in films.index["client"].unique():
+        mask = (films.index["client"] == name).to_numpy()
+        model.load(local_state({name: clients[name]} if name in clients else clients, local))
+        logits[mask] = predict(model, films.where(mask))
+    return logits
+
+
+def local_state(clients: dict[str, State], names: set[str]) -> State:
+    """Average what clients keep under these names: one's own, or all's for unknown patients."""
+    mean = WeightedMean()
+    for _, kept in sorted(clients.items()):
+        mean.add({k: v for k, v in kept.items() if k in names}, 1)
+    return cast_like(mean.result(), next(iter(clients.values()))) if mean.count else {}
+
+
+class Training:
+    """A run: the models to train, how far each has come, and what a round boundary writes.
+
+    `films.index` carries `client` and `split`. An own strategy is given as a class derived from
+    FedAvg. Raises InputError where the run folder holds another run.
+    """
+
+    def __init__(
+        self, settings: Settings, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
+    ) -> None:
+        self.settings, self.run, self.jobs = settings, settings.run, plan(settings, films)
+        self.strategy = strategy or STRATEGIES[settings.strategy]
+        self.config = open_run(settings, self.strategy)
+        self.identity = hashlib.sha256(json.dumps(self.config).encode()).hexdigest()
+        self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
+
+    def train(self, on_round: OnRound | None = None) -> pd.DataFrame:
+        """Train every model to its last round, from wherever it stands; return the history.
+
+        `on_round` gets the row of the aggregated model and the history so far. Stops at a round
+        boundary when the next round would end after `max_hours`. Raises FederationError when too
+        few clients answer, and InputError when another process writes this run.
+        """
+        with run_lock(self.run):
+            (self.run / "finished.json").unlink(missing_ok=True)
+            deadline = time.monotonic() + (self.settings.max_hours or math.inf) * 3600
+            if all([self._train_job(job, deadline, on_round) for job in self.jobs]):
+                self._write_global_model()
+                write_atomic(self.run / "finished.json", json.dumps(self.config).encode())
+        return self.history()
+
+    def history(self) -> pd.DataFrame:
+        """Return the rows of all rounds so far, as `history.csv` has them."""
+        rows = [row for job in self.jobs for row in self.rows.get(job.name, [])]
+        return pd.DataFrame(rows, columns=HISTORY)
+
+    def estimate_seconds(self) -> float:
+        """Estimate the time for the rounds that are left, from a few batches on this device."""
+        largest = max((c for job in self.jobs for c in job.clients), key=lambda c: len(c.films))
+        some = np.arange(len(largest.films)) < 3 * self.settings.batch_size
+        trial = Client("trial", largest.films.where(some), self.settings, seed=0)
+        model = self._replicas(self.jobs[0].seed).models[0]
+        sent = self.strategy(self.settings, set()).download(to_cpu(model.tracked_state()), {})
+        train = [trial.fit(model, sent, {}, round)[0].seconds for round in (1, 2)][-1]
+        began = time.perf_counter()
+        predict(model, trial.films)
+        each = np.array([train, time.perf_counter() - began]) / len(trial.films)
+        return float(sum(each @ self._films_left(job) for job in self.jobs))
+
+    def _films_left(self, job: Job) -> np.ndarray:
+        """Count the films that are still to be trained on and validated, on one device."""
+        rounds = self.settings.rounds - max([0, *(r["round"] for r in self.rows.get(job.name, []))])
+        side_by_side = min(len(job.clients), len(find_devices(self.settings.device)))
+        films = sum(len(c.films) for c in job.clients) * self.settings.client_fraction
+        train = films * self.settings.local_epochs / side_by_side
+        return max(0, rounds) * np.array([train, len(job.validation)])
+
+    def _load(self, job: Job) -> Progress | None:
+        return load_progress(self.run / "checkpoint" / job.name, self.identity)
+
+    def _build(self, seed: int) -> ChestResNet34:
+        how = self.settings.weights, self.settings.tracked, self.settings.batchnorm
+        return build_resnet34(*how, seed)
+
+    def _replicas(self, seed: int) -> Replicas:
+        """Build one model a device; all seeds share the first one's trunk."""
+        trunk = self.run / "models" / "trunk.safetensors"
+        if not trunk.is_file():
+            first = self._build(self.settings.seed_list[0])
+            state = {k: v for k, v in to_cpu(first.state_dict()).items() if not first.is_tracked(k)}
+            write_atomic(trunk, save(state))
+        models = [self._build(seed).to(device) for device in find_devices(self.settings.device)]
+        for model in models:
+            model.load(load_file(trunk))
+        return Replicas(models, self.config["threads"])
+
+    def _train_job(self, job: Job, deadline: float, on_round: OnRound | None) -> bool:
+        """Train one model until its last round; return False if the time is up before."""
+        now, seconds = self._load(job), 0.0
+        if now and now.round >= self.settings.rounds:
+            return True
+        replicas = self._replicas(job.seed)
+        model = replicas.models[0]
+        strategy = self.strategy(self.settings, {name for name, _ in model.named_parameters()})
+        if now is None:
+            local, first = model.local_names(), to_cpu(model.tracked_state())
+            now = Progress({k: v for k, v in first.items() if k not in local})
+        while now.round < self.settings.rounds:
+            began = time.monotonic()
+            if began + seconds > deadline:
+                return False
+            self._one_round(job, now, replicas, strategy)
+            save_progress(self.run / "checkpoint" / job.name, now, self.identity)
+            self._write_history(job, now.rows)
+            seconds = time.monotonic() - began
+            if on_round:
+                on_round(now.rows[-1], self.history())
+        return True
+
+    def _one_round(self, job: Job, now: Progress, replicas: Replicas, strategy: FedAvg) -> None:
+        """Train, aggregate, validate the aggregated model, and keep it if it is the best so far."""
+        began = time.perf_counter()
+        try:
+            rows = run_round(job, now, replicas, strategy)
+        except FederationError as error:
+            self._write_history(job, now.rows + error.rows)
+            raise
+        row = aggregate_row(job, now, rows, replicas.models[0])
+        row["seconds"] = time.perf_counter() - began
+        # A single client's row says the same as that of its model.
+        now.rows += [*rows, row] if job.arm == "federated" else [row]
+        score = [-math.inf if math.isnan(v) else v for v in (row["val_auroc"], -row["val_loss"])]
+        if score > now.best or score[1] == -math.inf:  # without validation films the last is kept
+            now.best, now.best_round = score, now.round
+            self._write_models(job, now, replicas.models[0].local_names())
+
+    def _write_history(self, job: Job, rows: list[Row]) -> None:
+        self.rows[job.name] = rows
+        write_atomic(self.run / "history.csv", self.history().to_csv(index=False).encode())
+
+    def _write_models(self, job: Job, now: Progress, local: set[str]) -> None:
+        """Write the tracked state, and each client's own BatchNorm beside it where it is local."""
+        parts = {job.name: now.state | local_state(now.clients, local)}
+        if local and job.arm == "federated":
+            parts |= {f"{job.name}-{k}": local_state({k: v}, local) for k, v in now.clients.items()}
+        for name, state in parts.items():
+            content = save(state, {"round": str(now.round)})
+            write_atomic(self.run / "models" / f"{name}.safetensors", content)
+
+    def _write_global_model(self) -> None:
+        """Write the whole federated model of the first seed, for plain torchvision."""
+        for job in [job for job in self.jobs if job.arm == "federated"][:1]:
+            parts = [self.run / "models" / f"{name}.safetensors" for name in ("trunk", job.name)]
+            whole = load_file(parts[0]) | load_file(parts[1])
+            write_atomic(self.run / "global_model.safetensors", save(whole))
+
+
+def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:
+    """Write `config.json` for a new run, or check that the one there is the same; return it.
+
+    Threads a replica belong to a run: where the settings leave them open, a run that goes on keeps
+    those it began with. Raises InputError that names what differs.
+    """
+    path = settings.run / "config.json"
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    share = max(1, (os.cpu_count() or 1) // len(find_devices(settings.device)))
+    config = settings.identity() | {
+        "threads": settings.threads or old.get("threads") or share,
+        "strategy": strategy.__name__,
+        "fingerprint": read_report(settings.prepared)["fingerprint"],
+    }
+    for key in [key for key in config if old and old.get(key) != config[key]]:
+        raise InputError(
+            f"{settings.run} is a run with {key}={old.get(key)!r}, not {config[key]!r}: choose"
+            " another name, or delete that folder"
+        )
+    (settings.run / "models").mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(config, indent=1).encode())
+    return config
+
+
+def predict_films(settings: Settings, films: ChestXrayDataset, split: str) -> pd.DataFrame:
+    """Predict the films of a split with every model of a run, at its best validation round.
+
+    `films.index` carries `client` and `split`. Returns `arm, seed, client, image_index` and 14
+    probabilities; `client` names the model's owner in the arm `local` and is empty elsewhere.
+    """
+    models = settings.run / "models"
+    model = build_resnet34("none", settings.tracked, settings.batchnorm)
+    model.to(find_devices(settings.device)[0]).load(load_file(models / "trunk.safetensors"))
+    jobs, films = plan(settings, films), films.where(films.index["split"] == split)
+    tables = []
+    for job in jobs:
+        own = {c.name: models / f"{job.name}-{c.name}.safetensors" for c in job.clients}
+        clients = {name: load_file(file) for name, file in own.items() if file.is_file()}
+        state = load_file(models / f"{job.name}.safetensors")
+        logits = predict_with(model, films, state, clients).astype(np.float64)
+        table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=FINDINGS)
+        for name in ("image_index", "client", "seed", "arm"):
+            value = {"arm": job.arm, "seed": job.seed, "client": job.owner}
+            table.insert(0, name, value.get(name, films.index["image_index"]))
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)

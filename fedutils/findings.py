@@ -1,0 +1,49 @@
+"""The 14 findings of NIH ChestX-ray14 in canonical order, and label strings to vectors and back.
+
+Source: Wang et al., "ChestX-ray8", CVPR 2017, table 1, and the data set's own README.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+FINDINGS = (
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+    "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
+    "Hernia",
+)  # fmt: skip
+NO_FINDING = "No Finding"
+# Other spellings that NIH's own files use: the box list and some mirrors.
+ALIASES = {"Infiltrate": "Infiltration", "No_Finding": NO_FINDING}
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: the message says what was found and what to do.
+
+    The command line prints it as one line and exits with status 2.
+    """
+
+
+def canonical(finding: str) -> str:
+    """Return the canonical spelling of one finding; raise InputError if it is unknown."""
+    name = ALIASES.get(finding, finding)
+    if name not in FINDINGS and name != NO_FINDING:
+        raise InputError(f"unknown finding {finding!r}; known: {', '.join(FINDINGS)}, {NO_FINDING}")
+    return name
+
+
+def parse_labels(text: str) -> np.ndarray:
+    """Turn 'Effusion|Mass' into a uint8 vector of shape (14,); 'No Finding' is all zeros.
+
+    Raises InputError on an unknown finding, and on 'No Finding' beside a finding.
+    """
+    names = [canonical(part) for part in text.split("|")]
+    if NO_FINDING in names and len(names) > 1:
+        raise InputError(f"{NO_FINDING!r} stands beside a finding in {text!r}")
+    return np.array([finding in names for finding in FINDINGS], dtype=np.uint8)
+
+
+def format_labels(vector: Iterable[float]) -> str:
+    """Turn a vector of 14 zeros and ones into NIH's label string, in canonical order."""
+    names = [finding for finding, present in zip(FINDINGS, vector, strict=True) if present == 1]
+    return "|".join(names) or NO_FINDING

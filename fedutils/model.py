@@ -1,0 +1,162 @@
+"""ResNet-34 with a 14-output head: its tracked layers, frozen trunk and BatchNorm policy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.models import ResNet, ResNet34_Weights
+from torchvision.models.resnet import BasicBlock
+
+from .findings import FINDINGS, InputError
+from .images import normalise
+from .nih import search_files
+from .phantom import draw_batch
+from .rng import generator
+
+State = dict[str, Tensor]  # names as in the model's state_dict
+KAGGLE_INPUT = Path("/kaggle/input")
+
+
+class ChestResNet34(ResNet):
+    """torchvision's ResNet-34 that knows which of its layers are tracked: trained and sent.
+
+    What is not tracked is frozen: its parameters take no gradient, and its BatchNorm stays in eval
+    mode whatever `train()` says, so that its buffers stay bit-identical. With `batchnorm="frozen"`
+    the tracked BatchNorm layers keep the trunk's statistics too.
+    """
+
+    def __init__(self, tracked: str, batchnorm: str, outputs: int) -> None:
+        super().__init__(BasicBlock, [3, 4, 6, 3], num_classes=outputs)
+        self.tracked = tuple(part.strip() for part in tracked.split(","))
+        self.batchnorm = batchnorm
+        known = ["all", *(name for name, _ in self.named_children())]
+        if not set(self.tracked) <= set(known):
+            raise InputError(f"tracked={tracked!r}: expected some of {', '.join(known)}")
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.is_tracked(name))
+
+    def is_tracked(self, name: str) -> bool:
+        """Tell whether a parameter, buffer or module of this name lies in a tracked layer."""
+        return any(layer == "all" or f"{name}.".startswith(f"{layer}.") for layer in self.tracked)
+
+    def train(self, mode: bool = True) -> "ChestResNet34":
+        """Set the mode, but leave frozen modules and frozen BatchNorm in eval mode."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            frozen = self.batchnorm == "frozen" and is_batchnorm(module)
+            if name and (frozen or not self.is_tracked(name)):
+                module.training = False
+        return self
+
+    def tracked_state(self) -> State:
+        """Return the tracked entries of the state dict: the live tensors, no copies."""
+        return {name: value for name, value in self.state_dict().items() if self.is_tracked(name)}
+
+    def local_names(self) -> set[str]:
+        """Name the tracked state that stays at home: all of BatchNorm if it is local, else none."""
+        layers = [name for name, module in self.named_modules() if is_batchnorm(module)]
+        inside = tuple(f"{layer}." for layer in layers if self.batchnorm == "local")
+        return {name for name in self.tracked_state() if name.startswith(inside)}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy named tensors into the model in place, from any device."""
+        own = self.state_dict()
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Tell BatchNorm by its type, never by its name."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def build_resnet34(
+    weights: str = "imagenet",
+    tracked: str = "layer4,fc",
+    batchnorm: str = "average",
+    seed: int = 0,
+    outputs: int = len(FINDINGS),
+) -> ChestResNet34:
+    """Build the network (He et al., CVPR 2016): (B, 3, H, W) normalised films to (B, 14) logits.
+
+    `weights` is "imagenet", "none" or the path of a state dict in torchvision's format (.pth or
+    .safetensors); its head is swapped for a new one drawn from `seed`. Random weights are no trunk:
+    where some of them stay frozen, BatchNorm is calibrated once on phantom films, which are public.
+    Raises InputError if the weights cannot be had or do not fit.
+    """
+    with torch.device("meta"):  # allocates nothing and draws nothing from the global generator
+        model = ChestResNet34(tracked, batchnorm, outputs)
+    _initialise(model.to_empty(device="cpu"), seed)
+    if weights != "none":
+        _load_trunk(model, weights)
+    elif "all" not in model.tracked or batchnorm == "frozen":
+        calibrate_batchnorm(model, draw_batch(32, 64))
+    return model.to(memory_format=torch.channels_last).train()
+
+
+def _initialise(model: nn.Module, seed: int) -> None:
+    """Draw the weights as torchvision does (He et al., ICCV 2015), but from the seed."""
+    source = torch.Generator().manual_seed(int(generator(seed, "weights").integers(2**63)))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, 0, "fan_out", "relu", source)
+        elif is_batchnorm(module):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            for parameter in module.parameters():
+                bound = module.in_features**-0.5
+                nn.init.uniform_(parameter, -bound, bound, source)
+
+
+def _load_trunk(model: nn.Module, weights: str) -> None:
+    """Load everything but the head, and refuse what is no ResNet-34."""
+    found = {k: v for k, v in load_weights(weights).items() if not k.startswith("fc.")}
+    # Files older than PyTorch 0.4.1, torchvision's ResNet-34 among them, lack BatchNorm's counter.
+    need = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
+    wrong = {k for k in need.keys() - found.keys() if not k.endswith("num_batches_tracked")}
+    wrong |= {k for k, v in found.items() if k not in need or v.shape != need[k].shape}
+    if wrong:
+        raise InputError(f"weights={weights!r}: no ResNet-34 state dict, see {min(wrong)!r}")
+    model.load_state_dict(found, strict=False)
+
+
+def load_weights(weights: str) -> State:
+    """Return a state dict from a path, an attached file or torchvision's download, in this order."""
+    path, url = find_weights(weights), ResNet34_Weights.IMAGENET1K_V1.url
+    try:
+        if path is None:
+            return torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"weights={weights!r}: {path or url} cannot be read ({error}); give weights=PATH of a"
+            " resnet34-*.pth, attach that file, or use weights=none"
+        ) from error
+
+
+def find_weights(weights: str) -> Path | None:
+    """Return the file that `weights` means, or None where it would have to be downloaded."""
+    if weights == "imagenet":
+        places = [KAGGLE_INPUT, Path(torch.hub.get_dir()) / "checkpoints"]
+        return next((f for place in places for f in search_files(place, "resnet34-*.pth")), None)
+    if not Path(weights).is_file():
+        raise InputError(f"weights={weights!r}: no such file; or use imagenet or none")
+    return Path(weights)
+
+
+@torch.no_grad()
+def calibrate_batchnorm(model: nn.Module, films: np.ndarray) -> None:
+    """Set all BatchNorm statistics to those of one batch of films, uint8 of shape (N, H, W)."""
+    layers = [module for module in model.modules() if is_batchnorm(module)]
+    momentum = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.training, layer.momentum = True, None  # None: the plain average of what is seen
+    model(normalise(torch.from_numpy(films)[:, None]))
+    for layer, value in zip(layers, momentum, strict=True):
+        layer.momentum = value

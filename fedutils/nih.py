@@ -1,0 +1,395 @@
+"""Find NIH ChestX-ray14, read it in every real variant into one tidy table, check table and files.
+
+`NihData.table` has one row a film, sorted by `image_index` (text, unique), and these columns:
+- `patient_id` (text): NIH's number without leading zeros; any other id as it stands
+- `follow_up` (int): number of the visit; -1 if unreadable
+- `age` (float, years): `060Y`, months, weeks and days converted; NaN if unreadable
+- `sex` (M, F), `view` (PA, AP)
+- `width`, `height` (float): pixels of the film before NIH made it 1024x1024; NaN if not given
+- `spacing` (float): pixel spacing of that film in mm; NaN if not given
+- `scanner` (text): the spacing in three decimals, which names the detector; "" if not given
+- `official_split`: train_val, test, or "" for a film in no list
+- `path` (text): the film, relative to the data folder; "" if it is missing
+- the 14 findings (float32): 0 or 1
+
+Source: Wang et al., "ChestX-ray8", CVPR 2017, and the files that NIH and Kaggle hand out.
+"""
+
+import gzip
+import io
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from fedutils.findings import FINDINGS, InputError, canonical, format_labels, parse_labels
+
+PHANTOM_MARKER = "PHANTOM.json"
+TABLE_NAME = re.compile(r"(Data_Entry.*|sample_labels)\.csv(\.gz)?")
+BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
+LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
+KAGGLE_DEPTH, FILM_DEPTH = 4, 3  # folders below the mount, and below the data folder
+DAYS_PER_YEAR = 365.25
+AGE_UNITS = {"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / DAYS_PER_YEAR, "D": 1 / DAYS_PER_YEAR}
+
+# The letters of a header in any spelling -> our name. An unquoted `OriginalImage[Width,Height]`
+# falls apart into `OriginalImage[Width` and `Height]`; the sample set writes two plain names.
+HEADERS = {
+    "imageindex": "image_index", "findinglabels": "labels", "followup": "follow_up",
+    "patientid": "patient_id", "patientage": "age", "patientgender": "sex", "patientsex": "sex",
+    "viewposition": "view", "originalimagewidth": "width", "height": "height",
+    "originalimageheight": "height", "originalimagepixelspacingx": "spacing",
+}  # fmt: skip
+REQUIRED = {
+    "image_index": "Image Index", "labels": "Finding Labels", "follow_up": "Follow-up #",
+    "patient_id": "Patient ID", "age": "Patient Age", "sex": "Patient Gender",
+    "view": "View Position",
+}  # fmt: skip
+
+# Every check, in the order of the report, and what it means for the work that follows.
+CHECKS = {
+    "missing films": "rows without a file: they cannot be prepared",
+    "orphaned films": "files without a row: they have no labels and are not used",
+    "films in two folders": "the same file name twice: the first folder's film is used",
+    "duplicate rows": "the same film in several rows: the first row is used",
+    "duplicate rows that disagree": "their labels differ: the first row's are used",
+    "labels in another spelling": "aliases or repeats in the label text: read as meant",
+    "ages out of range": "0 or less, or above 100 years: typing errors, kept as they are",
+    "ages unreadable": "no number in the age: not-a-number",
+    "patients with two sexes": "a typing error, or two patients under one id",
+    "rows without pixel spacing": "no scanner known: no split by scanner for these films",
+    "rows in no list": "the lists leave them out of train, validation and test",
+    "rows in both lists": "counted as test, so that they are never trained on",
+    "patients in both lists": "a leak: such a split is refused",
+    "list names without row": "the list names films that the table does not know",
+    "boxes without row": "boxes of films that the table does not know",
+    "other tables": "further label tables in the folder: not read",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class NihData:
+    """One data folder as read; see the module's text for the columns of `table`.
+
+    `boxes` has `image_index, finding, x, y, w, h` (pixels of the 1024x1024 PNG, top left corner
+    first; findings canonical). `lists` names the split lists that are there. `found` holds what
+    only the raw files show, by the check's name.
+    """
+
+    folder: Path
+    table: pd.DataFrame
+    boxes: pd.DataFrame
+    release: str
+    table_file: str
+    lists: tuple[str, ...]
+    found: dict[str, list[str]]
+
+    @property
+    def films_present(self) -> int:
+        """Number of rows whose film is there."""
+        return int((self.table["path"] != "").sum())
+
+
+def find_data(data_dir: str = "", kaggle: Path = Path("/kaggle/input")) -> Path | None:
+    """Return the data folder: `data_dir`, else NIH_DATA_DIR, else a Kaggle mount.
+
+    None means: use the phantom. A mount is searched `KAGGLE_DEPTH` folders deep, without entering
+    image folders; NIH's whole set is preferred to the sample set, and both to a phantom.
+    Raises InputError if a folder was given and is missing, unreadable, empty or without a table.
+    """
+    given = data_dir or os.environ.get("NIH_DATA_DIR", "")
+    if not given:
+        return _search(kaggle, KAGGLE_DEPTH)
+    folder = Path(given).expanduser()
+    if problem := _problem(folder):
+        raise InputError(f"{'data_dir' if data_dir else 'NIH_DATA_DIR'}: {problem}")
+    return folder
+
+
+def read_nih(folder: Path) -> NihData:
+    """Read table, boxes, split lists and the list of films of one data folder.
+
+    The release is told by: the marker file PHANTOM.json ("phantom"); the table's name
+    ("sample" for sample_labels.csv, "2020" for a name with v2020); for Data_Entry_2017.csv also
+    by the header, which ends with a comma in NIH's 2017 file ("2017"). Anything else, such as a
+    table saved again by another program, is "unknown".
+
+    Raises InputError if the folder or a file cannot be read, a column is missing or a finding
+    is unknown; it names the file, and the line where there is one.
+    """
+    if problem := _problem(folder):
+        raise InputError(problem)
+    file, *others = _tables(folder)
+    raw = _read_csv(file)
+    rows = _named(raw, file)
+    films, found = _films(folder)
+    files = {split: folder / name for split, name in LISTS.items() if (folder / name).exists()}
+    lists = {split: set(_read_text(path).split()) for split, path in files.items()}
+    table = _tidy(rows, file, lists, films)
+    found |= _row_problems(rows, lists) | {
+        "orphaned films": sorted(films.keys() - set(rows["image_index"])),
+        "other tables": [other.name for other in others],
+    }
+    release = _release(file, ends_with_comma=str(raw.columns[-1]).startswith("Unnamed"))
+    return NihData(folder, table, _read_boxes(folder), release, file.name, tuple(lists), found)
+
+
+def check_table(data: NihData) -> pd.DataFrame:
+    """Check the table and the list of files (never pixels).
+
+    Returns one row a check: `check, count, examples` (up to five, as text) and `meaning`; a
+    count of 0 is a check that passed.
+    """
+    table = data.table
+    listed = table[table["official_split"] != ""]
+    hits = {
+        "missing films": table["image_index"][table["path"] == ""],
+        "ages out of range": table["image_index"][(table["age"] > 100) | (table["age"] <= 0)],
+        "ages unreadable": table["image_index"][table["age"].isna()],
+        "patients with two sexes": _with_several(table[table["sex"] != ""], "sex"),
+        "rows without pixel spacing": table["image_index"][table["scanner"] == ""],
+        "rows in no list": table["image_index"].drop(listed.index if data.lists else table.index),
+        "patients in both lists": _with_several(listed, "official_split"),
+        "boxes without row": sorted(set(data.boxes["image_index"]) - set(table["image_index"])),
+    }
+    hits = {check: list(hits.get(check, data.found.get(check, ()))) for check in CHECKS}
+    rows = [(name, len(hit), ", ".join(hit[:5]), CHECKS[name]) for name, hit in hits.items()]
+    return pd.DataFrame(rows, columns=["check", "count", "examples", "meaning"])
+
+
+def summary(data: NihData) -> dict[str, object]:
+    """Tell what was found: films, patients, views, scanners, ages, lists, and what is missing."""
+    table = data.table
+    parts = {
+        "films": data.films_present, "split lists": len(data.lists), "boxes": len(data.boxes),
+        "pixel spacing": (table["scanner"] != "").sum(),
+    }  # fmt: skip
+    return {
+        "folder": str(data.folder), "table": data.table_file, "release": data.release,
+        "films": len(table), "films_present": data.films_present,
+        "patients": table["patient_id"].nunique(),
+        "views": _counts(table["view"]), "sexes": _counts(table["sex"]),
+        "scanners": _counts(table["scanner"]), "lists": _counts(table["official_split"]),
+        "age_min": float(table["age"].min()), "age_max": float(table["age"].max()),
+        "boxes": len(data.boxes),
+        "missing": [part for part, count in parts.items() if not count],
+    }  # fmt: skip
+
+
+def _counts(column: pd.Series) -> dict[str, int]:
+    """Count each text of a column, without the empty one."""
+    return {str(name): int(n) for name, n in column[column != ""].value_counts().items()}
+
+
+def _with_several(rows: pd.DataFrame, column: str) -> list[str]:
+    """Return the patients who have more than one value in a column."""
+    values = rows.groupby("patient_id")[column].nunique()
+    return list(values.index[values > 1])
+
+
+def _tables(folder: Path) -> list[Path]:
+    """Return the label tables of a folder: the whole set first, and its newer release first."""
+    tables = [path for path in folder.glob("*.csv*") if TABLE_NAME.fullmatch(path.name)]
+    return sorted(tables, key=lambda path: (path.name[0] == "s", "v2020" not in path.name, path))
+
+
+def _problem(folder: Path) -> str:
+    """Say why a folder cannot be used and what to do; "" if it can."""
+    todo = "give the folder that holds Data_Entry_2017*.csv (see data/README.md)"
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f"folder {folder} cannot be read ({error.strerror}); {todo}"
+    if not names:
+        return f"folder {folder} is empty; {todo}"
+    if any(TABLE_NAME.fullmatch(name) for name in names):
+        return ""
+    nested = _search(folder, 2)
+    hint = f"there is one in {nested}: give that folder" if nested else todo
+    return f"folder {folder} has no table; it holds {', '.join(names[:5])}; {hint}"
+
+
+def _search(root: Path, depth: int) -> Path | None:
+    """Return the best folder with a table, at most `depth` folders below `root`.
+
+    Real data come before a phantom, the whole set before the sample set, then the nearest.
+    """
+    found = [
+        path for path in search_files(root, "*.csv*", depth) if TABLE_NAME.fullmatch(path.name)
+    ]
+    rank = {path: ((path.parent / PHANTOM_MARKER).exists(), path.name[0] == "s") for path in found}
+    return min(found, key=rank.__getitem__).parent if found else None
+
+
+def _inner(folder: Path) -> list[Path]:
+    """Return the folders worth a look for a file: image folders hold thousands of films."""
+    inner = sorted(folder.glob("*/"))
+    return [path for path in inner if not path.name.startswith(("images", "."))]
+
+
+def _release(file: Path, ends_with_comma: bool) -> str:
+    """Name the label release; how is told in `read_nih`."""
+    if (file.parent / PHANTOM_MARKER).exists():
+        return "phantom"
+    if file.name.startswith("sample"):
+        return "sample"
+    if "v2020" in file.name:
+        return "2020"
+    return "2017" if file.name.startswith("Data_Entry_2017.") and ends_with_comma else "unknown"
+
+
+def _read_text(file: Path) -> str:
+    """Return a text file, gunzipped if need be, without the byte order mark that Excel writes."""
+    try:
+        raw = file.read_bytes()
+        return (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); mend it or get it again") from None
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    """Read a CSV as text columns; the index is the line in the file, and blank lines are gone."""
+    # No value of NIH's holds a comma, so quotes only tell whether `[Width,Height]` is one
+    # header or two: without them there is one form. index_col=False drops a last comma.
+    text = io.StringIO(_read_text(file).replace('"', ""))
+    try:
+        frame = pd.read_csv(
+            text, dtype=str, na_filter=False, index_col=False, skip_blank_lines=False
+        ).fillna("")
+    except ValueError as error:
+        raise InputError(f"{file}: is no CSV table ({str(error).strip()}); get it again") from None
+    frame.index += 2
+    frame = frame[(frame != "").any(axis=1)]
+    if frame.empty:
+        raise InputError(f"{file}: has no rows; get it again")
+    return frame
+
+
+def _named(raw: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """Give the columns our names; raise InputError on a missing column or an empty identifier."""
+    letters = [re.sub("[^a-z]", "", str(column).lower()) for column in raw.columns]
+    rows = raw.set_axis([HEADERS.get(name, "") for name in letters], axis=1)
+    rows = rows.loc[:, ~rows.columns.duplicated()]
+    for name, header in REQUIRED.items():
+        if name not in rows:
+            columns = ", ".join(map(str, raw.columns))
+            raise InputError(f"{file}: no column {header!r}; found {columns}; restore it")
+    # A header that names no column of ours is dropped; one that is optional comes back empty.
+    rows = rows.reindex(columns=list(dict.fromkeys(HEADERS.values())), fill_value="")
+    for name in ("image_index", "patient_id", "sex", "view"):
+        rows[name] = rows[name].str.strip()
+    empty = rows.index[(rows["image_index"] == "") | (rows["patient_id"] == "")]
+    if len(empty):
+        raise InputError(f"{file}, line {empty[0]}: no image index or no patient id; mend the row")
+    return rows
+
+
+def _row_problems(rows: pd.DataFrame, lists: dict[str, set[str]]) -> dict[str, list[str]]:
+    """Find what the tidy table no longer shows: duplicates, spellings, contradicting lists."""
+    names = rows["image_index"]
+    texts = rows[names.duplicated(keep=False)].groupby("image_index")["labels"].nunique()
+    plain = {text: format_labels(parse_labels(text)) for text in rows["labels"].unique()}
+    odd = [text for text in plain if sorted(text.split("|")) != sorted(plain[text].split("|"))]
+    return {
+        "duplicate rows": list(names[names.duplicated()]),
+        "duplicate rows that disagree": list(texts.index[texts > 1]),
+        "labels in another spelling": list(names[rows["labels"].isin(odd)]),
+        "rows in both lists": sorted(lists.get("test", set()) & lists.get("train_val", set())),
+        "list names without row": sorted(set().union(*lists.values()) - set(names)),
+    }
+
+
+def _films(folder: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Map each PNG's name to its path below the folder, for every layout up to `FILM_DEPTH`."""
+    films, twice = {}, []
+    for here, inner, files in os.walk(folder, followlinks=True):
+        below = Path(here).relative_to(folder)
+        deeper = len(below.parts) < FILM_DEPTH
+        inner[:] = sorted(name for name in inner if deeper and not name.startswith("."))
+        names = sorted(name for name in files if name.lower().endswith(".png"))
+        twice += [name for name in names if name in films]
+        prefix = "" if below == Path() else f"{below.as_posix()}/"
+        films = {name: prefix + name for name in names} | films
+    return films, {"films in two folders": sorted(twice)}
+
+
+def _tidy(
+    rows: pd.DataFrame, file: Path, lists: dict[str, set[str]], films: dict[str, str]
+) -> pd.DataFrame:
+    """Turn the named text columns into the documented table."""
+    names = rows["image_index"]
+    vectors = _parsed(rows["labels"], names, file, parse_labels)
+    matrix = np.stack([vectors[text] for text in rows["labels"]]).astype(np.float32)
+    labels = pd.DataFrame(matrix, index=rows.index, columns=list(FINDINGS))
+    spacing = _numbers(rows["spacing"])
+    listed = [names.isin(lists.get(split, ())) for split in ("test", "train_val")]
+    table = pd.DataFrame({
+        "image_index": names,
+        "patient_id": rows["patient_id"].str.replace(r"^0+(?=\d+$)", "", regex=True),
+        "follow_up": _numbers(rows["follow_up"]).fillna(-1).astype(int),
+        "age": rows["age"].map({text: _years(text) for text in rows["age"].unique()}),
+        "sex": rows["sex"], "view": rows["view"],
+        "width": _numbers(rows["width"]), "height": _numbers(rows["height"]), "spacing": spacing,
+        "scanner": spacing.map({mm: f"{mm:.3f}" if mm > 0 else "" for mm in spacing.unique()}),
+        "official_split": np.select(listed, ["test", "train_val"], ""),
+        "path": [films.get(name, "") for name in names],
+    })  # fmt: skip
+    table = pd.concat([table, labels], axis=1).drop_duplicates("image_index")
+    return table.sort_values("image_index", ignore_index=True)
+
+
+def _parsed(texts: pd.Series, images: pd.Series, file: Path, parse: Callable) -> dict[str, object]:
+    """Parse each different text once; an InputError names the line and the film."""
+    parsed = {}
+    for text in texts.unique():
+        try:
+            parsed[text] = parse(text)
+        except InputError as error:
+            line = texts.index[texts == text][0]
+            where = f"{file}, line {line} ({images[line]})"
+            raise InputError(f"{where}: {error}; correct this row") from None
+    return parsed
+
+
+def _read_boxes(folder: Path) -> pd.DataFrame:
+    """Read the box list, whose header names only three of its columns; empty if there is none."""
+    file = next(iter(sorted(folder.glob("BBox_List*.csv*"))), None)
+    if file is None:
+        return pd.DataFrame({name: [] for name in BOX_COLUMNS})
+    raw = _read_csv(file)
+    if raw.shape[1] < len(BOX_COLUMNS):
+        raise InputError(f"{file}: {raw.shape[1]} columns, not {', '.join(BOX_COLUMNS)}")
+    boxes = raw.iloc[:, : len(BOX_COLUMNS)].set_axis(list(BOX_COLUMNS), axis=1)
+    names = _parsed(boxes["finding"], boxes["image_index"], file, canonical)
+    sides = boxes[["x", "y", "w", "h"]].apply(_numbers)
+    if sides.isna().any(axis=None):
+        line = sides.index[sides.isna().any(axis=1)][0]
+        raise InputError(f"{file}, line {line}: a box needs four numbers; correct this row")
+    return boxes.assign(finding=boxes["finding"].map(names), **sides).reset_index(drop=True)
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """Turn text to floats; what is no number becomes NaN."""
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    return numbers.where(np.isfinite(numbers))
+
+
+def _years(text: str) -> float:
+    """Turn an age such as 58, 060Y, 018M, 003W or 005D into years; NaN if it is none of these."""
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([YMWD]?)", text.strip().upper())
+    return float(match[1]) * AGE_UNITS[match[2]] if match else float("nan")
+
+
+def search_files(root: Path, pattern: str, depth: int = 6) -> Iterator[Path]:
+    """Yield the files of a pattern below `root`, the nearest first, without any image folder."""
+    level = [root]
+    for _ in range(depth + 1):
+        for folder in level:
+            yield from sorted(folder.glob(pattern))
+        below = [inner for folder in level for inner in folder.glob("*/")]
+        level = [inner for inner in below if not inner.name.startswith(("images", "."))]

@@ -1,0 +1,259 @@
+"""The parameters of a run: names, types, allowed values, two profiles; and the machine."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from .findings import InputError
+from .model import find_weights, load_weights
+
+__version__ = "0.1.0"
+ROOT_MARKER = "notebooks/01_explore.py"
+CHOICES = {
+    "profile": ("auto", "demo", "kaggle"),
+    "batchnorm": ("average", "frozen", "local"),
+    "partition": ("iid", "dirichlet", "scanner"),
+    "strategy": ("fedavg", "fedavgm", "fedadam", "fedprox", "scaffold"),
+    "aggregation": ("mean", "median", "trimmed"),
+    "optimizer": ("adamw", "sgd"),
+}
+ARMS = ("federated", "centralised", "local")
+# Lower and upper bound; both are allowed values.
+RANGES = {
+    "image_size": (32, 1024), "num_clients": (1, 100_000), "rounds": (1, 10_000),
+    "local_epochs": (1, 1000), "batch_size": (1, 4096), "max_films": (0, math.inf),
+    "threads": (0, 1024), "min_clients": (1, 100_000), "client_fraction": (1e-6, 1.0),
+    "trim": (0.0, 0.49), "mu": (0.0, math.inf), "lr": (1e-12, math.inf), "momentum": (0.0, 1.0),
+    "server_lr": (1e-12, math.inf), "server_momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf),
+    "max_hours": (0.0, math.inf), "client_seconds": (0.0, math.inf), "alpha": (1e-12, math.inf),
+}  # fmt: skip
+# What an empty parameter means: in seconds on two cores, or on a GPU with ImageNet weights.
+PROFILES: dict[str, dict[str, Any]] = {
+    "demo": dict(image_size=64, weights="none", rounds=8, num_clients=3, batch_size=32),
+    "kaggle": dict(image_size=224, weights="imagenet", rounds=15, num_clients=5, batch_size=64),
+}
+# A change of these continues a run; a change of any other parameter is another run.
+NOT_IDENTITY = ("work_dir", "name", "profile", "rounds", "device", "max_hours", "min_clients")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All parameters; once resolved, only `data_dir` may be empty, which is the phantom."""
+
+    data_dir: str = ""
+    work_dir: str = ""
+    name: str = ""
+    profile: str = "auto"
+    seed: int = 0
+    image_size: int = 0
+    max_films: int = 0
+    weights: str = ""
+    tracked: str = ""
+    batchnorm: str = "average"
+    partition: str = "iid"
+    num_clients: int = 0
+    alpha: float = 0.5
+    strategy: str = "fedavg"
+    mu: float = 0.01
+    server_lr: float = 0.0
+    server_momentum: float = 0.9
+    aggregation: str = "mean"
+    trim: float = 0.2
+    client_fraction: float = 1.0
+    min_clients: int = 1
+    client_seconds: float = 0.0
+    rounds: int = 0
+    local_epochs: int = 1
+    batch_size: int = 0
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    arms: str = "federated"
+    seeds: str = "0"
+    device: str = "auto"
+    threads: int = 0
+    max_hours: float = 0.0
+
+    @property
+    def arm_list(self) -> list[str]:
+        """The arms to train, in order."""
+        return [arm.strip() for arm in self.arms.split(",")]
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The training seeds, in order."""
+        return [int(seed) for seed in self.seeds.split(",")]
+
+    @property
+    def prepared(self) -> Path:
+        """The folder that notebook 02 writes."""
+        return Path(self.work_dir) / "prepared"
+
+    @property
+    def run(self) -> Path:
+        """The folder of this run, which notebooks 03 and 04 write."""
+        return Path(self.work_dir) / "runs" / self.name
+
+    def identity(self) -> dict[str, Any]:
+        """Return the parameters that change the result; a moved data folder is the same data."""
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_IDENTITY}
+        return values | {"data_dir": Path(self.data_dir).name or "phantom"}
+
+
+TYPES = {field.name: type(field.default) for field in dataclasses.fields(Settings)}
+
+
+def read_parameters(values: Mapping[str, Any]) -> Settings:
+    """Pick the parameters out of a mapping, such as a notebook's globals(), check and resolve them.
+
+    Names that are no parameter are ignored (a notebook has many); the command line checks names.
+    Raises InputError that names the parameter, what was found and what is allowed.
+    """
+    given = {name: convert(name, values[name]) for name in TYPES if name in values}
+    filled = _fill(Settings(**given))
+    _check(filled)
+    return filled if filled.name else dataclasses.replace(filled, name=_short_hash(filled))
+
+
+def convert(name: str, value: Any) -> Any:
+    """Convert a value, maybe text from the command line, to its parameter's type, or InputError."""
+    if name not in TYPES:
+        raise InputError(f"unknown parameter {name!r}; known: {', '.join(TYPES)}")
+    kind = TYPES[name]
+    if (kind is int and isinstance(value, float)) or isinstance(value, bool):
+        raise InputError(f"{name}={value!r}: expected {kind.__name__}")
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}={value!r}: expected {kind.__name__}") from error
+
+
+def _fill(given: Settings) -> Settings:
+    """Replace what is empty by the profile's value, and paths by absolute ones."""
+    if given.profile not in CHOICES["profile"]:
+        raise InputError(f"profile={given.profile!r}: allowed are {', '.join(CHOICES['profile'])}")
+    profile = find_profile() if given.profile == "auto" else given.profile
+    empty = {k: v for k, v in PROFILES[profile].items() if not getattr(given, k)}
+    weights = given.weights or PROFILES[profile]["weights"]
+    places = {
+        "work_dir": str(Path(given.work_dir).resolve() if given.work_dir else find_root() / "work"),
+        "data_dir": str(Path(given.data_dir).resolve()) if given.data_dir else "",
+    }
+    tracked = given.tracked or ("all" if weights == "none" else "layer4,fc")
+    rate = given.server_lr or (0.01 if given.strategy == "fedadam" else 1.0)
+    changes = {"profile": profile, "tracked": tracked, "server_lr": rate}
+    return dataclasses.replace(given, **empty, **places, **changes)
+
+
+def _check(settings: Settings) -> None:
+    """Raise InputError on a value that is not allowed."""
+    for name, allowed in CHOICES.items():
+        if getattr(settings, name) not in allowed:
+            raise InputError(
+                f"{name}={getattr(settings, name)!r}: allowed are {', '.join(allowed)}"
+            )
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(settings, name) <= high:
+            raise InputError(f"{name}={getattr(settings, name)!r}: allowed is {low} to {high}")
+    for arm in settings.arm_list:
+        if arm not in ARMS:
+            raise InputError(f"arms={settings.arms!r}: allowed are {', '.join(ARMS)}")
+    if not all(seed.strip().isdigit() for seed in settings.seeds.split(",")):
+        raise InputError(f"seeds={settings.seeds!r}: expected numbers such as 0,1,2")
+    plain_sgd = settings.optimizer == "sgd" and settings.momentum == settings.weight_decay == 0
+    if settings.strategy == "scaffold" and not plain_sgd:
+        raise InputError("strategy=scaffold wants optimizer=sgd momentum=0 weight_decay=0")
+    if settings.weights != "none":
+        find_weights(settings.weights)
+
+
+def _short_hash(settings: Settings) -> str:
+    """Return eight hex digits that stand for the identity of a run."""
+    text = json.dumps(settings.identity(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def find_profile() -> str:
+    """Return 'kaggle' where there is a usable GPU and ImageNet weights, else 'demo'."""
+    if find_devices("auto")[0].type == "cpu":
+        return "demo"
+    try:
+        return "kaggle" if find_weights("imagenet") or load_weights("imagenet") else "demo"
+    except InputError:
+        return "demo"
+
+
+def find_root() -> Path:
+    """Return the project's folder, from wherever a notebook runs; on Kaggle the output folder."""
+    if Path("/kaggle/working").is_dir():
+        return Path("/kaggle/working")
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / ROOT_MARKER).is_file()), here)
+
+
+def find_devices(device: str) -> list[torch.device]:
+    """Turn 'auto', 'cpu', 'cuda:0,cuda:1' or 'cpu,cpu' into one device for each model replica.
+
+    Raises InputError for a device that is unknown or not there, and for a GPU whose code the
+    installed torch does not hold, which would fail at its first operation.
+    """
+    if device == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+    else:
+        names = [name.strip() for name in device.split(",")]
+    try:
+        devices = [torch.device(name) for name in names]
+    except RuntimeError as error:
+        raise InputError(f"device={device!r}: expected auto, cpu, cuda:0 or a list") from error
+    for found in devices:
+        _check_device(found)
+    return devices
+
+
+def _check_device(device: torch.device) -> None:
+    """Raise InputError where the device cannot be used."""
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={str(device)!r}: expected cpu or cuda")
+    if device.type == "cpu":
+        return
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device={str(device)!r} is not there; use device=cpu or auto")
+    major, minor = torch.cuda.get_device_capability(device)
+    arches = torch.cuda.get_arch_list()
+    if str(major) not in {re.sub(r"\D", "", arch)[:-1] for arch in arches}:
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is not among the GPUs that"
+            f" this torch was built for ({' '.join(arches)}); on Kaggle choose GPU T4 x2"
+        )
+
+
+def environment() -> dict[str, Any]:
+    """Return what a run depends on beside its parameters: versions, threads, device, processor."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "fedutils": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": ", ".join(gpus) or "CPU",
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+    }
+
+
+def print_environment() -> None:
+    """Print versions and device in one line, the first output of each notebook."""
+    print(" · ".join(f"{name} {value}" for name, value in environment().items()))

@@ -1,0 +1,185 @@
+"""Local training: what a client computes, sends and keeps."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_films, tiny_settings
+from torch.nn import functional as F
+
+from fedutils.client import VARIATE, Client, make_optimizer, masked_loss, predict, to_cpu
+from fedutils.images import IMAGENET_MEAN, IMAGENET_STD
+from fedutils.model import build_resnet34
+from fedutils.rng import generator
+
+
+@pytest.fixture
+def films(tmp_path):
+    dataset = tiny_films(tmp_path)
+    return dataset.where(dataset.index["split"] == "train")
+
+
+def start_state(model):
+    return to_cpu(model.tracked_state())
+
+
+def test_one_client_equals_an_independent_training_loop_bit_for_bit(tmp_path, films):
+    """The loop below is written from the textbook and shares only the batches with ours."""
+    torch.set_num_threads(1)
+    settings = tiny_settings(tmp_path, local_epochs=2, tracked="all")
+    client = Client("client-1", films, settings, seed=3)
+    client.augment = False
+    model = build_resnet34("none", "all", seed=3)
+    update, _ = client.fit(model, start_state(model), {}, round=1)
+
+    plain = build_resnet34("none", "all", seed=3)
+    plain.train()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=1e-4)
+    rng = generator(3, "shuffle", 1, "client-1")
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    losses = []
+    for _ in range(2):
+        for positions in np.array_split(rng.permutation(len(films)), math.ceil(len(films) / 8)):
+            pixels = np.stack([films[int(i)][0].numpy() for i in positions])
+            target = torch.stack([films[int(i)][1] for i in positions])
+            inputs = (torch.from_numpy(pixels).float() / 255 - mean) / std
+            logits = plain(inputs.contiguous(memory_format=torch.channels_last))
+            loss = F.binary_cross_entropy_with_logits(logits, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses += [loss.item()] * len(positions)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(update.state[name], value), name
+    assert update.train_loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert update.examples == len(films)
+
+
+def test_frozen_trunk_stays_bit_identical(tmp_path, films):
+    settings = tiny_settings(tmp_path, tracked="layer4,fc")
+    model = build_resnet34("none", "layer4,fc")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    update, _ = Client("client-1", films, settings, seed=0).fit(model, start_state(model), {}, 1)
+    for name, value in model.state_dict().items():
+        if not name.startswith(("layer4.", "fc.")):
+            assert torch.equal(value, before[name]), name
+    assert update.state.keys() == {k for k in before if k.startswith(("layer4.", "fc."))}
+    moved = [k for k, v in update.state.items() if not torch.equal(v, before[k])]
+    assert "layer4.0.bn1.running_mean" in moved and "fc.weight" in moved
+
+
+def test_fit_depends_on_seed_round_and_client_only(tmp_path, films):
+    settings, model = tiny_settings(tmp_path), build_resnet34("none", "all")
+    sent = start_state(model)
+
+    def fit(name, seed, round):
+        return Client(name, films, settings, seed).fit(model, sent, {}, round)[0].state["fc.bias"]
+
+    first = fit("a", 0, 1)
+    torch.rand(7), np.random.random(3)  # noqa: NPY002 global random state must not matter
+    assert torch.equal(fit("a", 0, 1), first)
+    for other in (("b", 0, 1), ("a", 1, 1), ("a", 0, 2)):
+        assert not torch.equal(fit(*other), first)
+
+
+def test_masked_loss_ignores_unknown_labels():
+    logits = torch.tensor([[0.3, -1.0], [2.0, 0.5]])
+    labels = torch.tensor([[1.0, math.nan], [0.0, 1.0]])
+    known = F.binary_cross_entropy_with_logits(logits[~labels.isnan()], labels[~labels.isnan()])
+    assert torch.allclose(masked_loss(logits, labels), known)
+    assert masked_loss(logits, torch.full((2, 2), math.nan)) == 0
+
+
+def test_fedprox_with_mu_zero_is_fedavg_and_pulls_to_the_start_otherwise(tmp_path, films):
+    model = build_resnet34("none", "fc")
+    sent = start_state(model)
+
+    def distance(**changes):
+        settings = tiny_settings(tmp_path, tracked="fc", local_epochs=3, lr=0.01, **changes)
+        state = Client("a", films, settings, 0).fit(model, sent, {}, 1)[0].state
+        return sum((state[k] - sent[k]).square().sum().item() for k in state), state
+
+    _, plain = distance()
+    _, zero = distance(strategy="fedprox", mu=0.0)
+    assert all(torch.equal(plain[k], zero[k]) for k in plain)
+    assert distance(strategy="fedprox", mu=10.0)[0] < distance(strategy="fedprox", mu=0.1)[0]
+
+
+def test_fedprox_step_equals_a_hand_computed_one(tmp_path, films):
+    """SGD, one batch and one earlier step: w2 = w1 - lr (g1 + mu (w1 - w0))."""
+    values = dict(strategy="fedprox", optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
+    settings = tiny_settings(tmp_path, tracked="fc", mu=0.5, local_epochs=2, batch_size=64, **values)
+    client = Client("a", films, settings, 0)
+    client.augment = False
+    model = build_resnet34("none", "fc")
+    sent = start_state(model)
+    got = client.fit(model, sent, {}, 1)[0].state["fc.bias"]
+    model.load(sent)
+    weights = sent["fc.bias"].clone()
+    for _ in range(2):
+        model.zero_grad()
+        pixels, labels = films.batch(np.arange(len(films)))
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        masked_loss(model((pixels / 255 - mean) / std), labels).backward()
+        with torch.no_grad():
+            for name in ("weight", "bias"):
+                parameter = getattr(model.fc, name)
+                pull = 0.5 * (parameter - sent[f"fc.{name}"])
+                parameter -= 0.1 * (parameter.grad + pull)
+        weights = model.fc.bias.detach()
+    assert torch.allclose(got, weights, atol=1e-6)
+
+
+def test_scaffold_sends_and_keeps_its_variate(tmp_path, films):
+    plain_sgd = dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1, strategy="scaffold")
+    settings = tiny_settings(tmp_path, tracked="fc", **plain_sgd)
+    model = build_resnet34("none", "fc")
+    sent = start_state(model)
+    server = {VARIATE + k: torch.full_like(v, 0.01) for k, v in sent.items()}
+    update, kept = Client("a", films, settings, 0).fit(model, sent | server, {}, 1)
+    steps = math.ceil(len(films) / 8)
+    for name in ("fc.weight", "fc.bias"):
+        expected = (sent[name] - update.state[name]) / (steps * 0.1) - server[VARIATE + name]
+        assert torch.allclose(kept[VARIATE + name], expected)
+        assert torch.equal(update.state[VARIATE + name], kept[VARIATE + name])
+    again, kept2 = Client("a", films, settings, 0).fit(model, sent | server, kept, 2)
+    change = kept2[VARIATE + "fc.bias"] - kept[VARIATE + "fc.bias"]
+    assert torch.allclose(again.state[VARIATE + "fc.bias"], change)
+
+
+def test_local_batchnorm_never_leaves_the_client(tmp_path, films):
+    settings = tiny_settings(tmp_path, tracked="layer4,fc", batchnorm="local")
+    model = build_resnet34("none", "layer4,fc", "local")
+    local = model.local_names()
+    sent = {k: v for k, v in start_state(model).items() if k not in local}
+    update, kept = Client("a", films, settings, 0).fit(model, sent, {}, 1)
+    assert "layer4.0.bn1.weight" in kept and "layer4.0.bn1.running_var" in kept
+    assert kept.keys() == local and not update.state.keys() & local
+    model.load({k: torch.zeros_like(v) for k, v in kept.items()})  # another client was here since
+    same, _ = Client("a", films, settings, 0).fit(model, sent, kept, 1)
+    other, _ = Client("a", films, settings, 0).fit(model, sent, kept, 1)
+    assert torch.equal(same.state["fc.weight"], other.state["fc.weight"])
+
+
+def test_frozen_batchnorm_keeps_the_trunks_statistics(tmp_path, films):
+    model = build_resnet34("none", "layer4,fc", "frozen")
+    before = to_cpu(model.state_dict())
+    settings = tiny_settings(tmp_path, tracked="layer4,fc", batchnorm="frozen")
+    update, _ = Client("a", films, settings, 0).fit(model, start_state(model), {}, 1)
+    for name, value in update.state.items():
+        assert torch.equal(value, before[name]) == ("running" in name or "num_batches" in name)
+
+
+def test_predict_returns_logits_in_order_whatever_the_batch_size(films):
+    model = build_resnet34("none", "all")
+    small, large = predict(model, films, 7), predict(model, films, 64)
+    assert small.shape == (len(films), 14) and np.allclose(small, large, atol=1e-5)
+    assert not model.training and predict(model, films.where(films.labels[:, 0] > 2)).shape == (0, 14)
+
+
+def test_optimisers_are_the_named_ones(tmp_path):
+    parameter = [torch.nn.Parameter(torch.ones(1))]
+    assert isinstance(make_optimizer(parameter, tiny_settings(tmp_path)), torch.optim.AdamW)
+    sgd = make_optimizer(parameter, tiny_settings(tmp_path, optimizer="sgd", momentum=0.5))
+    assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.5

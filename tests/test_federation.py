@@ -1,0 +1,295 @@
+"""The round loop: exact, repeatable, resumable, and robust against clients that fail."""
+
+import itertools
+import json
+import math
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torchvision
+from safetensors.torch import load_file
+from tiny import tiny_films, tiny_settings
+
+from fedutils import federation
+from fedutils.client import Client
+from fedutils.fedavg import FedAvg
+from fedutils.federation import HISTORY, FederationError, Training, predict_films
+from fedutils.findings import FINDINGS, InputError
+
+SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.05}
+STRATEGIES = [
+    {"strategy": "fedavg"},
+    {"strategy": "fedavgm"},
+    {"strategy": "fedadam"},
+    {"strategy": "fedprox"},
+    {"strategy": "scaffold"} | SGD,
+    {"strategy": "fedavg", "batchnorm": "local"},
+    {"strategy": "fedavg", "batchnorm": "frozen"},
+    {"strategy": "fedavg", "aggregation": "median", "client_fraction": 0.6},
+    {"strategy": "scaffold", "client_fraction": 0.6} | SGD,
+]
+NAMES = ["-".join(str(v) for k, v in s.items() if k not in SGD) for s in STRATEGIES]
+
+
+def train(work, **changes):
+    settings = tiny_settings(work, **changes)
+    return Training(settings, tiny_films(work)).train()
+
+
+def aggregated(history):
+    return history[history["client"] == ""]
+
+
+def hashes(history):
+    return aggregated(history)["state_sha256"].tolist()
+
+
+def test_history_has_the_documented_columns_and_one_row_a_round_and_client(tmp_path):
+    history = train(tmp_path)
+    assert list(history.columns) == HISTORY
+    assert history["client"].tolist() == ["client-1", "client-2", "client-3", ""] * 2
+    assert aggregated(history)["val_auroc"].notna().all() and (history["status"] == "ok").all()
+    stored = pd.read_csv(tmp_path / "runs/run/history.csv", keep_default_na=False)
+    assert stored["state_sha256"].tolist() == history["state_sha256"].fillna("").tolist()
+
+
+def test_one_client_is_centralised_training(tmp_path):
+    """Both arms with the same single client: the mean of one update is that update."""
+    films = tiny_films(tmp_path, clients=1)
+    films.index["client"] = "all"
+    settings = tiny_settings(tmp_path, arms="federated,centralised", num_clients=1)
+    history = Training(settings, films).train()
+    by_arm = aggregated(history).groupby("arm")["state_sha256"].agg(list)
+    assert by_arm["federated"] == by_arm["centralised"]
+
+
+def test_the_aggregate_is_the_weighted_mean_of_what_the_clients_sent(tmp_path, monkeypatch):
+    sent = []
+    fit = Client.fit
+
+    def spy(self, *args):
+        update, kept = fit(self, *args)
+        sent.append(update)
+        return update, kept
+
+    monkeypatch.setattr(Client, "fit", spy)
+    train(tmp_path, rounds=1)
+    model = load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
+    weights = np.array([update.examples for update in sent], float)
+    for name in ("fc.weight", "layer1.0.bn1.running_mean"):
+        values = np.stack([update.state[name].double().numpy() for update in sent])
+        expected = np.tensordot(weights / weights.sum(), values, 1)
+        assert np.allclose(model[name], expected, atol=1e-7)
+
+
+def test_what_is_validated_is_the_aggregated_model(tmp_path):
+    history = train(tmp_path, rounds=1)
+    settings, films = tiny_settings(tmp_path, rounds=1), tiny_films(tmp_path)
+    table = predict_films(settings, films, "val")
+    labels = films.where(films.index["split"] == "val").labels
+    p = table[list(FINDINGS)].to_numpy()
+    loss = -(labels * np.log(p) + (1 - labels) * np.log1p(-p)).mean()
+    assert aggregated(history)["val_loss"].item() == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", STRATEGIES, ids=NAMES)
+def test_killed_and_resumed_equals_rounds_straight(tmp_path, changes):
+    straight = train(tmp_path, rounds=3, name="straight", **changes)
+    train(tmp_path, rounds=1, name="parts", **changes)
+    resumed = train(tmp_path, rounds=3, name="parts", **changes)
+    assert hashes(resumed) == hashes(straight)
+    drop = ["seconds"]
+    assert resumed.drop(columns=drop).equals(straight.drop(columns=drop))
+    last = [load_file(tmp_path / f"runs/{n}/models/federated-s0.safetensors") for n in ("straight", "parts")]
+    assert all(torch.equal(last[0][k], last[1][k]) for k in last[0])
+
+
+def test_two_replicas_give_the_bits_of_one(tmp_path):
+    one = train(tmp_path, device="cpu", name="one")
+    two = train(tmp_path, device="cpu,cpu", name="two")
+    assert hashes(one) == hashes(two)
+
+
+def test_the_order_in_which_clients_finish_does_not_matter(tmp_path, monkeypatch):
+    expected = hashes(train(tmp_path, name="plain"))
+    fit = Client.fit
+
+    def slow_first(self, *args):
+        result = fit(self, *args)
+        time.sleep(0.4 if self.name == "client-1" else 0)
+        return result
+
+    monkeypatch.setattr(Client, "fit", slow_first)
+    assert hashes(train(tmp_path, device="cpu,cpu", name="late")) == expected
+
+
+def test_centralised_and_local_arms_share_the_loop(tmp_path):
+    history = train(tmp_path, arms="federated,centralised,local", seeds="0,1", rounds=1)
+    rows = history.groupby(["arm", "seed"]).size().to_dict()
+    assert rows == {
+        ("federated", 0): 4, ("federated", 1): 4, ("centralised", 0): 1,
+        ("centralised", 1): 1, ("local", 0): 3, ("local", 1): 3,
+    }  # fmt: skip
+    local = history[history["arm"] == "local"]
+    assert local["client"].tolist() == ["client-1", "client-2", "client-3"] * 2
+    sent = history.groupby("arm")["bytes_up"].sum()
+    assert sent["centralised"] == sent["local"] == 0 < sent["federated"]
+    films = history[history["client"] == ""].groupby("arm")["examples"].first()
+    assert films["federated"] == films["centralised"]  # the same budget
+    table = predict_films(tiny_settings(tmp_path, arms="federated,centralised,local", seeds="0,1"), tiny_films(tmp_path), "test")
+    assert len(table) == 12 * (1 + 1 + 3) * 2 and table[list(FINDINGS)].notna().all().all()
+
+
+def test_bytes_are_exact(tmp_path):
+    history = train(tmp_path, tracked="layer4,fc", rounds=1)
+    each = 4 * 13_121_550 + 4 * 7_168 + 8 * 7  # parameters, BatchNorm buffers, its 7 counters
+    clients = history[history["client"] != ""]
+    assert (clients["bytes_up"] == each).all() and (clients["bytes_down"] == each).all()
+    assert aggregated(history)["bytes_up"].item() == 3 * each
+
+
+def test_a_frozen_trunk_is_stored_once_and_shared_by_all_seeds(tmp_path):
+    train(tmp_path, tracked="layer4,fc", seeds="0,1", rounds=1)
+    trunk = load_file(tmp_path / "runs/run/models/trunk.safetensors")
+    model = load_file(tmp_path / "runs/run/models/federated-s1.safetensors")
+    assert not trunk.keys() & model.keys() and "conv1.weight" in trunk
+
+
+def test_global_model_loads_into_plain_torchvision(tmp_path):
+    train(tmp_path, tracked="layer4,fc", rounds=1)
+    model = torchvision.models.resnet34(num_classes=14)
+    model.load_state_dict(load_file(tmp_path / "runs/run/global_model.safetensors"))
+
+
+def test_the_best_validation_round_is_kept(tmp_path, monkeypatch):
+    scores = iter([0.6, 0.9, 0.7])
+    monkeypatch.setattr(federation, "mean_auroc", lambda *args: next(scores))
+    history = train(tmp_path, rounds=3)
+    model = load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
+    assert federation.state_hash(model) == hashes(history)[1]
+
+
+def break_client(monkeypatch, name, how):
+    fit = Client.fit
+
+    def broken(self, *args):
+        if self.name != name or args[3] != 1:
+            return fit(self, *args)
+        if how == "raises":
+            raise RuntimeError("disk on fire")
+        update, kept = fit(self, *args)
+        if how == "nan":
+            update.state["fc.bias"][0] = math.nan
+        if how == "infinity":
+            update.state["layer1.0.conv1.weight"][0] = math.inf
+        object.__setattr__(update, "seconds", 999.0 if how == "late" else update.seconds)
+        return update, kept
+
+    monkeypatch.setattr(Client, "fit", broken)
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "reason"),
+    [
+        ("raises", "failed", "RuntimeError: disk on fire"),
+        ("nan", "non-finite", "fc.bias"),
+        ("infinity", "non-finite", "layer1.0.conv1.weight"),
+        ("late", "late", "took 999.0 s"),
+    ],
+)
+def test_a_client_that_fails_costs_its_update_never_the_round(tmp_path, monkeypatch, how, status, reason):
+    break_client(monkeypatch, "client-2", how)
+    history = train(tmp_path, client_seconds=500.0)
+    row = history[(history["round"] == 1) & (history["client"] == "client-2")].iloc[0]
+    assert row["status"] == status and reason in row["reason"]
+    first, second = aggregated(history)["examples"]
+    assert first == second - 12  # the weights of the rest are renormalised over their films
+    assert np.isfinite(aggregated(history)["val_loss"]).all()
+
+
+def test_a_client_without_films_is_named(tmp_path):
+    films = tiny_films(tmp_path)
+    films.index.loc[(films.index["client"] == "client-3") & (films.index["split"] == "train"), "split"] = "test"
+    history = Training(tiny_settings(tmp_path, rounds=1), films).train()
+    row = history[history["client"] == "client-3"].iloc[0]
+    assert row["status"] == "failed" and "no training films" in row["reason"]
+
+
+def test_below_min_clients_the_run_stops_with_everything_saved(tmp_path, monkeypatch):
+    train(tmp_path, rounds=1, min_clients=3)
+    fit = Client.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "fit", lambda self, *a: 1 / 0 if self.name == "client-1" else fit(self, *a))
+        with pytest.raises(FederationError, match=r"round 2.*client-1 failed \(ZeroDivisionError"):
+            train(tmp_path, rounds=2, min_clients=3)
+    stored = pd.read_csv(tmp_path / "runs/run/history.csv")
+    assert stored[stored["round"] == 2]["status"].tolist() == ["failed", "ok", "ok"]
+    history = train(tmp_path, rounds=2, min_clients=3)
+    assert len(history) == 8 and not history.duplicated(["round", "client"]).any()
+
+
+def test_max_hours_stops_at_a_round_boundary_and_the_next_session_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        clock = itertools.count(0, 600)  # each look at the clock takes ten minutes
+        patch.setattr(federation.time, "monotonic", lambda: next(clock))
+        history = train(tmp_path, rounds=50, max_hours=1.0)
+    assert aggregated(history)["round"].tolist() == [1, 2]
+    assert not (tmp_path / "runs/run/finished.json").exists()
+    more = train(tmp_path, rounds=3)
+    assert aggregated(more)["round"].tolist() == [1, 2, 3]
+    assert (tmp_path / "runs/run/finished.json").exists()
+
+
+def test_another_run_under_the_same_name_is_refused_by_name(tmp_path):
+    train(tmp_path, rounds=1)
+    with pytest.raises(InputError, match=r"runs/run is a run with lr=0.001, not 0.01"):
+        train(tmp_path, rounds=1, lr=0.01)
+    report = tmp_path / "prepared" / "report.json"
+    films = tiny_films(tmp_path)
+    report.write_text(json.dumps({"fingerprint": "other data"}))
+    with pytest.raises(InputError, match="fingerprint='tiny'"):
+        Training(tiny_settings(tmp_path), films)
+
+
+def test_a_moved_run_goes_on(tmp_path):
+    expected = hashes(train(tmp_path / "a", rounds=2))
+    train(tmp_path / "b", rounds=1)
+    shutil.move(tmp_path / "b", tmp_path / "c")
+    assert hashes(train(tmp_path / "c", rounds=2)) == expected
+
+
+def test_own_strategy_in_a_few_lines(tmp_path):
+    class Halfway(FedAvg):
+        """Go only half of the way to the mean."""
+
+        def step(self, state, mean, server, share):
+            half = {k: (v + state[k].double()) / 2 for k, v in mean.items()}
+            return super().step(state, half, server, share)
+
+    settings = tiny_settings(tmp_path, name="own")
+    history = Training(settings, tiny_films(tmp_path), Halfway).train()
+    assert hashes(history) != hashes(train(tmp_path, name="plain"))
+    with pytest.raises(InputError, match="strategy"):
+        Training(settings, tiny_films(tmp_path))
+
+
+def test_sampled_clients_follow_the_fraction_and_the_seed(tmp_path):
+    history = train(tmp_path, client_fraction=0.6, rounds=4)
+    drawn = history[history["client"] != ""].groupby("round")["client"].agg(list)
+    assert drawn.map(len).eq(2).all() and drawn.map(tuple).nunique() > 1
+    assert drawn.map(lambda names: names == sorted(names)).all()
+
+
+def test_estimate_is_of_the_right_order(tmp_path):
+    settings = tiny_settings(tmp_path, rounds=6)
+    training = Training(settings, tiny_films(tmp_path, films=200))
+    estimate = training.estimate_seconds()
+    seconds = aggregated(training.train())["seconds"].sum()
+    assert 0.2 < estimate / seconds < 5
+    assert training.estimate_seconds() == 0
+
+

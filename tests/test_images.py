@@ -1,0 +1,245 @@
+"""Decoding once: what is read, what is quarantined, what survives a kill; the Dataset."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_films
+
+from fedutils import images
+from fedutils.findings import FINDINGS
+from fedutils.images import (
+    ChestXrayDataset,
+    choose_films,
+    decode_film,
+    decode_films,
+    normalise,
+    read_index,
+    write_index,
+)
+
+
+def write_film(path, seed=0, size=40):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def make_table(folder, films, **changes):
+    for i in range(films):
+        write_film(folder / f"{i:08d}_000.png", i)
+    names = sorted(path.name for path in folder.glob("*.png"))
+    table = pd.DataFrame({"image_index": names, "path": names})
+    table["patient_id"] = table["image_index"].str[:8]
+    table[["age", "sex", "view", "scanner", "split"]] = [50.0, "F", "PA", "0.143", "train"]
+    return table.assign(**dict.fromkeys(FINDINGS, np.float32(0)), **changes)
+
+
+def test_rgba_equals_grey(tmp_path):
+    write_film(tmp_path / "grey.png")
+    grey = Image.open(tmp_path / "grey.png")
+    for mode in ("RGB", "RGBA", "LA"):
+        grey.convert(mode).save(tmp_path / f"{mode}.png")
+    grey.convert("RGB").quantize(256).save(tmp_path / "P.png")
+    expected, about = decode_film(tmp_path / "grey.png", 20)
+    for mode in ("RGB", "RGBA", "LA", "P"):
+        film, seen = decode_film(tmp_path / f"{mode}.png", 20)
+        assert np.array_equal(film, expected) and seen["mode"] == mode
+        assert seen["sha256"] == about["sha256"]  # equal pixels are found whatever the format
+
+
+def break_film(path, how):
+    content = path.read_bytes()
+    if how == "missing":
+        path.unlink()
+    elif how == "16-bit":
+        Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(path)
+    else:
+        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[how])
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("truncated", "truncated"),
+        ("empty", "empty file"),
+        ("text", "cannot identify"),
+        ("missing", "No such file"),
+        ("16-bit", "more than 8 bits"),
+    ],
+)
+def test_a_broken_film_is_quarantined_and_named(tmp_path, how, reason):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+    break_film(tmp_path / "00000001_000.png", how)
+    films = decode_films(table, tmp_path, out, 16)
+    report = write_index(table, films, NO_BOXES, out, {"image_size": 16})
+    assert list(report["quarantined"]) == ["00000001_000.png"]
+    assert reason in report["quarantined"]["00000001_000.png"]
+    index = read_index(out)
+    assert list(index["image_index"]) == ["00000000_000.png", "00000002_000.png"]
+    dataset = ChestXrayDataset(out)
+    expected, _ = decode_film(tmp_path / "00000002_000.png", 16)
+    assert np.array_equal(dataset[1][0][0], expected)
+
+
+NO_BOXES = pd.DataFrame({c: [] for c in ["image_index", "finding", *"xywh"]}).astype({"image_index": str})
+
+
+def test_duplicates_modes_and_sizes_are_named_and_kept(tmp_path):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+    Image.open(tmp_path / "00000000_000.png").convert("RGBA").save(tmp_path / "00000001_000.png")
+    write_film(tmp_path / "00000002_000.png", size=50)
+    report = write_index(table, decode_films(table, tmp_path, out, 16), NO_BOXES, out, {"image_size": 16})
+    assert report["duplicates"] == [["00000000_000.png", "00000001_000.png"]]
+    assert report["modes"] == {"L": 2, "RGBA": 1} and report["sizes"] == {"40x40": 2, "50x50": 1}
+    assert report["films"] == 3
+
+
+def test_boxes_follow_the_resize_as_fractions(tmp_path):
+    table, out = make_table(tmp_path, 1), tmp_path / "prepared"
+    boxes = pd.DataFrame([["00000000_000.png", "Mass", 10.0, 20.0, 4.0, 8.0]], columns=NO_BOXES.columns)
+    write_index(table, decode_films(table, tmp_path, out, 16), boxes, out, {"image_size": 16})
+    box = pd.read_csv(out / "boxes.csv").loc[0, list("xywh")].tolist()
+    assert box == [10 / 40, 20 / 40, 4 / 40, 8 / 40]
+
+
+def test_fingerprint_follows_pixels_labels_split_and_size(tmp_path):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+
+    def fingerprint(table, size=16):
+        films = decode_films(table, tmp_path, out, size)
+        return write_index(table, films, NO_BOXES, out, {"image_size": size})["fingerprint"]
+
+    first = fingerprint(table)
+    assert fingerprint(table) == first
+    assert fingerprint(table.assign(Mass=np.float32(1))) != first
+    assert fingerprint(table.assign(split="val")) != first
+    assert fingerprint(table, 20) != first
+    write_film(tmp_path / "00000001_000.png", seed=99)
+    (out / "images.key").unlink()  # what is decoded again when the films change
+    assert fingerprint(table) != first
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from fedutils import images
+from test_images import make_table
+folder = Path(sys.argv[1])
+images.CHUNK = 4
+slow = images.decode_film
+def decode(path, size):
+    time.sleep(0.01)
+    return slow(path, size)
+images.decode_film = decode
+names = sorted(path.name for path in folder.glob("*.png"))
+import pandas as pd
+table = pd.DataFrame({"image_index": names, "path": names})
+images.decode_films(table, folder, folder / "prepared", 16, lambda d, t: print(d, flush=True))
+"""
+
+
+def test_decoding_goes_on_after_a_kill_at_any_moment(tmp_path, monkeypatch):
+    make_table(tmp_path, 60)
+    command = [sys.executable, "-c", CHILD, str(tmp_path), os.path.dirname(__file__)]
+    landed = 0
+    for wait in (0.02, 0.11, 0.05):
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        child.stdout.readline()
+        time.sleep(wait)
+        child.send_signal(signal.SIGKILL)
+        child.communicate()
+        landed += child.returncode == -signal.SIGKILL
+    assert landed == 3 and not (tmp_path / "prepared" / "images.npy").exists()
+    rest = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert int(rest[0]) > 0, "the films of the killed runs were decoded again"
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    store = np.load(tmp_path / "prepared" / "images.npy")
+    for row, name in enumerate(names):
+        assert np.array_equal(store[row], decode_film(tmp_path / name, 16)[0]), name
+    journal = pd.read_csv(tmp_path / "prepared" / "films.csv")
+    assert list(journal["image_index"]) == names
+    assert not list((tmp_path / "prepared").glob("decoding-*"))
+
+
+def test_a_half_written_journal_line_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "CHUNK", 2)
+    table, out = make_table(tmp_path, 6), tmp_path / "prepared"
+
+    def stop(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decode_films(table, tmp_path, out, 16, stop)
+    journal = next(out.glob("decoding-*/films.csv"))
+    with journal.open("a") as file:
+        file.write("00000004_000.png,,L,40")
+    seen = []
+    decode_films(table, tmp_path, out, 16, lambda done, total: seen.append(done))
+    assert seen == [4, 6] and len(pd.read_csv(out / "films.csv")) == 6
+
+
+def test_a_finished_store_is_not_decoded_again(tmp_path, monkeypatch):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+    first = decode_films(table, tmp_path, out, 16)
+    monkeypatch.setattr(images, "decode_film", lambda *args: pytest.fail("decoded again"))
+    assert decode_films(table, tmp_path, out, 16).equals(first)
+
+
+def test_choose_films_takes_whole_patients(tmp_path):
+    table = pd.DataFrame({"patient_id": np.repeat([str(i) for i in range(40)], 5)})
+    table["image_index"] = [f"{i:08d}_000.png" for i in range(200)]
+    some = choose_films(table, 52, seed=0)
+    assert 40 <= len(some) <= 52 and (some.groupby("patient_id").size() == 5).all()
+    assert choose_films(table.sample(frac=1, random_state=1), 52, 0)["image_index"].isin(some["image_index"]).all()
+    assert len(choose_films(table, 0, 0)) == len(choose_films(table, 500, 0)) == 200
+
+
+def test_dataset_reads_films_and_labels_by_position(tmp_path):
+    films = tiny_films(tmp_path)
+    film, labels = films[3]
+    assert film.dtype == torch.uint8 and film.shape == (1, 32, 32) and labels.shape == (14,)
+    batch, targets = films.batch([3, 5])
+    assert torch.equal(batch[0], film) and torch.equal(targets[0], labels)
+    part = films.where(films.index["split"] == "val")
+    assert len(part) == 12 and set(part.index["split"]) == {"val"}
+    assert torch.equal(part[0][0], films[3][0])
+    assert len(next(iter(torch.utils.data.DataLoader(films, batch_size=7)))[0]) == 7
+
+
+def test_normalise_uses_imagenets_statistics_on_three_equal_channels():
+    films = torch.full((2, 1, 8, 8), 255, dtype=torch.uint8)
+    inputs = normalise(films)
+    assert inputs.shape == (2, 3, 8, 8)
+    assert inputs[0, 1, 0, 0].item() == pytest.approx((1 - 0.456) / 0.224, rel=1e-6)
+
+
+def test_augmentation_turns_and_shifts_a_little_and_never_flips():
+    film = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+    film[..., 28:36, 44:52] = 255  # a mark on the right
+    plain = normalise(film)
+    for seed in range(20):
+        moved = normalise(film, np.random.default_rng(seed))
+        assert moved[..., 32:].sum() > moved[..., :32].sum()
+        rows, columns = torch.nonzero(moved[0, 0] > moved[0, 0].max() / 2, as_tuple=True)
+        assert abs(rows.float().mean() - 31.5) < 8 and abs(columns.float().mean() - 47.5) < 8
+    assert not torch.equal(moved, plain)
+    again = normalise(film, np.random.default_rng(19))
+    assert torch.equal(again, moved)
+
+
+def test_report_is_readable_json(tmp_path):
+    table, out = make_table(tmp_path, 2), tmp_path / "prepared"
+    write_index(table, decode_films(table, tmp_path, out, 16), NO_BOXES, out, {"image_size": 16})
+    report = json.loads((out / "report.json").read_text())
+    assert report["splits"] == {"train": {"films": 2, "patients": 2}}

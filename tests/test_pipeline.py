@@ -1,0 +1,355 @@
+"""The pipeline, proved on four stand-in notebooks that leave the files that the real ones leave."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Thread
+
+import jupytext
+import pytest
+
+from fedutils import __main__, pipeline
+from fedutils.pipeline import NOTEBOOKS
+
+HEADER = """# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A stand-in
+
+# %% tags=["parameters"]
+data_dir: str = ""  # folder of the films
+work_dir: str = "../work"  # where results go
+name: str = "demo"  # name of the run
+"""
+START = """
+# %%
+from pathlib import Path
+work = Path(work_dir)
+run = work / "runs" / name
+for folder in (work / "prepared", run / "models", run / "evaluation"):
+    folder.mkdir(parents=True, exist_ok=True)
+"""
+BODIES = {
+    "01_explore": """
+# %%
+print("films explored")
+""",
+    "02_preprocess": """
+# %%
+(work / "prepared/report.json").write_text(f'{{"fingerprint": "{seed}-{image_size}"}}')
+(work / "prepared/index.csv").write_text("image_index")
+""",
+    "03_federated_train": """
+# %%
+for number in range(1, rounds + 1):
+    print("round", number)
+(run / "config.json").write_text(f'{{"lr": {lr}}}')
+(run / "history.csv").write_text(f"{rounds} {lr}" + (work / "prepared/report.json").read_text())
+(run / "models/federated.safetensors").write_text("weights")
+(run / "finished.json").write_text("") if not max_hours else (run / "finished.json").unlink(True)
+""",
+    "04_evaluate": """
+# %%
+(run / "evaluation/summary.json").write_text('{"headline": ["federated AUROC 0.75", "local 0.70"]}')
+print("mean AUROC", 0.75)
+""",
+}
+PARAMETERS = {
+    "01_explore": "seed: int = 0\n",
+    "02_preprocess": "seed: int = 0\nimage_size: int = 0  # pixels (image_size=64 in the demo)\n",
+    "03_federated_train": "rounds: int = 2\nlr: float = 1e-3\nmax_hours: float = 0.0\n",
+    "04_evaluate": "",
+}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A checkout with stand-in notebooks; the working folder is its root."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for stem in NOTEBOOKS:
+        (folder / f"{stem}.py").write_text(HEADER + PARAMETERS[stem] + START + BODIES[stem])
+    monkeypatch.delenv("NIH_DATA_DIR", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(pipeline.PACKAGE.parent))
+    monkeypatch.setattr(pipeline, "FOLDER", folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Execute in this process instead of in a kernel, and name what was executed."""
+    names = []
+
+    def execute(node, output, parameters, cwd):
+        names.append(output.stem[:2])
+        scope = {}
+        for cell in (cell for cell in node.cells if cell.cell_type == "code"):
+            exec(cell.source, scope)
+            if "parameters" in cell.metadata.get("tags", []):
+                scope |= parameters
+        for path in (output, output.with_suffix(".html")):
+            path.write_text(f"{parameters} {names}")
+
+    monkeypatch.setattr(pipeline, "execute", execute)
+    return names
+
+
+def command(*arguments):
+    """Call the command line in this process, under a given name of the run."""
+    return __main__.main(["run", "--profile", "demo", "--name", "A", "--work", "work", *arguments])
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+def again(executed, *arguments):
+    """Call the command line again and tell which notebooks it executed."""
+    executed.clear()
+    assert command(*arguments) == 0
+    return executed
+
+
+def break_cell(project, line, stem="02_preprocess"):
+    edit(project / f"notebooks/{stem}.py", "\nfrom pathlib", f"\n{line}\nfrom pathlib")
+
+
+# What is known to be wrong before any notebook starts.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-p", "round=3"], "unknown parameter 'round'; allowed are .*rounds"),
+        (["-p", "momentum=0.5"], "unknown parameter 'momentum'; allowed are "),
+        (["-p", "rounds=many"], "rounds='many': expected int"),
+        (["-p", "rounds=-1"], "rounds=-1: allowed is 1 to"),
+        (["-p", "rounds"], "-p rounds: expected KEY=VALUE"),
+        (["--profile", "fast"], "profile='fast': allowed are auto, demo, kaggle"),
+        (["--name", "../B"], "name='../B': expected letters"),
+        (["--only", "03,07"], "no notebook '07'; known: 01, 02, 03, 04"),
+        (["--data", "absent"], "absent"),
+        (["--data", "empty"], "empty"),
+        (["--data", "unlabelled"], "column"),
+        (["--work", "notebooks/01_explore.py"], "work_dir: .* cannot be made"),
+    ],
+)
+def test_unusable_input_is_one_line_and_no_notebook_starts(
+    project, executed, capsys, arguments, message
+):
+    (project / "empty").mkdir()
+    (project / "unlabelled").mkdir()
+    (project / "unlabelled/Data_Entry_2017.csv").write_text("Image Index,Patient ID\na.png,1\n")
+    assert command(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fedutils: ") and error.count("\n") == 1
+    assert re.search(message, error)
+    assert executed == [] and not (project / "work").exists()
+
+
+def test_each_notebook_gets_those_resolved_parameters_that_it_declares(project, executed):
+    settings = pipeline.run({"work_dir": "work", "profile": "demo"}, notebooks=pipeline.FOLDER)
+    node = pipeline.read_notebook(pipeline.FOLDER, "02_preprocess")
+    job = pipeline.Job("02_preprocess", node, settings, pipeline.FOLDER, "")
+    places = {"data_dir": "", "work_dir": str(project / "work"), "name": settings.name}
+    assert job.parameters == places | {"seed": 0, "image_size": 64}
+    assert len(settings.name) == 8
+
+
+# What is executed again, and what is not.
+
+
+def test_all_run_once_and_then_are_skipped(project, executed, capsys):
+    assert again(executed) == ["01", "02", "03", "04"]
+    assert again(executed) == []
+    assert capsys.readouterr().out.count("skipped (unchanged)") == 4
+    assert again(executed, "--force") == ["01", "02", "03", "04"]
+
+
+def test_a_parameter_repeats_the_notebooks_that_depend_on_it(project, executed):
+    again(executed)
+    assert again(executed, "-p", "lr=0.01") == ["03", "04"]
+    assert again(executed, "-p", "lr=0.01", "-p", "image_size=128") == ["02", "03", "04"]
+
+
+def test_changed_code_of_a_notebook_repeats_it(project, executed):
+    again(executed)
+    edit(project / "notebooks/03_federated_train.py", '"weights"', '"other weights"')
+    assert again(executed) == ["03", "04"]
+    edit(project / "notebooks/03_federated_train.py", "# A stand-in", "# Prose")
+    assert again(executed) == []
+
+
+def test_changed_code_of_fedutils_repeats_all(project, executed, monkeypatch):
+    again(executed)
+    shutil.copytree(pipeline.PACKAGE, project / "fedutils")
+    monkeypatch.setattr(pipeline, "PACKAGE", project / "fedutils")
+    assert again(executed) == []
+    edit(project / "fedutils/rng.py", "def ", "def  ")
+    assert again(executed) == ["01", "02", "03", "04"]
+
+
+def test_an_output_that_is_missing_or_different_is_made_again(project, executed):
+    again(executed)
+    (project / "work/prepared/report.json").write_text('{"fingerprint": "of another run"}')
+    assert again(executed) == ["02"]
+    (project / "work/prepared/report.json").write_text("damaged")
+    assert again(executed) == ["02"]
+    (project / "work/runs/A/models/federated.safetensors").unlink()
+    assert again(executed) == ["03"]
+    (project / "work/notebooks/A/01_explore.html").unlink()
+    assert again(executed) == ["01"]
+
+
+def test_changed_data_repeats_what_reads_films(project, executed, monkeypatch):
+    films = project / "films"
+    (films / "images").mkdir(parents=True)
+    (films / "Data_Entry_2017.csv").write_text("one")
+    monkeypatch.setattr(pipeline.nih, "read_nih", lambda folder: None)
+    again(executed, "--data", "films")
+    assert again(executed, "--data", "films") == []
+    (films / "Data_Entry_2017.csv").write_text("two")
+    assert again(executed, "--data", "films") == ["01", "02"]
+    (films / "images/00000001_000.png").touch()
+    assert again(executed, "--data", "films") == ["01", "02"]
+
+
+def test_training_that_stopped_at_its_time_limit_goes_on(project, executed, capsys):
+    again(executed, "-p", "max_hours=9")
+    assert "Training stopped at max_hours" in capsys.readouterr().out
+    assert again(executed, "-p", "max_hours=9") == ["03"]
+
+
+def test_only_the_chosen_notebooks_run(project, executed):
+    assert again(executed, "--only", "02,01") == ["01", "02"]
+    assert again(executed, "--only", "03") == ["03"]
+    assert again(executed) == ["04"]
+
+
+def test_a_run_goes_on_at_the_notebook_that_failed(project, executed):
+    break_cell(project, "1 / 0", "03_federated_train")
+    with pytest.raises(ZeroDivisionError):
+        command()
+    edit(project / "notebooks/03_federated_train.py", "1 / 0", "pass")
+    assert again(executed) == ["03", "04"]
+
+
+# With real kernels.
+
+
+def test_a_run_leaves_notebooks_html_and_headline_figures(project, capfd):
+    assert command() == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    lines = out.splitlines()
+    assert re.fullmatch(r"01_explore +done in \d+ s  -> work/notebooks/A/01_explore.html", lines[0])
+    assert lines[2:5] == ["03_federated_train  running", "    round 1", "    round 2"]
+    assert lines[-2:] == ["federated AUROC 0.75", "local 0.70"]
+    assert "Summary: work/runs/A/evaluation/summary.json" in lines
+    for stem in NOTEBOOKS:
+        html = (project / f"work/notebooks/A/{stem}.html").read_text()
+        assert not re.search(r"<(script|link|img)[^>]*(src|href)=.?(https?:)?//", html)
+        assert (
+            "viewport" in html and "A stand-in" in html and "name: str" in re.sub("<.*?>", "", html)
+        )
+    assert sorted(path.name for path in pipeline.FOLDER.iterdir()) == [f"{s}.py" for s in NOTEBOOKS]
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        (
+            "1 / 0",
+            1,
+            r"01_explore failed in cell \[3\] '1 / 0': ZeroDivisionError: division by zero",
+        ),
+        (
+            "import os; os._exit(1)",
+            1,
+            r"01_explore failed in cell \[3\] 'import os; .*': DeadKernel",
+        ),
+        (
+            "InputError = type('InputError', (ValueError,), {}); raise InputError('one\\ntwo')",
+            2,
+            "fedutils: one two$",
+        ),
+    ],
+)
+def test_a_failing_cell_is_named(project, capfd, line, status, message):
+    break_cell(project, line, "01_explore")
+    assert command() == status
+    error = capfd.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    left = sorted(path.name for path in (project / "work/notebooks/A").iterdir())
+    assert left == ["01_explore.html", "01_explore.ipynb"]
+
+
+def test_the_ipynb_runs_where_the_py_or_jupytext_is_missing(project, monkeypatch):
+    for path in (project / "notebooks").glob("*.py"):
+        jupytext.write(jupytext.read(path), path.with_suffix(".ipynb"))
+    monkeypatch.setitem(sys.modules, "jupytext", None)  # makes the import fail
+    assert command("--only", "01") == 0
+    monkeypatch.undo()
+    (project / "notebooks/01_explore.py").unlink()
+    pipeline.run(
+        {"work_dir": str(project / "w"), "name": "B"}, "01", notebooks=project / "notebooks"
+    )
+    assert (project / "w/notebooks/B/01_explore.html").is_file()
+
+
+def test_the_kernel_dies_with_a_killed_pipeline(project):
+    pid = sleep_in_first_cell(project)
+    program = (
+        "from pathlib import Path; from fedutils import pipeline;"
+        f"pipeline.run({{'work_dir': 'work'}}, notebooks=Path({str(pipeline.FOLDER)!r}))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    wait_for(lambda: pid.exists() and pid.read_text(), 60)
+    process.kill()
+    process.wait()
+    wait_for(lambda: is_dead(pid.read_text()), 10)
+
+
+def test_an_interrupt_ends_the_kernel_too(project, capsys):
+    pid = sleep_in_first_cell(project)
+
+    def interrupt():
+        wait_for(lambda: pid.exists() and pid.read_text(), 60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=interrupt, daemon=True).start()
+    assert command() == 130
+    assert capsys.readouterr().err.startswith("fedutils: interrupted")
+    assert is_dead(pid.read_text())
+
+
+def sleep_in_first_cell(project):
+    """Let the first notebook write its kernel's pid to the file that is returned, and wait."""
+    pid = project / "pid"
+    line = f"import os, time; Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)\n"
+    edit(project / "notebooks/01_explore.py", "work = Path", f"{line}work = Path")
+    return pid
+
+
+def is_dead(pid):
+    status = Path("/proc", pid, "status")
+    return not status.exists() or "State:\tZ" in status.read_text()
+
+
+def wait_for(condition, seconds):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -1,0 +1,258 @@
+"""Figures say what they must, on plausible and on degenerate tables, and nothing overlaps."""
+
+import itertools
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from fedutils import plots
+from fedutils.findings import FINDINGS, NO_FINDING
+from fedutils.metrics import YARDSTICKS_OFFICIAL
+
+
+def film_table(n):
+    """A tidy table of n films, three a patient, on two scanners."""
+    rng = np.random.default_rng(n)
+    table = pd.DataFrame(rng.random((n, 14)) < 0.15, columns=FINDINGS).astype(float)
+    table["Hernia"] = 0.0
+    table["patient_id"] = np.arange(n) // 3
+    table["age"] = rng.integers(1, 95, n).astype(float)
+    table["sex"] = rng.choice(["F", "M"], n)
+    table["view"] = rng.choice(["AP", "PA"], n)
+    table["scanner"] = rng.choice(["0.143", "0.168"], n)
+    return table
+
+
+def history(arms, seeds=1, rounds=5, clients=3):
+    """Rows as the round loop writes them, nearly equal between arms, so that labels collide."""
+    rows = []
+    for arm, seed, r in itertools.product(arms, range(seeds), range(1, rounds + 1)):
+        owners = [f"hospital-{k}" for k in range(clients)] if arm == "local" else [""]
+        for k, client in enumerate(owners):
+            values = [1 / (r + 1), 1 / r + 0.001 * seed, 0.7 - 0.2 / r + 0.001 * k]
+            rows.append([arm, seed, r, client, *values])
+    columns = ["arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def metrics_table(arms, clients=("",)):
+    """Rows of metrics.csv for every finding and the mean, Hernia undefined."""
+    rows = []
+    for arm, client, finding in itertools.product(arms, clients, ("mean", *FINDINGS)):
+        lost = finding == "Hernia"
+        ci = [np.nan] * 3 if lost else [0.7, 0.65, 0.75]
+        rows.append([arm, "", client, "all", finding, "auroc", *ci, 100, 0 if lost else 13])
+    columns = "arm,seed,client,test_set,finding,metric,value,ci_low,ci_high,n,positives"
+    return pd.DataFrame(rows, columns=columns.split(","))
+
+
+def client_report(clients):
+    shares = pd.DataFrame(0.1, index=[f"h{k}" for k in range(clients)], columns=FINDINGS)
+    return shares.assign(films=[1000 * (k + 1) for k in range(clients)], patients=300)
+
+
+def texts(figure):
+    """Every text of a figure, line breaks as spaces."""
+    found = figure.findobj(Text)
+    return [text.get_text().replace("\n", " ") for text in found if text.get_text()]
+
+
+def assert_apart(labels, figure):
+    """No two labels overlap, and all lie within the figure."""
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(label) for label in labels]  # without the thread to its line
+    for (one, a), (other, b) in itertools.combinations(zip(labels, boxes, strict=True), 2):
+        assert not a.overlaps(b), f"{one.get_text()!r} overlaps {other.get_text()!r}"
+    for label, box in zip(labels, boxes, strict=True):
+        inside = figure.bbox.padded(1)
+        corners = inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1)
+        assert corners, f"{label.get_text()!r} leaves the figure"
+
+
+def every_figure(films=30, clients=3, rounds=5):
+    """All figures on a test set of one size."""
+    table = film_table(films)
+    truth = table[list(FINDINGS)].to_numpy()
+    film = np.zeros((8, 8), dtype=np.uint8)
+    overlap = pd.DataFrame({"split": ["rows", "patients"], "share": [0.8, 0.0]})
+    return {
+        "prevalence": plots.prevalence(table, "phantom"),
+        "cooccurrence": plots.cooccurrence(table, "phantom"),
+        "films_per_patient": plots.films_per_patient(table, "phantom"),
+        "demographics": plots.demographics(table, "phantom"),
+        "finding_grid": plots.finding_grid({"Mass": film}, {"Mass": [(1, 1, 2, 3)]}, "phantom"),
+        "film_grid": plots.film_grid([film], ["a film"], "phantom"),
+        "split_overlap": plots.split_overlap(overlap, "phantom"),
+        "client_heatmap": plots.client_heatmap(client_report(clients), "phantom"),
+        "learning_curves": plots.learning_curves(history(["federated"], 1, rounds), "phantom"),
+        "roc_curves": plots.roc_curves(truth, truth * 0.5, "phantom"),
+        "pr_curves": plots.pr_curves(truth, truth * 0.5, "phantom"),
+        "auroc_forest": plots.auroc_forest(metrics_table(["federated"]), title="phantom"),
+    }
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [(30, 3, 5), (1, 1, 1)], ids=["usual", "one of each"])
+def test_every_figure_is_named_wide_as_github_and_leaves_nothing_open(size):
+    style = dict(matplotlib.rcParams)
+    for name, figure in every_figure(*size).items():
+        assert isinstance(figure, Figure), name
+        assert figure.get_size_inches()[0] * figure.dpi == pytest.approx(880), name
+        assert any(text.endswith("· phantom") for text in texts(figure)), name
+        smallest = min(t.get_fontsize() for t in figure.findobj(Text))
+        assert smallest >= 9, name
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == style
+
+
+def test_prevalence_counts_each_finding_and_films_without_any():
+    table = film_table(10)
+    table[list(FINDINGS)] = 0.0
+    table.loc[:2, "Mass"] = 1.0
+    table.loc[8:, "Edema"] = np.nan
+    said = texts(plots.prevalence(table))
+    assert (
+        "3  (30.0 %)" in said
+        and "5  (50.0 %)" in said
+        and NO_FINDING in said
+        and set(FINDINGS) <= set(said)
+    )
+    ticks = [label.get_text() for label in plots.prevalence(table).axes[0].get_yticklabels()]
+    assert ticks[:2] == [NO_FINDING, "Mass"]
+
+
+def test_cooccurrence_is_conditional_on_the_row():
+    table = film_table(8)
+    table[list(FINDINGS)] = 0.0
+    table.loc[:3, "Effusion"] = 1.0
+    table.loc[:0, "Mass"] = 1.0
+    cells = plots.cooccurrence(table).axes[0].collections[0].get_array().reshape(14, 14)
+    effusion, mass = FINDINGS.index("Effusion"), FINDINGS.index("Mass")
+    assert cells[effusion, mass] == 0.25 and cells[mass, effusion] == 1
+    assert cells.mask[effusion, effusion] and cells.mask[FINDINGS.index("Hernia")].all()
+    assert "Effusion (4)" in texts(plots.cooccurrence(table))
+
+
+def test_films_per_patient_says_how_much_the_top_percent_hold():
+    table = pd.DataFrame({"patient_id": np.r_[np.zeros(60), np.arange(1, 41)]})
+    said = texts(plots.films_per_patient(table, "phantom"))
+    assert any("top 1 % of patients (1) hold 60 % of the films" in text for text in said)
+    assert "40  (97.6 %)" in said and "60  (60.0 %)" in said
+
+
+def test_demographics_counts_what_it_cannot_show():
+    table = film_table(20).assign(scanner="0.143")
+    table.loc[:4, "age"] = np.nan
+    table["view"] = ["AP"] * 5 + ["PA"] * 15
+    figure = plots.demographics(table)
+    assert len(figure.axes) == 3
+    assert "films (not shown: 5)" in texts(figure) and "25 %" in texts(figure)
+
+
+def test_a_finding_without_a_film_is_said_to_have_none():
+    figure = plots.finding_grid({"Mass": np.zeros((9, 9), np.uint8)}, {"Mass": [(1, 2, 3, 4)]})
+    assert texts(figure).count("no film") == 13
+    (box,) = figure.axes[FINDINGS.index("Mass")].patches
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (1, 2, 3, 4)
+
+
+def test_client_rows_carry_films_and_the_unlabelled_stay_grey():
+    report = client_report(2)
+    report.loc["h1", "Hernia"] = np.nan
+    figure = plots.client_heatmap(report)
+    assert "h1 2,000 films, 300 patients" in texts(figure)
+    cells = figure.axes[0].collections[0].get_array().reshape(2, 14)
+    assert cells.mask.sum() == 1 and cells.mask[1, 13] and cells[0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arms", "seeds", "rounds"),
+    [
+        (["federated"], 1, 5),
+        (["federated", "centralised", "local"], 1, 5),
+        (["federated", "centralised", "local"], 3, 8),
+        (["federated", "centralised", "local", "fedprox", "fedadam"], 2, 1),
+    ],
+)
+def test_learning_curves_are_named_at_their_ends_without_overlap(arms, seeds, rounds):
+    figure = plots.learning_curves(history(arms, seeds, rounds), "phantom")
+    for ax in figure.axes:
+        labels = [text for text in ax.texts if text.get_text()]
+        assert len(labels) == (2 if len(arms) == 1 and ax is figure.axes[0] else len(arms))
+        low, high = ax.get_ylim()
+        shown = [t for t in ax.get_yticklabels() if low <= t.get_position()[1] <= high]
+        assert_apart([*labels, *shown], figure)
+        ticks = [tick for tick in ax.get_xticks() if 1 <= tick <= rounds]
+        assert ticks and all(tick == round(tick) for tick in ticks)
+
+
+def test_learning_curves_mark_the_best_round_of_the_aggregated_model():
+    rows = history(["federated"], rounds=6)
+    rows["val_auroc"] = [0.5, 0.6, 0.75, 0.7, 0.7, 0.7]
+    of_a_client = rows.assign(client="hospital-0", val_auroc=0.99, train_loss=99.0)
+    figure = plots.learning_curves(pd.concat([rows.assign(client=np.nan), of_a_client]))
+    assert "federated best 0.750, round 3" in texts(figure)
+    assert figure.axes[0].get_ylim()[1] < 2
+
+
+def test_local_models_are_thin_and_their_mean_is_thick():
+    figure = plots.learning_curves(history(["federated", "local"], clients=4))
+    thin = [line for line in figure.axes[1].lines if line.get_linewidth() < 1]
+    assert len(thin) == 4
+    assert any("thin: each seed or client" in text for text in texts(figure))
+
+
+def test_learning_curves_without_any_auroc_say_so():
+    rows = history(["federated"]).assign(val_auroc=np.nan)
+    assert "not defined" in texts(plots.learning_curves(rows))
+
+
+@pytest.mark.parametrize("draw", [plots.roc_curves, plots.pr_curves])
+def test_curves_have_a_panel_a_finding_and_name_the_undefined(draw):
+    truth = np.zeros((20, 14))
+    truth[:5, :12], truth[:, 12] = 1, 1
+    truth[3, 0] = np.nan
+    figure = draw(truth, np.linspace(1, 0, 20 * 14).reshape(20, 14))
+    assert len([ax for ax in figure.axes if ax.get_title(loc="left")]) == 14
+    assert texts(figure).count("not defined (0 positives)") == 1
+    assert texts(figure).count("not defined (0 negatives)") == 1
+    name = "AUROC" if draw is plots.roc_curves else "AP"
+    assert any(text.startswith(f"Atelectasis {name} 1.00") for text in texts(figure))
+
+
+def test_pr_panels_show_the_prevalence_as_chance():
+    truth = np.zeros((20, 14))
+    truth[:5] = 1
+    figure = plots.pr_curves(truth, np.random.default_rng(0).random((20, 14)))
+    assert list(figure.axes[0].lines[0].get_ydata()) == [0.25, 0.25]
+    assert "(chance 0.250)" in figure.axes[0].get_title(loc="left")
+
+
+def test_a_lone_arms_forest_writes_every_value():
+    said = texts(plots.auroc_forest(metrics_table(["federated"])))
+    assert said.count("0.700 [0.650, 0.750]") == 14
+    assert said.count("not defined (0 positives)") == 1 and "mean of 13" in said
+
+
+@pytest.mark.parametrize("arms", [["federated"], ["federated", "centralised", "local"]])
+def test_forest_labels_stay_apart(arms):
+    figure = plots.auroc_forest(metrics_table(arms), YARDSTICKS_OFFICIAL, "phantom")
+    assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
+    assert any("Wang 2017" in text for text in texts(figure))
+
+
+def test_forest_shows_local_models_by_client_and_prefers_the_mean_over_seeds():
+    table = metrics_table(["federated"])
+    seed = table.assign(seed=0, value=0.1)
+    local = metrics_table(["local"], clients=["h0", "h1"])
+    said = texts(plots.auroc_forest(pd.concat([table, seed, local], ignore_index=True)))
+    assert "federated 0.700 [0.650, 0.750]" in said
+    assert "local 0.700 to 0.700 by client" in said
+    assert "federated 0.100 [0.650, 0.750]" in texts(plots.auroc_forest(pd.concat([seed, local])))
