@@ -2,22 +2,35 @@
 
 from . import plots
 from .client import Client, Update, predict
-from .federation import FederationError, Training, predict_films
+from .evaluation import (
+    check_fingerprint,
+    evaluate_models,
+    predict_films,
+    read_films,
+    write_predictions,
+    write_summary,
+)
 from .fedavg import STRATEGIES, FedAvg
+from .federation import FederationError, Training
 from .findings import FINDINGS, InputError, format_labels, parse_labels
-from .images import ChestXrayDataset, choose_films, decode_films, read_index, write_index
-from .metrics import evaluate
+from .images import (
+    ChestXrayDataset,
+    choose_films,
+    decode_films,
+    example_films,
+    read_index,
+    read_report,
+    write_index,
+)
+from .metrics import YARDSTICKS_OFFICIAL
 from .model import build_resnet34
-from .nih import check_table, find_data, read_nih, summary
-from .partition import label_skew, partition_patients, partition_report, split_patients
+from .nih import check_table, open_data, summary
+from .partition import (
+    label_skew,
+    leak_of_splits,
+    partition_patients,
+    partition_report,
+    split_patients,
+)
 from .phantom import write_phantom
-from .settings import Settings, __version__, print_environment, read_parameters
-
-__all__ = [
-    "FINDINGS", "STRATEGIES", "ChestXrayDataset", "Client", "FedAvg", "FederationError",
-    "InputError", "Settings", "Training", "Update", "__version__", "build_resnet34", "check_table",
-    "choose_films", "decode_films", "evaluate", "find_data", "format_labels", "label_skew",
-    "parse_labels", "partition_patients", "partition_report", "plots", "predict", "predict_films",
-    "print_environment", "read_index", "read_nih", "read_parameters", "split_patients", "summary",
-    "write_index", "write_phantom",
-]  # fmt: skip
+from .settings import Settings, __version__, print_environment, read_parameters, read_run

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from .checkpoint import Progress, load_progress, run_lock, save_progress, state_hash
 from .client import Client, Update, predict, to_cpu
 from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
-from .findings import FINDINGS, InputError
+from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import log_loss, mean_auroc
 from .model import ChestResNet34, State, build_resnet34
@@ -372,7 +372,7 @@ def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:
     share = max(1, (os.cpu_count() or 1) // len(find_devices(settings.device)))
     config = settings.identity() | {
         "threads": settings.threads or old.get("threads") or share,
-        "strategy": strategy.__name__,
+        "server": strategy.__name__,
         "fingerprint": read_report(settings.prepared)["fingerprint"],
     }
     for key in [key for key in config if old and old.get(key) != config[key]]:
@@ -383,27 +383,3 @@ def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:
     (settings.run / "models").mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(config, indent=1).encode())
     return config
-
-
-def predict_films(settings: Settings, films: ChestXrayDataset, split: str) -> pd.DataFrame:
-    """Predict the films of a split with every model of a run, at its best validation round.
-
-    `films.index` carries `client` and `split`. Returns `arm, seed, client, image_index` and 14
-    probabilities; `client` names the model's owner in the arm `local` and is empty elsewhere.
-    """
-    models = settings.run / "models"
-    model = build_resnet34("none", settings.tracked, settings.batchnorm)
-    model.to(find_devices(settings.device)[0]).load(load_file(models / "trunk.safetensors"))
-    jobs, films = plan(settings, films), films.where(films.index["split"] == split)
-    tables = []
-    for job in jobs:
-        own = {c.name: models / f"{job.name}-{c.name}.safetensors" for c in job.clients}
-        clients = {name: load_file(file) for name, file in own.items() if file.is_file()}
-        state = load_file(models / f"{job.name}.safetensors")
-        logits = predict_with(model, films, state, clients).astype(np.float64)
-        table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=FINDINGS)
-        for name in ("image_index", "client", "seed", "arm"):
-            value = {"arm": job.arm, "seed": job.seed, "client": job.owner}
-            table.insert(0, name, value.get(name, films.index["image_index"]))
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)

@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .findings import FINDINGS, InputError
+from .nih import NihData
 from .rng import generator
 
 STORE_VERSION = 1
 CHUNK = 256  # films between two entries in the journal: what a kill costs at most
-INDEX_COLUMNS = ["image_index", "row", "patient_id", "age", "sex", "view", "scanner", "split"]
+INDEX_COLUMNS = [
+    "image_index", "row", "patient_id", "follow_up", "age", "sex", "view", "scanner", "split",
+]  # fmt: skip
 FILM_COLUMNS = ["image_index", "problem", "mode", "width", "height", "sha256"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -165,6 +168,31 @@ def write_atomic(path: Path, content: bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def example_films(
+    data: NihData, size: int = 256
+) -> tuple[dict[str, np.ndarray], dict[str, list[tuple[float, ...]]]]:
+    """Decode one film for each finding: uint8 (size, size), and its boxes in these pixels.
+
+    The rule: a film with a box of that finding if there is one, then the fewest other findings,
+    then the first name. A finding without a readable film is left out.
+    """
+    films, boxes = {}, {}
+    table = data.table[data.table["path"] != ""]
+    others = table[list(FINDINGS)].sum(axis=1)
+    for finding in FINDINGS:
+        mine = data.boxes[data.boxes["finding"] == finding]
+        boxed = ~table["image_index"].isin(mine["image_index"])
+        order = table.assign(boxed=boxed, others=others)[table[finding] == 1]
+        for film in order.sort_values(["boxed", "others", "image_index"]).head(1).itertuples():
+            pixels, seen = decode_film(data.folder / film.path, size)
+            if pixels is not None:
+                films[finding] = pixels
+                scale = np.tile([size / seen["width"], size / seen["height"]], 2)
+                rows = mine.loc[mine["image_index"] == film.image_index, list("xywh")]
+                boxes[finding] = [tuple(row) for row in rows.to_numpy() * scale]
+    return films, boxes
+
+
 def choose_films(table: pd.DataFrame, max_films: int, seed: int) -> pd.DataFrame:
     """Return at most `max_films` films (0: all) of whole patients, drawn by patient."""
     if not max_films or len(table) <= max_films:
@@ -182,7 +210,7 @@ def write_index(
 
     `table` has the store's rows in order, with a `split` column. Films with a problem are left out
     of the index and named in the report. Boxes are written as fractions of the film's sides, so
-    that they follow any resize. `about` (source, release, seed, image_size, ...) goes into the report.
+    that they follow any resize. `about` (release, image_size, ...) goes into the report too.
     """
     table = table.reset_index(drop=True).assign(row=np.arange(len(table)))
     good = (films["problem"] == "").to_numpy()

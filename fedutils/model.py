@@ -125,7 +125,7 @@ def _load_trunk(model: nn.Module, weights: str) -> None:
 
 
 def load_weights(weights: str) -> State:
-    """Return a state dict from a path, an attached file or torchvision's download, in this order."""
+    """Return a state dict from a path, an attached file or torchvision's download."""
     path, url = find_weights(weights), ResNet34_Weights.IMAGENET1K_V1.url
     try:
         if path is None:

@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 
 from fedutils.findings import FINDINGS, InputError, canonical, format_labels, parse_labels
+from fedutils.phantom import write_phantom
 
 PHANTOM_MARKER = "PHANTOM.json"
 TABLE_NAME = re.compile(r"(Data_Entry.*|sample_labels)\.csv(\.gz)?")
@@ -109,6 +110,11 @@ def find_data(data_dir: str = "", kaggle: Path = Path("/kaggle/input")) -> Path 
     if problem := _problem(folder):
         raise InputError(f"{'data_dir' if data_dir else 'NIH_DATA_DIR'}: {problem}")
     return folder
+
+
+def open_data(data_dir: str, work_dir: str | Path) -> NihData:
+    """Read a run's data set; without a folder the phantom, written below `work_dir` if need be."""
+    return read_nih(Path(data_dir) if data_dir else write_phantom(Path(work_dir) / "phantom"))
 
 
 def read_nih(folder: Path) -> NihData:

@@ -75,6 +75,21 @@ def partition_patients(
     return placed.rename_axis("patient_id").reset_index()
 
 
+def leak_of_splits(table: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Compare splitting films with splitting patients: which held-out films leak?
+
+    Returns `split, share`: for each way, the share (0 to 1) of held-out films whose patient also
+    has films in training. Films are split at random with as many held out as by patient.
+    """
+    held_out = ~split_patients(table, seed).isin(["train", "val"])
+    shuffled = held_out.to_numpy()[generator(seed, "image-level split").permutation(len(table))]
+    shares = []
+    for held in (shuffled, held_out.to_numpy()):
+        patients = table["patient_id"]
+        shares.append(patients[held].isin(patients[~held].unique()).mean())
+    return pd.DataFrame({"split": ["films", "patients"], "share": shares})
+
+
 def assert_disjoint(patients: pd.Series, groups: pd.Series, what: str) -> None:
     """Raise InputError, naming patients, unless each patient's rows are all in one group."""
     pairs = pd.DataFrame({"patient": patients, "group": groups}).drop_duplicates()

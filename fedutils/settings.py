@@ -17,6 +17,7 @@ import torchvision
 
 from .findings import InputError
 from .model import find_weights, load_weights
+from .nih import find_data
 
 __version__ = "0.1.0"
 ROOT_MARKER = "notebooks/01_explore.py"
@@ -146,10 +147,11 @@ def _fill(given: Settings) -> Settings:
         raise InputError(f"profile={given.profile!r}: allowed are {', '.join(CHOICES['profile'])}")
     profile = find_profile() if given.profile == "auto" else given.profile
     empty = {k: v for k, v in PROFILES[profile].items() if not getattr(given, k)}
+    data = find_data(given.data_dir)
     weights = given.weights or PROFILES[profile]["weights"]
     places = {
         "work_dir": str(Path(given.work_dir).resolve() if given.work_dir else find_root() / "work"),
-        "data_dir": str(Path(given.data_dir).resolve()) if given.data_dir else "",
+        "data_dir": str(data.resolve()) if data else "",
     }
     tracked = given.tracked or ("all" if weights == "none" else "layer4,fc")
     rate = given.server_lr or (0.01 if given.strategy == "fedadam" else 1.0)
@@ -177,6 +179,21 @@ def _check(settings: Settings) -> None:
         raise InputError("strategy=scaffold wants optimizer=sgd momentum=0 weight_decay=0")
     if settings.weights != "none":
         find_weights(settings.weights)
+
+
+def read_run(work_dir: str = "", name: str = "", device: str = "auto") -> Settings:
+    """Return the settings of a run that notebook 03 began; without a name that of the latest.
+
+    Raises InputError where there is none.
+    """
+    work = Path(work_dir).resolve() if work_dir else find_root() / "work"
+    found = sorted(work.glob(f"runs/{name or '*'}/config.json"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError(f"no run in {work / 'runs' / name}: run notebook 03_federated_train first")
+    config = json.loads(found[-1].read_text())
+    given = {key: config[key] for key in TYPES if key in config}
+    here = {"work_dir": str(work), "name": found[-1].parent.name, "device": device}
+    return dataclasses.replace(Settings(**given), **here)
 
 
 def _short_hash(settings: Settings) -> str:

@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-
 from fedutils.checkpoint import Progress, load_progress, run_lock, save_progress, state_hash
 from fedutils.findings import InputError
 
@@ -107,7 +106,9 @@ with run_lock(Path(sys.argv[1])):
 
 
 def test_a_run_has_one_writer_and_a_dead_ones_lock_is_taken_over(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout.readline() == "locked\n"
     with pytest.raises(InputError, match=f"process {child.pid}"), run_lock(tmp_path):
         pass
@@ -115,5 +116,3 @@ def test_a_run_has_one_writer_and_a_dead_ones_lock_is_taken_over(tmp_path):
     child.communicate()
     with run_lock(tmp_path):
         assert (tmp_path / "run.lock").read_text() != str(child.pid)
-
-

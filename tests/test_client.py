@@ -109,7 +109,9 @@ def test_fedprox_with_mu_zero_is_fedavg_and_pulls_to_the_start_otherwise(tmp_pat
 def test_fedprox_step_equals_a_hand_computed_one(tmp_path, films):
     """SGD, one batch and one earlier step: w2 = w1 - lr (g1 + mu (w1 - w0))."""
     values = dict(strategy="fedprox", optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
-    settings = tiny_settings(tmp_path, tracked="fc", mu=0.5, local_epochs=2, batch_size=64, **values)
+    settings = tiny_settings(
+        tmp_path, tracked="fc", mu=0.5, local_epochs=2, batch_size=64, **values
+    )
     client = Client("a", films, settings, 0)
     client.augment = False
     model = build_resnet34("none", "fc")
@@ -175,7 +177,10 @@ def test_predict_returns_logits_in_order_whatever_the_batch_size(films):
     model = build_resnet34("none", "all")
     small, large = predict(model, films, 7), predict(model, films, 64)
     assert small.shape == (len(films), 14) and np.allclose(small, large, atol=1e-5)
-    assert not model.training and predict(model, films.where(films.labels[:, 0] > 2)).shape == (0, 14)
+    assert not model.training and predict(model, films.where(films.labels[:, 0] > 2)).shape == (
+        0,
+        14,
+    )
 
 
 def test_optimisers_are_the_named_ones(tmp_path):

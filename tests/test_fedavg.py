@@ -14,7 +14,11 @@ from fedutils.fedavg import STRATEGIES, FedAvg, FedAvgM, TrimmedMean, WeightedMe
 from fedutils.settings import CHOICES
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
-CLIENTS = st.lists(st.tuples(st.lists(NUMBERS, min_size=3, max_size=3), st.integers(1, 10**5)), min_size=1, max_size=8)
+CLIENTS = st.lists(
+    st.tuples(st.lists(NUMBERS, min_size=3, max_size=3), st.integers(1, 10**5)),
+    min_size=1,
+    max_size=8,
+)
 
 
 def states(clients):

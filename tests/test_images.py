@@ -1,11 +1,11 @@
 """Decoding once: what is read, what is quarantined, what survives a kill; the Dataset."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -39,7 +39,14 @@ def make_table(folder, films, **changes):
     names = sorted(path.name for path in folder.glob("*.png"))
     table = pd.DataFrame({"image_index": names, "path": names})
     table["patient_id"] = table["image_index"].str[:8]
-    table[["age", "sex", "view", "scanner", "split"]] = [50.0, "F", "PA", "0.143", "train"]
+    table[["follow_up", "age", "sex", "view", "scanner", "split"]] = [
+        0,
+        50.0,
+        "F",
+        "PA",
+        "0.143",
+        "train",
+    ]
     return table.assign(**dict.fromkeys(FINDINGS, np.float32(0)), **changes)
 
 
@@ -63,7 +70,9 @@ def break_film(path, how):
     elif how == "16-bit":
         Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(path)
     else:
-        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[how])
+        path.write_bytes(
+            {"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[how]
+        )
 
 
 @pytest.mark.parametrize(
@@ -90,14 +99,18 @@ def test_a_broken_film_is_quarantined_and_named(tmp_path, how, reason):
     assert np.array_equal(dataset[1][0][0], expected)
 
 
-NO_BOXES = pd.DataFrame({c: [] for c in ["image_index", "finding", *"xywh"]}).astype({"image_index": str})
+NO_BOXES = pd.DataFrame({c: [] for c in ["image_index", "finding", *"xywh"]}).astype(
+    {"image_index": str}
+)
 
 
 def test_duplicates_modes_and_sizes_are_named_and_kept(tmp_path):
     table, out = make_table(tmp_path, 3), tmp_path / "prepared"
     Image.open(tmp_path / "00000000_000.png").convert("RGBA").save(tmp_path / "00000001_000.png")
     write_film(tmp_path / "00000002_000.png", size=50)
-    report = write_index(table, decode_films(table, tmp_path, out, 16), NO_BOXES, out, {"image_size": 16})
+    report = write_index(
+        table, decode_films(table, tmp_path, out, 16), NO_BOXES, out, {"image_size": 16}
+    )
     assert report["duplicates"] == [["00000000_000.png", "00000001_000.png"]]
     assert report["modes"] == {"L": 2, "RGBA": 1} and report["sizes"] == {"40x40": 2, "50x50": 1}
     assert report["films"] == 3
@@ -105,7 +118,9 @@ def test_duplicates_modes_and_sizes_are_named_and_kept(tmp_path):
 
 def test_boxes_follow_the_resize_as_fractions(tmp_path):
     table, out = make_table(tmp_path, 1), tmp_path / "prepared"
-    boxes = pd.DataFrame([["00000000_000.png", "Mass", 10.0, 20.0, 4.0, 8.0]], columns=NO_BOXES.columns)
+    boxes = pd.DataFrame(
+        [["00000000_000.png", "Mass", 10.0, 20.0, 4.0, 8.0]], columns=NO_BOXES.columns
+    )
     write_index(table, decode_films(table, tmp_path, out, 16), boxes, out, {"image_size": 16})
     box = pd.read_csv(out / "boxes.csv").loc[0, list("xywh")].tolist()
     assert box == [10 / 40, 20 / 40, 4 / 40, 8 / 40]
@@ -150,7 +165,7 @@ images.decode_films(table, folder, folder / "prepared", 16, lambda d, t: print(d
 
 def test_decoding_goes_on_after_a_kill_at_any_moment(tmp_path, monkeypatch):
     make_table(tmp_path, 60)
-    command = [sys.executable, "-c", CHILD, str(tmp_path), os.path.dirname(__file__)]
+    command = [sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)]
     landed = 0
     for wait in (0.02, 0.11, 0.05):
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -201,7 +216,11 @@ def test_choose_films_takes_whole_patients(tmp_path):
     table["image_index"] = [f"{i:08d}_000.png" for i in range(200)]
     some = choose_films(table, 52, seed=0)
     assert 40 <= len(some) <= 52 and (some.groupby("patient_id").size() == 5).all()
-    assert choose_films(table.sample(frac=1, random_state=1), 52, 0)["image_index"].isin(some["image_index"]).all()
+    assert (
+        choose_films(table.sample(frac=1, random_state=1), 52, 0)["image_index"]
+        .isin(some["image_index"])
+        .all()
+    )
     assert len(choose_films(table, 0, 0)) == len(choose_films(table, 500, 0)) == 200
 
 

@@ -14,7 +14,14 @@ from fedutils.settings import Settings, read_parameters
 def tiny_settings(work: Path, **changes) -> Settings:
     """Settings of a run that takes a second: 32-pixel films, a small tracked state, one thread."""
     values = {"work_dir": str(work), "profile": "demo", "image_size": 32, "num_clients": 3}
-    values |= {"tracked": "layer1,fc", "batch_size": 8, "rounds": 2, "threads": 1, "device": "cpu", "name": "run"}
+    values |= {
+        "tracked": "layer1,fc",
+        "batch_size": 8,
+        "rounds": 2,
+        "threads": 1,
+        "device": "cpu",
+        "name": "run",
+    }
     return read_parameters(values | changes)
 
 
@@ -34,6 +41,7 @@ def tiny_films(work: Path, films: int = 60, clients: int = 3, size: int = 32) ->
         "image_index": [f"{p:08d}_000.png" for p in patient],
         "row": patient,
         "patient_id": patient.astype(str),
+        "follow_up": 0,
         "age": 50,
         "sex": "F",
         "view": "PA",

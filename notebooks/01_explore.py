@@ -1,0 +1,153 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1 · Explore the films
+#
+# **What it does.** Reads the NIH ChestX-ray14 table, box list and split lists, checks them, and shows
+# who is in the data: findings, patients, view positions, scanners.
+#
+# **Reads** the data folder (without one: a synthetic *phantom*, written in half a minute).
+# **Writes** `work/explore/checks.csv`. **Takes** seconds; no GPU.
+
+# %% tags=["parameters"]
+data_dir: str = ""  # folder with Data_Entry_2017*.csv; empty: NIH_DATA_DIR, Kaggle, else the phantom
+work_dir: str = ""  # where results go; empty: work/ beside the notebooks
+profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
+seed: int = 0  # fixes the split of patients
+
+# %% [markdown]
+# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
+# first line of output says which versions ran.
+
+# %%
+import sys
+from pathlib import Path
+
+places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
+sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+
+import fedutils
+from IPython.display import Markdown, display
+
+fedutils.print_environment()
+
+# %% [markdown]
+# ## The data set as it is found
+#
+# Two label releases, several header forms and folder layouts are in circulation. All become one tidy
+# table: a row a film.
+
+# %%
+settings = fedutils.read_parameters(globals())
+data = fedutils.open_data(settings.data_dir, settings.work_dir)
+table, title = data.table, f"{data.release} data"
+summary = fedutils.summary(data)
+
+# %% [markdown]
+# The same in a sentence, computed from the table:
+
+# %%
+views = ", ".join(f"{count:,} {view}" for view, count in summary["views"].items())
+display(Markdown(
+    f"**{summary['films']:,} films of {summary['patients']:,} patients** ({views}), label release "
+    f"*{data.release}*, {len(data.boxes):,} boxes, split lists: {', '.join(data.lists) or 'none'}."
+))
+if data.release == "phantom":
+    display(Markdown("These are **phantom** films: synthetic, and no evidence about patients."))
+
+# %% [markdown]
+# A few rows, to see the columns. Each finding has a column of zeros and ones of its own.
+
+# %%
+table[["image_index", "patient_id", "age", "sex", "view", "scanner", "Effusion", "Mass"]].head()
+
+# %% [markdown]
+# ## Checks of the table and the file list
+#
+# A count of zero means that the check passed. Pixels are checked in notebook 02, which decodes each
+# film once; 45 GB are not read twice.
+
+# %%
+checks = fedutils.check_table(data)
+folder = Path(settings.work_dir) / "explore"
+folder.mkdir(parents=True, exist_ok=True)
+checks.to_csv(folder / "checks.csv", index=False)
+checks
+
+# %% [markdown]
+# ## How common is each finding?
+#
+# A film may show several findings, so the bars do not add up to the number of films. *No Finding* is
+# not a class to predict: it is all fourteen outputs near zero.
+
+# %%
+fedutils.plots.prevalence(table, title)
+
+# %% [markdown]
+# ## Which findings come together?
+#
+# Read a row: of all films with this finding, the share that also shows the finding of the column.
+# Strong pairs mean that a model can be right about one finding by looking at the other.
+
+# %%
+fedutils.plots.cooccurrence(table, title)
+
+# %% [markdown]
+# ## How many films has a patient?
+#
+# Most patients have one film and a few have very many. Rows are therefore not independent: every
+# interval in this project is computed over patients, not over films.
+
+# %%
+fedutils.plots.films_per_patient(table, title)
+
+# %% [markdown]
+# ## Who are the patients, and how were they examined?
+#
+# AP films are taken in bed, of sicker patients: the view position alone tells something about the
+# findings. The scanner, told by its pixel spacing, is the most natural border between hospitals.
+
+# %%
+fedutils.plots.demographics(table, title)
+
+# %% [markdown]
+# ## What does each finding look like?
+#
+# One film for each finding, chosen by rule, not by eye: one with a box if there is one, then the
+# fewest other findings, then the first name. Boxes mark the finding in the title.
+
+# %%
+films, boxes = fedutils.example_films(data)
+fedutils.plots.finding_grid(films, boxes, title)
+
+# %% [markdown]
+# ## Why patients are split, and never films
+#
+# Many public notebooks shuffle the *films* into training and test. Then most test films have a
+# sibling, the same patient on another day, in training, and the model is graded on faces that it
+# knows. The share is computed here, on this very table.
+
+# %%
+leak = fedutils.leak_of_splits(table, settings.seed)
+fedutils.plots.split_overlap(leak, title)
+
+# %%
+shares = leak.set_index("split")["share"]
+display(Markdown(
+    f"Splitting films would leave **{shares['films']:.0%}** of the held-out films with a patient who is"
+    f" also in training. Splitting patients, as this project does, leaves **{shares['patients']:.0%}**."
+))
+
+# %% [markdown]
+# Next: `02_preprocess` decodes every film once and splits the patients.

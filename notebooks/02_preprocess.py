@@ -1,0 +1,138 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2 · Preprocess the films
+#
+# **What it does.** Decodes every film *once* into one array of small grey images, checks the pixels
+# on the way, and splits the patients into training, validation and test.
+#
+# **Reads** the data folder. **Writes** `work/prepared/`: `images.npy` (uint8), `index.csv` (a row a
+# film), `boxes.csv`, `report.json` with the fingerprint. **Takes** about 10 ms a film and core for
+# real 1024-pixel films, less for the phantom; no GPU. Killed at any moment, it goes on where it was.
+
+# %% tags=["parameters"]
+data_dir: str = ""  # folder with Data_Entry_2017*.csv; empty: NIH_DATA_DIR, Kaggle, else the phantom
+work_dir: str = ""  # where results go; empty: work/ beside the notebooks
+profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
+seed: int = 0  # fixes the split of patients
+image_size: int = 0  # side of the stored films in pixels; 0: 64 in the demo, 224 on Kaggle
+max_films: int = 0  # at most so many films, of whole patients, for a quick first result; 0: all
+
+# %% [markdown]
+# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
+# first line of output says which versions ran.
+
+# %%
+import sys
+from pathlib import Path
+
+places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
+sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+
+import fedutils
+from IPython.display import Markdown, display
+
+fedutils.print_environment()
+
+# %% [markdown]
+# ## Patients are split before anything else
+#
+# With NIH's official lists, the test list is the test set, and one in eight of the other patients is
+# set aside for validation. Without lists, a hash of (seed, patient) decides, so that a hospital on
+# its own gets the same answer. No patient is in two splits; the code raises an error if one were.
+
+# %%
+settings = fedutils.read_parameters(globals())
+data = fedutils.open_data(settings.data_dir, settings.work_dir)
+table = data.table.assign(split=fedutils.split_patients(data.table, settings.seed))
+table = fedutils.choose_films(table, settings.max_films, settings.seed)
+
+# %% [markdown]
+# How many films and patients that makes:
+
+# %%
+table.groupby("split")["patient_id"].agg(films="size", patients="nunique").loc[["train", "val", "test"]]
+
+# %% [markdown]
+# ## Decode once
+#
+# Each film becomes one grey channel, whatever its colour mode, and is resized. All cores work; a
+# journal is written behind each chunk of films.
+
+# %%
+size = settings.image_size
+display(Markdown(f"The store will take **{len(table) * size**2 / 1e9:.2f} GB** at {size} x {size} pixels."))
+live = display(Markdown("decoding ..."), display_id=True)
+films = fedutils.decode_films(
+    table, data.folder, settings.prepared, size,
+    progress=lambda done, total: live.update(Markdown(f"{done:,} of {total:,} films decoded")),
+)
+
+# %% [markdown]
+# ## What the pixels say
+#
+# Films that cannot be read are left out and named here. Odd colour modes and sizes, and films with
+# exactly the same pixels, are named and kept.
+
+# %%
+about = {"release": data.release, "seed": settings.seed, "image_size": size, "lists": list(data.lists)}
+report = fedutils.write_index(table, films, data.boxes, settings.prepared, about)
+display(Markdown(
+    f"**{report['films']:,} films of {report['patients']:,} patients** are prepared. Colour modes: "
+    f"{report['modes']}. Sizes: {report['sizes']}. Pairs with the same pixels: "
+    f"{len(report['duplicates'])}. Boxes: {report['boxes']}."
+))
+
+# %% [markdown]
+# The films that were left out, with the reason:
+
+# %%
+import pandas as pd
+
+broken = pd.Series(report["quarantined"], name="reason", dtype=object)
+display(broken.to_frame() if len(broken) else Markdown("None: every film could be read."))
+
+# %% [markdown]
+# ## Are the splits alike?
+#
+# The share of films with each finding, by split. NIH's own test list has more sick patients than its
+# training list; a random split of patients has not.
+
+# %%
+index = fedutils.read_index(settings.prepared)
+index.groupby("split")[list(fedutils.FINDINGS)].mean().T.style.format("{:.1%}")
+
+# %% [markdown]
+# ## What the network will see
+#
+# Ten prepared films, read back from the store at the size that is trained on. Black bars, text in the
+# corners and tubes stay in: that is what real films look like.
+
+# %%
+dataset = fedutils.ChestXrayDataset(settings.prepared)
+some = dataset.index.iloc[:: max(1, len(dataset) // 10)].head(10)
+titles = [fedutils.format_labels(row).replace("|", "\n") for row in some[list(fedutils.FINDINGS)].to_numpy()]
+fedutils.plots.film_grid([dataset[i][0][0].numpy() for i in some.index], titles, data.release)
+
+# %% [markdown]
+# ## The fingerprint
+#
+# It stands for films, labels, split and size. Each training run stores it; notebooks 03 and 04 refuse
+# to go on with data that have another one.
+
+# %%
+display(Markdown(f"Fingerprint: `{report['fingerprint'][:16]}` ..."))
+
+# %% [markdown]
+# Next: `03_federated_train` trains on these films without moving them.

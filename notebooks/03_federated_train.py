@@ -1,0 +1,201 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 3 · Train federatedly
+#
+# **What it does.** Several hospitals (*clients*) train a ResNet-34 on their own films. In each round
+# every client trains locally and sends only the tracked layers; the server takes the weighted
+# average (FedAvg). No film leaves its client.
+#
+# **Reads** `work/prepared/`. **Writes** `work/runs/NAME/`: `history.csv`, `clients.csv`, `models/`,
+# `checkpoint/`, `global_model.safetensors`. **Takes** about three minutes for the demo on two cores;
+# an estimate for this device is printed before training. Killed at any moment, it goes on from the
+# last round boundary and ends with the same bits.
+
+# %% tags=["parameters"]
+data_dir: str = ""  # only names the data; the films come from work/prepared
+work_dir: str = ""  # where results go; empty: work/ beside the notebooks
+name: str = ""  # of this run; empty: a short hash of the parameters
+profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
+seed: int = 0  # fixes the split of patients and the partition to clients
+image_size: int = 0  # side of the stored films in pixels; 0: 64 in the demo, 224 on Kaggle
+max_films: int = 0  # as in notebook 02
+weights: str = ""  # imagenet, none or a file; empty: none in the demo, imagenet on Kaggle
+tracked: str = ""  # layers that are trained and sent: layer4,fc or all; empty: all if weights=none
+batchnorm: str = "average"  # of the tracked layers: average, frozen or local
+partition: str = "iid"  # of patients to clients: iid, dirichlet or scanner
+num_clients: int = 0  # hospitals; 0: 3 in the demo, 5 on Kaggle
+alpha: float = 0.5  # dirichlet: small is skewed
+strategy: str = "fedavg"  # fedavg, fedavgm, fedadam, fedprox or scaffold
+mu: float = 0.01  # fedprox: pull to the global model
+server_lr: float = 0.0  # step of the server; 0: 0.01 for fedadam, else 1
+server_momentum: float = 0.9  # fedavgm
+aggregation: str = "mean"  # mean, median or trimmed
+trim: float = 0.2  # trimmed: share cut off at each end
+client_fraction: float = 1.0  # share of the clients drawn in each round
+min_clients: int = 1  # fewer answers stop the run
+client_seconds: float = 0.0  # a client that takes longer is left out of the round; 0: never
+rounds: int = 0  # rounds of federation; 0: 8 in the demo, 15 on Kaggle
+local_epochs: int = 1  # passes of a client over its films in one round
+batch_size: int = 0  # films a step; 0: 32 in the demo, 64 on Kaggle
+optimizer: str = "adamw"  # adamw or sgd
+lr: float = 0.001  # learning rate of the clients
+momentum: float = 0.9  # sgd
+weight_decay: float = 0.0001  # of the local optimiser
+arms: str = "federated"  # what to train: federated,centralised,local
+seeds: str = "0"  # training seeds, such as 0,1,2
+device: str = "auto"  # auto, cpu, cuda:0 or several such as cuda:0,cuda:1
+threads: int = 0  # CPU threads a model replica; 0: the cores divided among the replicas
+max_hours: float = 0.0  # stop cleanly at a round boundary before this; 0: never
+
+# %% [markdown]
+# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
+# first line of output says which versions ran.
+
+# %%
+import sys
+from pathlib import Path
+
+places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
+sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+
+import fedutils
+from IPython.display import Markdown, display
+
+fedutils.print_environment()
+
+# %% [markdown]
+# ## The films, and which hospital has them
+#
+# Patients, never films, are placed at clients; test patients too, so that each hospital has test films
+# of its own.
+
+# %%
+settings = fedutils.read_parameters(globals())
+report = fedutils.read_report(settings.prepared)
+index = fedutils.read_index(settings.prepared)
+how = settings.partition, settings.num_clients, settings.alpha, settings.seed
+clients = fedutils.partition_patients(index, *how)
+
+# %% [markdown]
+# The placement is saved with the run: which patient is at which client, and in which split.
+
+# %%
+settings.run.mkdir(parents=True, exist_ok=True)
+clients.to_csv(settings.run / "clients.csv", index=False)
+index["client"] = index["patient_id"].map(clients.set_index("patient_id")["client"])
+films = fedutils.ChestXrayDataset(settings.prepared, index)
+title = f"{report['release']} data, {settings.partition}"
+
+# %% [markdown]
+# How the hospitals differ before any training. Colours compare a hospital with all films together:
+# one even colour in each column means that the clients are alike.
+
+# %%
+per_client = fedutils.partition_report(index, clients)
+fedutils.plots.client_heatmap(per_client, title)
+
+# %%
+skew = fedutils.label_skew(index, clients)
+display(Markdown(
+    f"{len(per_client)} clients with {per_client['films'].min():,} to {per_client['films'].max():,} films."
+    f" **Label skew {skew:.3f} bits** (Jensen-Shannon divergence, weighted by films; 0 = all alike)."
+))
+
+# %% [markdown]
+# ## The model, and what travels
+#
+# A ResNet-34 with 14 outputs, one sigmoid each. Only the tracked layers are trained and sent. What is
+# not tracked is frozen: its weights *and* its BatchNorm statistics stay bit-identical.
+
+# %%
+model = fedutils.build_resnet34(settings.weights, settings.tracked, settings.batchnorm)
+sent = {name: value for name, value in model.tracked_state().items() if name not in model.local_names()}
+megabytes = sum(value.nbytes for value in sent.values()) / 1e6
+trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
+display(Markdown(
+    f"Weights `{settings.weights}`, tracked layers `{settings.tracked}`: **{trained:,} of {total:,} "
+    f"parameters** are trained; **{megabytes:.1f} MB** travel in each direction, a client and round."
+))
+
+# %% [markdown]
+# ## How long will it take?
+#
+# A few batches are timed on this device; nothing of them is kept.
+
+# %%
+training = fedutils.Training(settings, films)
+estimate = training.estimate_seconds()
+display(Markdown(f"Training will take about **{estimate / 60:.1f} minutes** on this device."))
+
+# %% [markdown]
+# ## The rounds
+#
+# One round, as on paper: send the state, train at each client, average by numbers of films in the
+# order of the clients, take the strategy's step. The validation loss is that of the *aggregated*
+# model, not of the client that happened to be last.
+
+# %%
+live = display(Markdown("waiting for the first round ..."), display_id=True)
+
+
+def show(row, history):
+    live.update(fedutils.plots.learning_curves(history, title))
+    print(f"{row['arm']} s{row['seed']} {row['client']} round {row['round']}: train loss "
+          f"{row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
+          f"AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s", flush=True)
+
+
+history = training.train(show)
+
+# %% [markdown]
+# ## Learning curves
+#
+# Left: loss, on training films (as the clients saw them while they learned) and on validation films
+# (the aggregated model). Right: the mean AUROC on validation films; its best round is the one kept.
+
+# %%
+fedutils.plots.learning_curves(history, title)
+
+# %%
+rows = history[(history["client"] == "") | (history["arm"] == "local")]
+took = rows["seconds"].sum()
+best = rows.loc[rows.groupby(["arm", "seed", "client"], sort=False)["val_auroc"].idxmax().dropna()]
+lines = [f"- {r.arm} {r.client} seed {r.seed}: best round {r.round}, AUROC {r.val_auroc:.3f}" for r in best.itertuples()]
+display(Markdown("\n".join(["**Best round on validation films**", *lines])))
+
+# %% [markdown]
+# ## What each client contributed
+#
+# The last round, client by client. A client that failed would stand here with its reason.
+
+# %%
+shown = ["client", "examples", "train_loss", "bytes_up", "bytes_down", "seconds", "status", "reason"]
+per_round = history[(history["arm"] == "federated") & (history["client"] != "")]
+display(per_round[per_round["round"] == per_round["round"].max()][shown].style.hide().format(precision=3))
+
+# %% [markdown]
+# Faults over all rounds, and what the federation sent in all:
+
+# %%
+faults = history[~history["status"].isin(["ok"])]
+sent_gb = per_round[["bytes_up", "bytes_down"]].to_numpy().sum() / 1e9
+display(faults[["round", "client", "status", "reason"]] if len(faults) else Markdown("No client failed."))
+display(Markdown(
+    f"**{sent_gb:.2f} GB** travelled in all. Training took {took / 60:.1f} minutes in all sessions; "
+    f"estimated for this one: {estimate / 60:.1f}."
+))
+
+# %% [markdown]
+# Next: `04_evaluate` looks at the test films, once.
