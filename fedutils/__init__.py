@@ -7,6 +7,7 @@ from .evaluation import (
     evaluate_models,
     predict_films,
     read_films,
+    tabulate,
     write_predictions,
     write_summary,
 )

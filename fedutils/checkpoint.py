@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 
 from .findings import InputError
 from .images import write_atomic
-from .model import State
+from .weights import State
 
 KEPT_ROUNDS = 2  # the last one, and the one before it should the last be damaged
 

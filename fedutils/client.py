@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .images import ChestXrayDataset, normalise
-from .model import ChestResNet34, State
+from .model import ChestResNet34, to_cpu
 from .rng import generator
-from .settings import Settings
+from .settings import Settings, autocast, precision
+from .weights import State
 
 VARIATE = "variate/"  # prefix of SCAFFOLD's control variates, which travel beside the weights
 
@@ -137,23 +138,6 @@ def make_optimizer(parameters: list[Tensor], settings: Settings) -> torch.optim.
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, **common)
     return torch.optim.SGD(parameters, momentum=settings.momentum, **common)
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs that have it, float16 on older ones such as the T4, float32 on the CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Return the autocast context of a device; on the CPU it changes nothing."""
-    return torch.autocast(device.type, precision(device), enabled=device.type == "cuda")
-
-
-def to_cpu(state: State) -> State:
-    """Copy a state to the CPU, contiguous."""
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
 
 
 @torch.no_grad()

@@ -62,6 +62,18 @@ def evaluate_models(predictions: pd.DataFrame, films: ChestXrayDataset, seed: in
     return pd.concat(tables, ignore_index=True)
 
 
+def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Lay one model's rows out for reading: a row a finding, a column a metric, with intervals."""
+    text = [
+        "not defined (0 positives)"
+        if np.isnan(row.value)
+        else f"{row.value:.3f} ({row.ci_low:.3f} to {row.ci_high:.3f})"
+        for row in metrics.itertuples()
+    ]
+    wide = metrics.assign(text=text).pivot(index="finding", columns="metric", values="text")
+    return wide.loc[[*FINDINGS, "mean"]].rename_axis(index=None, columns=None)
+
+
 def write_predictions(predictions: pd.DataFrame, path: Path) -> pd.DataFrame:
     """Write `predictions.csv.gz` and return it as read back: metrics are computed from the file."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .client import VARIATE
-from .model import State
 from .settings import Settings
+from .weights import State
 
 CHUNK = 1 << 20  # coordinates that are sorted at a time
 

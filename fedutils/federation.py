@@ -22,14 +22,15 @@ import torch
 from safetensors.torch import load_file, save
 
 from .checkpoint import Progress, load_progress, run_lock, save_progress, state_hash
-from .client import Client, Update, predict, to_cpu
+from .client import Client, Update, predict
 from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import log_loss, mean_auroc
-from .model import ChestResNet34, State, build_resnet34
+from .model import ChestResNet34, build_resnet34, to_cpu
 from .rng import generator
 from .settings import Settings, find_devices
+from .weights import State
 
 HISTORY = [
     "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",

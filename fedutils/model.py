@@ -1,23 +1,18 @@
 """ResNet-34 with a 14-output head: its tracked layers, frozen trunk and BatchNorm policy."""
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision.models import ResNet, ResNet34_Weights
+from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
 from .findings import FINDINGS, InputError
 from .images import normalise
-from .nih import search_files
 from .phantom import draw_batch
 from .rng import generator
-
-State = dict[str, Tensor]  # names as in the model's state_dict
-KAGGLE_INPUT = Path("/kaggle/input")
+from .weights import State, load_weights
 
 
 class ChestResNet34(ResNet):
@@ -54,6 +49,17 @@ class ChestResNet34(ResNet):
     def tracked_state(self) -> State:
         """Return the tracked entries of the state dict: the live tensors, no copies."""
         return {name: value for name, value in self.state_dict().items() if self.is_tracked(name)}
+
+    def sizes(self) -> dict[str, int]:
+        """Count parameters, trained ones, and the bytes of all state and of what travels."""
+        state, local = self.state_dict(), self.local_names()
+        sent = {name for name in self.tracked_state() if name not in local}
+        return {
+            "parameters": sum(p.numel() for p in self.parameters()),
+            "trained": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "all_bytes": sum(value.nbytes for value in state.values()),
+            "sent_bytes": sum(state[name].nbytes for name in sent),
+        }
 
     def local_names(self) -> set[str]:
         """Name the tracked state that stays at home: all of BatchNorm if it is local, else none."""
@@ -124,32 +130,6 @@ def _load_trunk(model: nn.Module, weights: str) -> None:
     model.load_state_dict(found, strict=False)
 
 
-def load_weights(weights: str) -> State:
-    """Return a state dict from a path, an attached file or torchvision's download."""
-    path, url = find_weights(weights), ResNet34_Weights.IMAGENET1K_V1.url
-    try:
-        if path is None:
-            return torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True)
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(
-            f"weights={weights!r}: {path or url} cannot be read ({error}); give weights=PATH of a"
-            " resnet34-*.pth, attach that file, or use weights=none"
-        ) from error
-
-
-def find_weights(weights: str) -> Path | None:
-    """Return the file that `weights` means, or None where it would have to be downloaded."""
-    if weights == "imagenet":
-        places = [KAGGLE_INPUT, Path(torch.hub.get_dir()) / "checkpoints"]
-        return next((f for place in places for f in search_files(place, "resnet34-*.pth")), None)
-    if not Path(weights).is_file():
-        raise InputError(f"weights={weights!r}: no such file; or use imagenet or none")
-    return Path(weights)
-
-
 @torch.no_grad()
 def calibrate_batchnorm(model: nn.Module, films: np.ndarray) -> None:
     """Set all BatchNorm statistics to those of one batch of films, uint8 of shape (N, H, W)."""
@@ -160,3 +140,8 @@ def calibrate_batchnorm(model: nn.Module, films: np.ndarray) -> None:
     model(normalise(torch.from_numpy(films)[:, None]))
     for layer, value in zip(layers, momentum, strict=True):
         layer.momentum = value
+
+
+def to_cpu(state: State) -> State:
+    """Copy a state to the CPU, contiguous."""
+    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}

@@ -87,7 +87,7 @@ def leak_of_splits(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     for held in (shuffled, held_out.to_numpy()):
         patients = table["patient_id"]
         shares.append(patients[held].isin(patients[~held].unique()).mean())
-    return pd.DataFrame({"split": ["films", "patients"], "share": shares})
+    return pd.DataFrame({"split": ["by film", "by patient"], "share": shares})
 
 
 def assert_disjoint(patients: pd.Series, groups: pd.Series, what: str) -> None:

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fedutils.findings import FINDINGS, InputError, format_labels
 from fedutils.rng import generator
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DEFAULT_PATIENTS = 1200
 NOTICE = "PHANTOM: synthetic drawings, not patients; nothing measured on them is clinical evidence."
 NIH_COLUMNS = [
@@ -257,7 +257,7 @@ class Chest:
         self.vessels = _vessels(self)
         self.aeration = self.markings = np.float32(1)
         self.extra = np.float32(0)
-        self.severity = self.rng("severity").uniform(0.4, 0.95)
+        self.severity = self.rng("severity").uniform(0.7, 1.0)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """Return the generator of something that stays the same on all films of a patient."""

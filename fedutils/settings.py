@@ -16,8 +16,8 @@ import torch
 import torchvision
 
 from .findings import InputError
-from .model import find_weights, load_weights
 from .nih import find_data
+from .weights import find_weights, load_weights
 
 __version__ = "0.1.0"
 ROOT_MARKER = "notebooks/01_explore.py"
@@ -255,6 +255,18 @@ def _check_device(device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is not among the GPUs that"
             f" this torch was built for ({' '.join(arches)}); on Kaggle choose GPU T4 x2"
         )
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that have it, float16 on older ones such as the T4, float32 on the CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Return the autocast context of a device; on the CPU it changes nothing."""
+    return torch.autocast(device.type, precision(device), enabled=device.type == "cuda")
 
 
 def environment() -> dict[str, Any]:

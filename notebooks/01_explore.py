@@ -38,7 +38,7 @@ places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
 sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
 
 import fedutils
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 
 fedutils.print_environment()
 
@@ -55,7 +55,7 @@ table, title = data.table, f"{data.release} data"
 summary = fedutils.summary(data)
 
 # %% [markdown]
-# The same in a sentence, computed from the table:
+# What it holds, in a sentence that is computed from the table:
 
 # %%
 views = ", ".join(f"{count:,} {view}" for view, count in summary["views"].items())
@@ -83,7 +83,7 @@ checks = fedutils.check_table(data)
 folder = Path(settings.work_dir) / "explore"
 folder.mkdir(parents=True, exist_ok=True)
 checks.to_csv(folder / "checks.csv", index=False)
-checks
+HTML(checks.to_html(index=False))
 
 # %% [markdown]
 # ## How common is each finding?
@@ -145,8 +145,8 @@ fedutils.plots.split_overlap(leak, title)
 # %%
 shares = leak.set_index("split")["share"]
 display(Markdown(
-    f"Splitting films would leave **{shares['films']:.0%}** of the held-out films with a patient who is"
-    f" also in training. Splitting patients, as this project does, leaves **{shares['patients']:.0%}**."
+    f"Splitting films would leave **{shares['by film']:.0%}** of the held-out films with a patient who is"
+    f" also in training. Splitting patients, as this project does, leaves **{shares['by patient']:.0%}**."
 ))
 
 # %% [markdown]

@@ -41,7 +41,7 @@ places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
 sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
 
 import fedutils
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 
 fedutils.print_environment()
 
@@ -86,12 +86,16 @@ films = fedutils.decode_films(
 # exactly the same pixels, are named and kept.
 
 # %%
+def count(counts):
+    return ", ".join(f"{number:,} x {name}" for name, number in counts.items())
+
+
 about = {"release": data.release, "seed": settings.seed, "image_size": size, "lists": list(data.lists)}
 report = fedutils.write_index(table, films, data.boxes, settings.prepared, about)
 display(Markdown(
-    f"**{report['films']:,} films of {report['patients']:,} patients** are prepared. Colour modes: "
-    f"{report['modes']}. Sizes: {report['sizes']}. Pairs with the same pixels: "
-    f"{len(report['duplicates'])}. Boxes: {report['boxes']}."
+    f"**{report['films']:,} films of {report['patients']:,} patients** are prepared, with "
+    f"{report['boxes']} boxes. Groups of films with the same pixels: {len(report['duplicates'])}. "
+    f"Colour modes: {count(report['modes'])}. Sizes: {count(report['sizes'])}."
 ))
 
 # %% [markdown]
@@ -111,7 +115,8 @@ display(broken.to_frame() if len(broken) else Markdown("None: every film could b
 
 # %%
 index = fedutils.read_index(settings.prepared)
-index.groupby("split")[list(fedutils.FINDINGS)].mean().T.style.format("{:.1%}")
+shares = index.groupby("split")[list(fedutils.FINDINGS)].mean().T
+HTML(shares[["train", "val", "test"]].to_html(float_format="{:.1%}".format))
 
 # %% [markdown]
 # ## What the network will see

@@ -71,7 +71,7 @@ places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
 sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
 
 import fedutils
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 
 fedutils.print_environment()
 
@@ -121,12 +121,11 @@ display(Markdown(
 
 # %%
 model = fedutils.build_resnet34(settings.weights, settings.tracked, settings.batchnorm)
-sent = {name: value for name, value in model.tracked_state().items() if name not in model.local_names()}
-megabytes = sum(value.nbytes for value in sent.values()) / 1e6
-trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (0, 1))
+size = model.sizes()
 display(Markdown(
-    f"Weights `{settings.weights}`, tracked layers `{settings.tracked}`: **{trained:,} of {total:,} "
-    f"parameters** are trained; **{megabytes:.1f} MB** travel in each direction, a client and round."
+    f"Weights `{settings.weights}`, tracked layers `{settings.tracked}`: **{size['trained']:,} of "
+    f"{size['parameters']:,} parameters** are trained; **{size['sent_bytes'] / 1e6:.1f} MB** travel in "
+    f"each direction, a client and round ({size['sent_bytes'] / size['all_bytes']:.0%} of the model)."
 ))
 
 # %% [markdown]
@@ -169,13 +168,14 @@ history = training.train(show)
 fedutils.plots.learning_curves(history, title)
 
 # %%
-rows = history[(history["client"] == "") | (history["arm"] == "local")]
-took = rows["seconds"].sum()
-best = rows.loc[rows.groupby(["arm", "seed", "client"], sort=False)["val_auroc"].idxmax().dropna()]
-lines = [f"- {r.arm} {r.client} seed {r.seed}: best round {r.round}, AUROC {r.val_auroc:.3f}" for r in best.itertuples()]
-display(Markdown("\n".join(["**Best round on validation films**", *lines])))
+models = history[(history["client"] == "") | (history["arm"] == "local")]
+best = models.loc[models.groupby(["arm", "seed", "client"], sort=False)["val_auroc"].idxmax().dropna()]
+HTML(best[["arm", "seed", "client", "round", "val_loss", "val_auroc"]].to_html(
+    index=False, float_format="{:.3f}".format))
 
 # %% [markdown]
+# That was the best round of each model on validation films; notebook 04 evaluates it.
+#
 # ## What each client contributed
 #
 # The last round, client by client. A client that failed would stand here with its reason.
@@ -183,7 +183,8 @@ display(Markdown("\n".join(["**Best round on validation films**", *lines])))
 # %%
 shown = ["client", "examples", "train_loss", "bytes_up", "bytes_down", "seconds", "status", "reason"]
 per_round = history[(history["arm"] == "federated") & (history["client"] != "")]
-display(per_round[per_round["round"] == per_round["round"].max()][shown].style.hide().format(precision=3))
+last = per_round[per_round["round"] == per_round["round"].max()]
+HTML(last[shown].to_html(index=False, float_format="{:.3f}".format))
 
 # %% [markdown]
 # Faults over all rounds, and what the federation sent in all:
@@ -193,8 +194,8 @@ faults = history[~history["status"].isin(["ok"])]
 sent_gb = per_round[["bytes_up", "bytes_down"]].to_numpy().sum() / 1e9
 display(faults[["round", "client", "status", "reason"]] if len(faults) else Markdown("No client failed."))
 display(Markdown(
-    f"**{sent_gb:.2f} GB** travelled in all. Training took {took / 60:.1f} minutes in all sessions; "
-    f"estimated for this one: {estimate / 60:.1f}."
+    f"**{sent_gb:.2f} GB** travelled in all. Training took {models['seconds'].sum() / 60:.1f} minutes, "
+    f"all sessions together; {estimate / 60:.1f} were estimated for this one."
 ))
 
 # %% [markdown]

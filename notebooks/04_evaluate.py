@@ -37,7 +37,7 @@ places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
 sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
 
 import fedutils
-from IPython.display import Markdown, display
+from IPython.display import HTML, Markdown, display
 
 fedutils.print_environment()
 
@@ -89,8 +89,7 @@ display(Markdown("\n".join(f"- {line}" for line in summary["headline"])))
 
 # %%
 first = metrics.merge(metrics[["arm", "seed", "client"]].head(1))
-wide = first.pivot(index="finding", columns="metric", values=["value", "ci_low", "ci_high"])
-wide.loc[[*fedutils.FINDINGS, "mean"]].swaplevel(axis=1).sort_index(axis=1).style.format("{:.3f}", na_rep="not defined")
+HTML(fedutils.tabulate(first).to_html())
 
 # %% [markdown]
 # ## The same as a picture

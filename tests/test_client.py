@@ -8,9 +8,9 @@ import torch
 from tiny import tiny_films, tiny_settings
 from torch.nn import functional as F
 
-from fedutils.client import VARIATE, Client, make_optimizer, masked_loss, predict, to_cpu
+from fedutils.client import VARIATE, Client, make_optimizer, masked_loss, predict
 from fedutils.images import IMAGENET_MEAN, IMAGENET_STD
-from fedutils.model import build_resnet34
+from fedutils.model import build_resnet34, to_cpu
 from fedutils.rng import generator
 
 

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from fedutils.findings import InputError
 from fedutils.images import normalise
-from fedutils.model import build_resnet34, find_weights, is_batchnorm
+from fedutils.model import build_resnet34, is_batchnorm
 from fedutils.phantom import draw_batch
+from fedutils.weights import find_weights
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_attached_file_is_found_without_the_network(imagenet, tmp_path, monkeypa
     folder.mkdir(parents=True)
     attached = folder / "resnet34-b627a593.pth"
     attached.write_bytes(imagenet[0].read_bytes())
-    monkeypatch.setattr("fedutils.model.KAGGLE_INPUT", tmp_path / "input")
+    monkeypatch.setattr("fedutils.weights.KAGGLE_INPUT", tmp_path / "input")
     assert find_weights("imagenet") == attached
     assert torch.equal(build_resnet34("imagenet").conv1.weight, imagenet[1]["conv1.weight"])
 
@@ -69,7 +70,7 @@ def test_without_file_and_network_the_error_says_what_to_do(tmp_path, monkeypatc
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("fedutils.model.KAGGLE_INPUT", tmp_path)
+    monkeypatch.setattr("fedutils.weights.KAGGLE_INPUT", tmp_path)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     with pytest.raises(InputError, match=r"no route to host.*weights=PATH.*weights=none"):

@@ -1,0 +1,122 @@
+"""The four notebooks, executed by papermill as a user does: on a phantom, and on real films."""
+
+import json
+import re
+
+import nbformat
+import pandas as pd
+import pytest
+from safetensors.torch import load_file
+from torchvision.models import resnet34
+
+from fedutils.__main__ import main
+from fedutils.phantom import write_phantom
+
+QUICK = ["-p", "image_size=32", "-p", "rounds=1", "-p", "device=cpu", "--name", "quick"]
+
+
+def run(work, data, *options):
+    command = ["run", "--profile", "demo", "--work", str(work), "--data", str(data)]
+    return main([*command, *QUICK, *options])
+
+
+def texts(work, stem):
+    """All text that a reader of an executed notebook sees below its code."""
+    node = nbformat.read(work / "notebooks" / "quick" / f"{stem}.ipynb", as_version=4)
+    outputs = [output for cell in node.cells for output in cell.get("outputs", [])]
+    data = [output.get("data", {}) for output in outputs]
+    return "\n".join([o.get("text", "") for o in outputs] + [d.get("text/markdown", "") for d in data])
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory):
+    work = tmp_path_factory.mktemp("phantom")
+    data = write_phantom(work / "tiny", patients=60, size=64)
+    assert run(work, data, "-p", "arms=federated,centralised,local") == 0
+    return work
+
+
+def test_the_notebooks_run_end_to_end_and_leave_what_the_design_names(phantom):
+    folder = phantom / "runs" / "quick"
+    for name in ("config.json", "history.csv", "clients.csv", "global_model.safetensors"):
+        assert (folder / name).is_file(), name
+    evaluation = {path.name for path in (folder / "evaluation").iterdir()}
+    assert evaluation >= {"predictions.csv.gz", "metrics.csv", "summary.json", "auroc.png"}
+    prepared = {path.name for path in (phantom / "prepared").iterdir()}
+    assert prepared >= {"images.npy", "index.csv", "boxes.csv", "report.json"}
+    for stem in ("01_explore", "02_preprocess", "03_federated_train", "04_evaluate"):
+        assert (phantom / "notebooks" / "quick" / f"{stem}.html").stat().st_size < 5e6
+
+
+def test_everything_made_from_the_phantom_says_phantom(phantom):
+    for stem in ("01_explore", "04_evaluate"):
+        assert re.search("[Pp]hantom", texts(phantom, stem)), stem
+    summary = json.loads((phantom / "runs/quick/evaluation/summary.json").read_text())
+    assert all(line.startswith("phantom data") for line in summary["headline"])
+
+
+def test_every_patient_is_at_one_client_and_in_one_split(phantom):
+    clients = pd.read_csv(phantom / "runs/quick/clients.csv")
+    assert clients["patient_id"].is_unique and set(clients["split"]) == {"train", "val", "test"}
+    index = pd.read_csv(phantom / "prepared/index.csv")
+    assert set(index["patient_id"]) == set(clients["patient_id"])
+    assert index.groupby("patient_id")["split"].nunique().max() == 1
+    assert index["image_index"].is_monotonic_increasing
+
+
+def test_the_global_model_opens_with_plain_torchvision(phantom):
+    resnet34(num_classes=14).load_state_dict(load_file(phantom / "runs/quick/global_model.safetensors"))
+
+
+def test_a_saved_notebook_holds_no_stale_progress(phantom):
+    node = nbformat.read(phantom / "notebooks/quick/02_preprocess.ipynb", as_version=4)
+    assert "decoding ..." not in texts(phantom, "02_preprocess")
+    assert not [o for c in node.cells for o in c.get("outputs", []) if "widget" in json.dumps(o)]
+
+
+def test_other_prepared_data_are_refused_with_status_2(phantom, capsys):
+    report = phantom / "prepared" / "report.json"
+    kept = report.read_text()
+    report.write_text(json.dumps(json.loads(kept) | {"fingerprint": "0123456789abcdef"}))
+    data = phantom / "tiny"
+    options = ["-p", "arms=federated,centralised,local"]
+    try:
+        assert run(phantom, data, *options, "--only", "03") == 2
+        assert "fingerprint" in capsys.readouterr().err
+        assert run(phantom, data, *options, "--only", "04") == 2
+        assert "0123456789abcdef" in capsys.readouterr().err
+    finally:
+        report.write_text(kept)
+
+
+def test_more_rounds_go_on_and_another_parameter_under_the_same_name_is_refused(phantom, capsys):
+    data, options = phantom / "tiny", ["-p", "arms=federated,centralised,local"]
+    before = pd.read_csv(phantom / "runs/quick/history.csv")
+    assert run(phantom, data, *options, "-p", "rounds=2", "--only", "03") == 0
+    after = pd.read_csv(phantom / "runs/quick/history.csv")
+    assert len(after) == 2 * len(before)
+    first = after[after["round"] == 1]["state_sha256"].dropna().tolist()
+    assert first == before["state_sha256"].dropna().tolist()
+    assert run(phantom, data, *options, "-p", "lr=0.5", "--only", "03") == 2
+    assert "is a run with lr=0.001, not 0.5" in capsys.readouterr().err
+
+
+def test_real_films_at_1024_pixels(nih_test_data, tmp_path):
+    """80 films, two of them RGBA, a comma at the end of each line, lists, boxes, `Infiltrate`."""
+    assert run(tmp_path, nih_test_data / "nih_sample") == 0
+    report = json.loads((tmp_path / "prepared" / "report.json").read_text())
+    assert report["films"] == 80 and report["modes"] == {"L": 78, "RGBA": 2}
+    assert report["splits"]["test"]["films"] == 16 and report["quarantined"] == {}
+    listed = (nih_test_data / "nih_sample" / "BBox_List_2017.csv").read_text().splitlines()[1:]
+    assert report["boxes"] == len(listed) == len(pd.read_csv(tmp_path / "prepared" / "boxes.csv"))
+    assert "**80 films of" in texts(tmp_path, "01_explore")
+
+
+def test_real_films_without_lists_or_boxes(nih_test_data, tmp_path):
+    """690 films of 249 patients at 64 pixels: patients are split here, not by NIH."""
+    assert run(tmp_path, nih_test_data / "nih64") == 0
+    report = json.loads((tmp_path / "prepared" / "report.json").read_text())
+    assert (report["films"], report["patients"], report["boxes"]) == (690, 249, 0)
+    assert report["release"] == "2020" and sum(report["modes"].values()) == 690
+    assert set(report["splits"]) == {"train", "val", "test"}
+    assert "No published figure is drawn in" in texts(tmp_path, "04_evaluate")

@@ -1,0 +1,126 @@
+"""Parameters: types, profiles, names of runs; and the devices of a machine."""
+
+import pytest
+import torch
+from tiny import tiny_settings
+
+from fedutils import settings as module
+from fedutils.findings import InputError
+from fedutils.settings import convert, find_devices, read_parameters, read_run
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch):
+    monkeypatch.delenv("NIH_DATA_DIR", raising=False)
+
+
+def test_empty_parameters_take_the_profiles_values():
+    demo = read_parameters({"profile": "demo"})
+    assert (demo.image_size, demo.weights, demo.tracked) == (64, "none", "all")
+    assert read_parameters({"profile": "demo", "image_size": 96}).image_size == 96
+    assert read_parameters({"profile": "demo", "strategy": "fedadam"}).server_lr == 0.01
+
+
+def test_auto_is_the_demo_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert read_parameters({}).profile == "demo"
+
+
+def test_names_of_a_notebook_that_are_no_parameters_are_ignored():
+    assert read_parameters({"profile": "demo", "__name__": "x", "title": 3}).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rounds": "many"}, "rounds='many': expected int"),
+        ({"rounds": 2.5}, "rounds=2.5: expected int"),
+        ({"rounds": -1}, "rounds=-1: allowed is 1 to"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"alpha": 0.0}, "alpha=0.0"),
+        ({"strategy": "fedsgd"}, "strategy='fedsgd': allowed: fedavg"),
+        ({"profile": "gpu"}, "profile='gpu'"),
+        ({"arms": "federated,central"}, "arms='federated,central'"),
+        ({"seeds": "0,x"}, "seeds='0,x'"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"weights": "/no/such/file.pth"}, "no such file"),
+        ({"data_dir": "/no/such/folder"}, "data_dir: folder /no/such/folder cannot be read"),
+        ({"strategy": "scaffold"}, "strategy=scaffold wants optimizer=sgd momentum=0"),
+        ({"tracked": "layer5"}, "tracked='layer5'"),
+    ],
+)
+def test_a_wrong_value_names_the_parameter_and_what_is_allowed(values, message):
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        read_parameters({"profile": "demo", "device": "cpu"} | values)
+
+
+def test_text_from_the_command_line_is_converted_by_type():
+    assert convert("rounds", "12") == 12 and convert("lr", "1e-4") == 1e-4
+    with pytest.raises(InputError, match=r"unknown parameter 'round'; known: .*rounds"):
+        convert("round", "12")
+
+
+def test_another_parameter_is_another_run_but_rounds_and_device_go_on(tmp_path):
+    def name(**changes):
+        return read_parameters({"profile": "demo", "work_dir": str(tmp_path)} | changes).name
+
+    first = name()
+    assert name(rounds=99) == name(device="cpu") == name(max_hours=3.0) == first
+    others = {name(lr=0.1), name(seeds="0,1"), name(partition="scanner"), name(image_size=32)}
+    assert first not in others and len(others) == 4
+
+
+def test_read_run_finds_the_named_or_the_latest_run(tmp_path):
+    from tiny import tiny_films
+
+    from fedutils.federation import Training
+
+    for name in ("a", "b"):
+        Training(tiny_settings(tmp_path, name=name, lr=0.01), tiny_films(tmp_path))
+    assert read_run(str(tmp_path), "a").name == "a"
+    assert read_run(str(tmp_path)).name == "b" and read_run(str(tmp_path)).lr == 0.01
+    with pytest.raises(InputError, match="run notebook 03"):
+        read_run(str(tmp_path), "c")
+
+
+def fake_gpus(monkeypatch, count, capability=(7, 5), arches=("sm_70", "sm_75", "sm_80")):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(arches))
+
+
+def test_auto_uses_every_gpu(monkeypatch):
+    fake_gpus(monkeypatch, 2)
+    assert [str(device) for device in find_devices("auto")] == ["cuda:0", "cuda:1"]
+    assert module.precision(torch.device("cuda:0")) is torch.float16
+    with pytest.raises(InputError, match="'cuda:2' is not there"):
+        find_devices("cuda:2")
+
+
+def test_a_gpu_that_torch_has_no_code_for_is_named_with_the_way_out(monkeypatch):
+    fake_gpus(monkeypatch, 1, capability=(6, 0))
+    with pytest.raises(InputError, match=r"Tesla P100 \(sm_60\).*choose GPU T4 x2"):
+        find_devices("auto")
+
+
+def test_bfloat16_where_it_is_native_and_float32_on_the_cpu(monkeypatch):
+    fake_gpus(monkeypatch, 1, capability=(9, 0), arches=("sm_90a",))
+    assert module.precision(find_devices("auto")[0]) is torch.bfloat16
+    assert module.precision(torch.device("cpu")) is torch.float32
+
+
+def test_gpu_with_weights_is_the_kaggle_profile(monkeypatch, tmp_path):
+    fake_gpus(monkeypatch, 1)
+    monkeypatch.setattr(module, "find_weights", lambda weights: tmp_path)
+    assert module.find_profile() == "kaggle"
+    kaggle = read_parameters({})
+    assert (kaggle.image_size, kaggle.weights, kaggle.tracked) == (224, "imagenet", "layer4,fc")
+
+
+def test_root_is_found_by_its_marker(monkeypatch, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / module.ROOT_MARKER).touch()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert module.find_root() == tmp_path
