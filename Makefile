@@ -14,7 +14,7 @@ demo: .venv/.installed  ## run the four notebooks on synthetic films: no GPU, no
 	@$(VENV) -m fedutils run --profile demo
 
 test: .venv/.installed  ## run the tests
-	@$(VENV) -m pytest -m 'not slow'
+	@$(VENV) -m pytest -m 'not slow' -n 2 --dist loadfile
 
 bench: .venv/.installed  ## run the longer proofs
 	@$(VENV) -m pytest -m slow

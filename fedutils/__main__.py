@@ -3,8 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from . import __version__, pipeline
+from . import __version__, evaluation, pipeline
 from .findings import InputError
 from .pipeline import NotebookFailed
 
@@ -33,6 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="execute what is unchanged, too")
     run.add_argument("--only", default="", metavar="01,02", help="these notebooks only")
     run.set_defaults(do=run_notebooks)
+    verify = commands.add_parser("verify", help="check a run folder: hashes, data, metrics")
+    verify.add_argument("folder", type=Path, metavar="RUN", help="such as work/runs/NAME")
+    verify.set_defaults(do=verify_run)
     render = commands.add_parser("render", help="write the demo's results as notebooks/*.ipynb")
     render.set_defaults(do=lambda options: pipeline.render(pipeline.FOLDER))
     return parser
@@ -52,6 +56,14 @@ def add_parameters(command: argparse.ArgumentParser) -> None:
 def run_notebooks(options: argparse.Namespace) -> None:
     """Execute the notebooks."""
     pipeline.run(read_values(options), options.only, options.force, pipeline.FOLDER)
+
+
+def verify_run(options: argparse.Namespace) -> None:
+    """Check a run folder and say what is wrong; raise NotebookFailed if anything is."""
+    wrong = evaluation.verify_run(options.folder.resolve())
+    if wrong:
+        raise NotebookFailed(f"{options.folder}: {'; '.join(wrong)}")
+    print(f"{options.folder}: hashes, fingerprint and metrics are as they were written")
 
 
 def read_values(options: argparse.Namespace) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .images import ChestXrayDataset, normalise
-from .model import ChestResNet34, to_cpu
+from .model import ChestResNet, to_cpu
 from .rng import generator
 from .settings import Settings, autocast, precision
 from .weights import State
@@ -40,9 +40,7 @@ class Client:
     def __init__(self, name: str, films: ChestXrayDataset, settings: Settings, seed: int) -> None:
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
 
-    def fit(
-        self, model: ChestResNet34, sent: State, kept: State, round: int
-    ) -> tuple[Update, State]:
+    def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
         """Train `model` in place from what the server sent; return the update and what is kept.
 
         `sent` is the global state (with SCAFFOLD's server variate beside it), `kept` what this
@@ -60,18 +58,16 @@ class Client:
         update = {k: v for k, v in final.items() if k not in local}
         update |= {k: v - kept.get(k, 0) for k, v in variate.items()}
         keep = {k: v for k, v in final.items() if k in local} | variate
-        seconds = time.perf_counter() - began
-        return Update(self.name, len(self.films), update, loss, seconds), keep
+        took = time.perf_counter() - began
+        return Update(self.name, len(self.films), update, loss, took), keep
 
-    def _start(self, model: ChestResNet34) -> State:
+    def _start(self, model: ChestResNet) -> State:
         """Copy the parameters before training, for the strategies that look back at them."""
         looks_back = self.settings.strategy in ("fedprox", "scaffold")
         trained = (p for p in model.named_parameters() if p[1].requires_grad and looks_back)
         return {name: parameter.detach().clone() for name, parameter in trained}
 
-    def _train(
-        self, model: ChestResNet34, start: State, correction: State, round: int
-    ) -> tuple[float, int]:
+    def _train(self, model: ChestResNet, start: State, c: State, round: int) -> tuple[float, int]:
         """Run the local epochs; return the mean loss over all films seen, and the steps taken."""
         model.train()
         device = next(model.parameters()).device
@@ -87,7 +83,7 @@ class Client:
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            self._correct(trained, start, correction)
+            self._correct(trained, start, c)
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach() * len(positions)
@@ -109,7 +105,7 @@ class Client:
             elif name in correction:
                 parameter.grad.add_(correction[name])
 
-    def _correction(self, model: ChestResNet34, sent: State, kept: State) -> State:
+    def _correction(self, model: ChestResNet, sent: State, kept: State) -> State:
         """Return SCAFFOLD's c - c_i on the model's device; empty for other strategies."""
         device, names = next(model.parameters()).device, [k for k in sent if k.startswith(VARIATE)]
         return {k.removeprefix(VARIATE): (sent[k] - kept.get(k, 0)).to(device) for k in names}
@@ -118,11 +114,11 @@ class Client:
         self, start: State, final: State, sent: State, kept: State, steps: int
     ) -> State:
         """Return SCAFFOLD's c_i - c + (x - y_i) / (K lr), option II; empty for other strategies."""
-        names = [k.removeprefix(VARIATE) for k in sent if k.startswith(VARIATE)]
-        moved = {k: (start[k] - final[k]) / (steps * self.settings.lr) for k in names}
-        return {
-            VARIATE + k: v + kept.get(VARIATE + k, 0) - sent[VARIATE + k] for k, v in moved.items()
-        }
+        new = {}
+        for key in (key for key in sent if key.startswith(VARIATE)):
+            moved = start[key.removeprefix(VARIATE)] - final[key.removeprefix(VARIATE)]
+            new[key] = moved / (steps * self.settings.lr) + kept.get(key, 0) - sent[key]
+        return new
 
 
 def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -141,7 +137,7 @@ def make_optimizer(parameters: list[Tensor], settings: Settings) -> torch.optim.
 
 
 @torch.no_grad()
-def predict(model: ChestResNet34, films: ChestXrayDataset, batch_size: int = 128) -> np.ndarray:
+def predict(model: ChestResNet, films: ChestXrayDataset, batch_size: int = 128) -> np.ndarray:
     """Return the logits of all films in order, float32 (N, 14); the model is left in eval mode."""
     device = next(model.parameters()).device
     model.eval()

@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
+from .checkpoint import state_hash
 from .federation import plan, predict_with
 from .findings import FINDINGS, InputError
 from .images import ChestXrayDataset, read_index, read_report, write_atomic
 from .metrics import evaluate
 from .model import build_resnet34
-from .settings import Settings, environment, find_devices
+from .settings import Settings, environment, find_devices, read_run
 
 OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
 
@@ -79,6 +80,11 @@ def write_predictions(predictions: pd.DataFrame, path: Path) -> pd.DataFrame:
     path.parent.mkdir(parents=True, exist_ok=True)
     gzip = {"method": "gzip", "mtime": 0}  # no time of day in the file: equal runs, equal bytes
     predictions.to_csv(path, index=False, float_format="%.9g", compression=gzip)
+    return read_predictions(path)
+
+
+def read_predictions(path: Path) -> pd.DataFrame:
+    """Read `predictions.csv.gz`."""
     return pd.read_csv(path, dtype={"client": str}, keep_default_na=False)
 
 
@@ -103,6 +109,9 @@ def write_summary(settings: Settings, metrics: pd.DataFrame, source: str) -> dic
     summary = {
         "headline": headline(metrics, source),
         "means": rows,
+        "models": sorted(
+            {"-".join(filter(None, [r["arm"], f"s{r['seed']}", r["client"]])) for r in rows}
+        ),
         "settings": json.loads((settings.run / "config.json").read_text()),
         "fingerprint": read_report(settings.prepared)["fingerprint"],
         "environment": environment(),
@@ -111,6 +120,44 @@ def write_summary(settings: Settings, metrics: pd.DataFrame, source: str) -> dic
     }
     write_atomic(folder / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
+
+
+def verify_run(run: Path) -> list[str]:
+    """Check a run folder against its own summary; return what is wrong, a line each.
+
+    Hashes of models and predictions, the hash of each best model in the history, the fingerprint of
+    the prepared data, and the metrics, computed again from `predictions.csv.gz`. Raises InputError
+    if there is no summary.
+    """
+    path = run / "evaluation" / "summary.json"
+    if not path.is_file():
+        raise InputError(f"{path} is not there: run notebook 04_evaluate first")
+    summary, settings = json.loads(path.read_text()), read_run(str(run.parent.parent), run.name)
+    files = {name: run / name for name in summary["sha256"]}
+    wrong = [f"{name} is missing" for name, file in files.items() if not file.is_file()]
+    there = {name: file for name, file in files.items() if file.is_file()}
+    wrong += [f"{k} has changed" for k, f in there.items() if _sha256(f) != summary["sha256"][k]]
+    history = set(pd.read_csv(run / "history.csv")["state_sha256"].dropna())
+    # Local BatchNorm is in the file of a model, but not in what travelled and was hashed.
+    for name in sorted(there) if settings.batchnorm != "local" else ():
+        model = name.startswith("models/") and name != "models/trunk.safetensors"
+        if model and state_hash(load_file(there[name])) not in history:
+            wrong.append(f"{name} is the state of no round in history.csv")
+    if summary["fingerprint"] != read_report(settings.prepared)["fingerprint"]:
+        return [*wrong, f"{settings.prepared} holds other data: metrics cannot be recomputed"]
+    return wrong + _recompute(run, settings)
+
+
+def _recompute(run: Path, settings: Settings) -> list[str]:
+    """Compute the metrics again from the predictions as written; name the rows that differ."""
+    keys = [*OWNER, "test_set", "finding", "metric"]
+    stored = pd.read_csv(run / "evaluation" / "metrics.csv").fillna({"client": ""})
+    predictions = read_predictions(run / "evaluation" / "predictions.csv.gz")
+    again = evaluate_models(predictions, read_films(settings), settings.seed)
+    both = stored.merge(again, on=keys, how="outer", suffixes=("", "_again"))
+    same = np.isclose(both["value"], both["value_again"], atol=1e-12, equal_nan=True)
+    rows = both[~same][["arm", "finding", "metric", "value", "value_again"]].to_numpy().tolist()
+    return [f"metrics.csv says {row[3]} for {row[:3]}, computed again {row[4]}" for row in rows]
 
 
 def git_revision() -> str:

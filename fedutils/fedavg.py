@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import Tensor
 
 from .client import VARIATE
 from .settings import Settings
@@ -13,10 +12,7 @@ CHUNK = 1 << 20  # coordinates that are sorted at a time
 
 
 class WeightedMean:
-    """The mean of states, weighted by numbers of films, in float64; memory is that of one state.
-
-    Floating-point sums depend on their order: the caller adds clients in the order of their names.
-    """
+    """The mean of states in float64, weighted by films; add clients in the order of names."""
 
     def __init__(self) -> None:
         self.sums: State = {}
@@ -27,7 +23,7 @@ class WeightedMean:
         for name, value in state.items():
             if name not in self.sums:
                 self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
-            self.sums[name].add_(value, alpha=weight)  # computed in float64, without a copy
+            self.sums[name].add_(value, alpha=weight)  # in float64, without a copy
         self.weight, self.count = self.weight + weight, self.count + 1
 
     def result(self) -> State:
@@ -38,8 +34,7 @@ class WeightedMean:
 class TrimmedMean(WeightedMean):
     """The coordinate-wise mean without the `trim` lowest and highest share; at 0.5 the median.
 
-    Yin et al., ICML 2018. Clients count alike, or a bad one could claim many films. All states are
-    held in memory; sorting works through the coordinates in chunks.
+    Yin et al., ICML 2018. Clients count alike, or a bad one could claim many films.
     """
 
     def __init__(self, trim: float) -> None:
@@ -47,28 +42,26 @@ class TrimmedMean(WeightedMean):
         self.trim, self.states = trim, []
 
     def add(self, state: State, weight: float) -> None:
-        """Keep a client's state; its weight only counts the films that took part."""
+        """Keep a client's state; the weight only counts the films that took part."""
         self.states.append(state)
         self.weight, self.count = self.weight + weight, self.count + 1
 
     def result(self) -> State:
         """Return the trimmed mean in float64."""
-        return {name: self._trimmed(name) for name in self.states[0]}
-
-    def _trimmed(self, name: str) -> Tensor:
-        cut = min(math.floor(self.trim * self.count), (self.count - 1) // 2)
-        parts = zip(*(state[name].flatten().split(CHUNK) for state in self.states), strict=True)
-        ordered = (torch.stack(part).double().sort(dim=0).values for part in parts)
-        means = [values[cut : self.count - cut].mean(dim=0) for values in ordered]
-        return torch.cat(means).reshape(self.states[0][name].shape)
+        cut, mean = min(math.floor(self.trim * self.count), (self.count - 1) // 2), {}
+        for name, first in self.states[0].items():
+            parts = zip(*(state[name].flatten().split(CHUNK) for state in self.states), strict=True)
+            ordered = (torch.stack(part).double().sort(dim=0).values for part in parts)
+            means = [values[cut : self.count - cut].mean(dim=0) for values in ordered]
+            mean[name] = torch.cat(means).reshape(first.shape)
+        return mean
 
 
 class FedAvg:
     """McMahan et al., AISTATS 2017: the next global state is the weighted mean of the clients'.
 
     Own strategies derive from it: `step` turns the mean, in float64, into the next global state.
-    `server` is what a strategy keeps between rounds: tensors by name, saved with each checkpoint.
-    `parameters` names the parameters; all else is buffers, which are always averaged.
+    `server` is what one keeps between rounds. All but `parameters` are buffers: always averaged.
     """
 
     def __init__(self, settings: Settings, parameters: set[str]) -> None:
@@ -90,7 +83,7 @@ class FedAvg:
 
 
 class FedAvgM(FedAvg):
-    """Hsu, Qi and Brown, 2019 (arXiv:1909.06335): momentum on the server, v = beta v + (w - mean).
+    """Hsu, Qi and Brown, 2019 (arXiv:1909.06335): momentum, v = beta v + (w - mean).
 
     It is the step of torch.optim.SGD with that difference as gradient, without dampening.
     """
@@ -128,8 +121,7 @@ class FedAdam(FedAvg):
 class Scaffold(FedAvg):
     """Karimireddy et al., ICML 2020: control variates against client drift (option II).
 
-    The paper weighs clients alike; here films weigh both means, so that the server's variate stays
-    the weighted mean of the clients'. For clients of equal size it is the paper's algorithm.
+    The paper weighs clients alike; here films weigh both means: the same for equal clients.
     """
 
     def download(self, state: State, server: State) -> State:
@@ -141,8 +133,7 @@ class Scaffold(FedAvg):
         """Step by `server_lr` towards the mean; move the variate by the share that took part."""
         new, before = {name: mean[name] for name in state}, self.download(state, server)
         for name in self.parameters & new.keys():
-            drift = state[name].double() - mean[name]
-            new[name] = mean[name] + (1 - self.settings.server_lr) * drift
+            new[name] = mean[name] + (1 - self.settings.server_lr) * (state[name] - mean[name])
         moved = {k: before[k] + share * v for k, v in mean.items() if k.startswith(VARIATE)}
         return cast_like(new, state), cast_like(moved, before)
 
@@ -154,7 +145,6 @@ STRATEGIES |= {"fedprox": FedAvg, "scaffold": Scaffold}
 
 def cast_like(values: State, like: State) -> State:
     """Cast float64 values to the dtypes of a state; integers are rounded."""
-    return {
-        name: (value if like[name].is_floating_point() else value.round()).to(like[name].dtype)
-        for name, value in values.items()
-    }
+    whole = {name for name, value in like.items() if not value.is_floating_point()}
+    rounded = {name: value.round() if name in whole else value for name, value in values.items()}
+    return {name: value.to(like[name].dtype) for name, value in rounded.items()}

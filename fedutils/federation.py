@@ -27,7 +27,7 @@ from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import log_loss, mean_auroc
-from .model import ChestResNet34, build_resnet34, to_cpu
+from .model import ChestResNet, build_resnet34, to_cpu
 from .rng import generator
 from .settings import Settings, find_devices
 from .weights import State
@@ -88,7 +88,7 @@ def plan(settings: Settings, films: ChestXrayDataset) -> list[Job]:
 class Replicas:
     """One model for each device; clients train side by side and come back in the order given."""
 
-    def __init__(self, models: list[ChestResNet34], threads: int) -> None:
+    def __init__(self, models: list[ChestResNet], threads: int) -> None:
         self.models, self.threads = models, threads
         torch.set_num_threads(threads)
 
@@ -96,7 +96,7 @@ class Replicas:
         self, clients: list[Client], sent: State, kept: dict[str, State], round: int
     ) -> Iterator[tuple[Update, State]]:
         """Train each client from `sent`; yield its update and what it keeps, in the given order."""
-        free: queue.SimpleQueue[ChestResNet34] = queue.SimpleQueue()
+        free: queue.SimpleQueue[ChestResNet] = queue.SimpleQueue()
         for model in self.models:
             free.put(model)
 
@@ -116,7 +116,7 @@ class Replicas:
 
 
 def fit_safely(
-    client: Client, model: ChestResNet34, sent: State, kept: State, round: int
+    client: Client, model: ChestResNet, sent: State, kept: State, round: int
 ) -> tuple[Update, State]:
     """Train a client; whatever goes wrong there costs its update, with a reason, not the round."""
     try:
@@ -180,7 +180,7 @@ def count_bytes(state: State) -> int:
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
-def aggregate_row(job: Job, now: Progress, rows: list[Row], model: ChestResNet34) -> Row:
+def aggregate_row(job: Job, now: Progress, rows: list[Row], model: ChestResNet) -> Row:
     """Return the row of the aggregated model: its own validation, and sums over the clients."""
     good = pd.DataFrame([row for row in rows if row["status"] == "ok"])
     logits = predict_with(model, job.validation, now.state, now.clients)
@@ -202,7 +202,7 @@ def aggregate_row(job: Job, now: Progress, rows: list[Row], model: ChestResNet34
 
 
 def predict_with(
-    model: ChestResNet34, films: ChestXrayDataset, state: State, clients: dict[str, State]
+    model: ChestResNet, films: ChestXrayDataset, state: State, clients: dict[str, State]
 ) -> np.ndarray:
     """Return logits (N, 14) under a global state; local BatchNorm judges its own client's films."""
     model.load(state)
@@ -285,7 +285,7 @@ class Training:
     def _load(self, job: Job) -> Progress | None:
         return load_progress(self.run / "checkpoint" / job.name, self.identity)
 
-    def _build(self, seed: int) -> ChestResNet34:
+    def _build(self, seed: int) -> ChestResNet:
         how = self.settings.weights, self.settings.tracked, self.settings.batchnorm
         return build_resnet34(*how, seed)
 

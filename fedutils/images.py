@@ -86,9 +86,11 @@ def decode_films(
 
 
 def _store_key(table: pd.DataFrame, folder: Path, image_size: int) -> str:
-    """Name what is decoded: the films in order, their folder, the size, the store's version."""
-    head = f"{STORE_VERSION}|{folder.resolve()}|{image_size}|"
-    return hashlib.sha256((head + "|".join(table["image_index"])).encode()).hexdigest()
+    """Name what is decoded: the films in order with their file sizes, at which size, by what."""
+    paths = [folder / path for path in table["path"]]
+    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
+    films = [f"{name} {size}" for name, size in zip(table["image_index"], sizes, strict=True)]
+    return hashlib.sha256(f"{STORE_VERSION}|{image_size}|{films}".encode()).hexdigest()
 
 
 def _read_key(prepared: Path) -> str:

@@ -1,5 +1,6 @@
 """ResNet-34 with a 14-output head: its tracked layers, frozen trunk and BatchNorm policy."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,13 +15,14 @@ from .phantom import draw_batch
 from .rng import generator
 from .weights import State, load_weights
 
+PRIOR = 0.05  # probability of each finding that a new head starts from
 
-class ChestResNet34(ResNet):
+
+class ChestResNet(ResNet):
     """torchvision's ResNet-34 that knows which of its layers are tracked: trained and sent.
 
     What is not tracked is frozen: its parameters take no gradient, and its BatchNorm stays in eval
-    mode whatever `train()` says, so that its buffers stay bit-identical. With `batchnorm="frozen"`
-    the tracked BatchNorm layers keep the trunk's statistics too.
+    mode whatever `train()` says. With `batchnorm="frozen"` that of tracked layers does so too.
     """
 
     def __init__(self, tracked: str, batchnorm: str, outputs: int) -> None:
@@ -37,7 +39,7 @@ class ChestResNet34(ResNet):
         """Tell whether a parameter, buffer or module of this name lies in a tracked layer."""
         return any(layer == "all" or f"{name}.".startswith(f"{layer}.") for layer in self.tracked)
 
-    def train(self, mode: bool = True) -> "ChestResNet34":
+    def train(self, mode: bool = True) -> "ChestResNet":
         """Set the mode, but leave frozen modules and frozen BatchNorm in eval mode."""
         super().train(mode)
         for name, module in self.named_modules():
@@ -51,7 +53,7 @@ class ChestResNet34(ResNet):
         return {name: value for name, value in self.state_dict().items() if self.is_tracked(name)}
 
     def sizes(self) -> dict[str, int]:
-        """Count parameters, trained ones, and the bytes of all state and of what travels."""
+        """Count parameters, trained parameters, bytes of all state, bytes of what travels."""
         state, local = self.state_dict(), self.local_names()
         sent = {name for name in self.tracked_state() if name not in local}
         return {
@@ -77,7 +79,7 @@ class ChestResNet34(ResNet):
 
 def is_batchnorm(module: nn.Module) -> bool:
     """Tell BatchNorm by its type, never by its name."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, nn.BatchNorm2d)
 
 
 def build_resnet34(
@@ -86,7 +88,7 @@ def build_resnet34(
     batchnorm: str = "average",
     seed: int = 0,
     outputs: int = len(FINDINGS),
-) -> ChestResNet34:
+) -> ChestResNet:
     """Build the network (He et al., CVPR 2016): (B, 3, H, W) normalised films to (B, 14) logits.
 
     `weights` is "imagenet", "none" or the path of a state dict in torchvision's format (.pth or
@@ -95,7 +97,7 @@ def build_resnet34(
     Raises InputError if the weights cannot be had or do not fit.
     """
     with torch.device("meta"):  # allocates nothing and draws nothing from the global generator
-        model = ChestResNet34(tracked, batchnorm, outputs)
+        model = ChestResNet(tracked, batchnorm, outputs)
     _initialise(model.to_empty(device="cpu"), seed)
     if weights != "none":
         _load_trunk(model, weights)
@@ -113,9 +115,10 @@ def _initialise(model: nn.Module, seed: int) -> None:
         elif is_batchnorm(module):
             module.reset_parameters()
         elif isinstance(module, nn.Linear):
-            for parameter in module.parameters():
-                bound = module.in_features**-0.5
-                nn.init.uniform_(parameter, -bound, bound, source)
+            bound = module.in_features**-0.5
+            nn.init.uniform_(module.weight, -bound, bound, source)
+            # Findings are rare: start there, not at 50 % (Lin et al., ICCV 2017); no data is used.
+            nn.init.constant_(module.bias, math.log(PRIOR / (1 - PRIOR)))
 
 
 def _load_trunk(model: nn.Module, weights: str) -> None:

@@ -25,8 +25,9 @@ from PIL import Image, ImageDraw, ImageFont
 from fedutils.findings import FINDINGS, InputError, format_labels
 from fedutils.rng import generator
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 4
 DEFAULT_PATIENTS = 1200
+DEFAULT_SIZE = 192  # pixels
 NOTICE = "PHANTOM: synthetic drawings, not patients; nothing measured on them is clinical evidence."
 NIH_COLUMNS = [
     "Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age", "Patient Gender",
@@ -257,7 +258,7 @@ class Chest:
         self.vessels = _vessels(self)
         self.aeration = self.markings = np.float32(1)
         self.extra = np.float32(0)
-        self.severity = self.rng("severity").uniform(0.7, 1.0)
+        self.severity = self.rng("severity").uniform(0.8, 1.0)
 
     def rng(self, purpose: str) -> np.random.Generator:
         """Return the generator of something that stays the same on all films of a patient."""
@@ -443,7 +444,7 @@ def _develop(chest: Chest) -> np.ndarray:
 
 def _atelectasis(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     """Volume loss: a raised diaphragm on one side, with a plate-like band above it."""
-    side, rise, tilt = _side(rng), rng.uniform(0.14, 0.24), rng.uniform(-0.3, 0.3)
+    side, rise, tilt = _side(rng), rng.uniform(0.22, 0.32), rng.uniform(-0.3, 0.3)
     across = np.abs(chest.u)
     raised = _step(chest.v - chest.floor + rise, 0.03)
     height = chest.shape.dome - rise - rng.uniform(0.10, 0.2) + tilt * (across - 0.4)
@@ -459,7 +460,7 @@ def _cardiomegaly(chest: Chest, rng: np.random.Generator) -> np.ndarray:
 
 def _effusion(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     """Fluid that blunts the costophrenic angle, its surface (meniscus) rising to the side."""
-    side, height = _side(rng), rng.uniform(0.20, 0.42)
+    side, height = _side(rng), rng.uniform(0.30, 0.50)
     climb = np.clip((np.abs(chest.u) - 0.15) / (chest.shape.width - 0.15), 0, 1) ** 2
     surface = chest.shape.dome + 0.08 - height * (0.25 + climb)
     return chest.fill(0.95 * _step(chest.v - surface, 0.06) * chest.half(side))
@@ -470,21 +471,21 @@ def _infiltration(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     side, v = _side(rng), rng.uniform(-0.25, 0.15)
     zone = chest.ellipse((side * 0.42, v), (0.30, 0.38), 0.8)
     patches = np.clip(0.5 + 0.6 * _noise(rng, 12, chest.size), 0, 1)
-    return chest.fill(rng.uniform(0.7, 0.9) * zone * patches)
+    return chest.fill(rng.uniform(0.85, 1.0) * zone * patches)
 
 
 def _mass(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     """One round opacity, more than 3 cm across."""
-    spot = chest.spot(rng, _side(rng), rng.uniform(0.12, 0.18))
-    chest.extra = chest.extra + 0.08 * spot * chest.lungs
+    spot = chest.spot(rng, _side(rng), rng.uniform(0.16, 0.23))
+    chest.extra = chest.extra + 0.18 * spot * chest.lungs
     return chest.fill(spot)
 
 
 def _nodule(chest: Chest, rng: np.random.Generator) -> np.ndarray:
-    """One to three dense round opacities, less than 3 cm across, in one lung."""
-    side, count = _side(rng), rng.integers(1, 4)
-    spots = [chest.spot(rng, side, rng.uniform(0.052, 0.07)) for _ in range(count)]
-    chest.extra = chest.extra + 0.16 * np.max(spots, axis=0) * chest.lungs
+    """Two to four dense round opacities, less than 3 cm across, in one lung."""
+    side, count = _side(rng), rng.integers(2, 5)
+    spots = [chest.spot(rng, side, rng.uniform(0.065, 0.09)) for _ in range(count)]
+    chest.extra = chest.extra + 0.28 * np.max(spots, axis=0) * chest.lungs
     return chest.fill(np.max(spots, axis=0))
 
 
@@ -499,7 +500,7 @@ def _pneumonia(chest: Chest, rng: np.random.Generator) -> np.ndarray:
 def _pneumothorax(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     """A dark rim without markings outside a thin pleural line, widest at the apex."""
     side = chest.half(_side(rng))
-    gap = rng.uniform(0.11, 0.20) * (1 + 0.9 * _step(-0.15 - chest.v, 0.7))
+    gap = rng.uniform(0.16, 0.26) * (1 + 0.9 * _step(-0.15 - chest.v, 0.7))
     rim = _step(gap - chest.wall, 0.02) * side
     line = _step(0.010 - np.abs(chest.wall - gap), 0.015) * side * chest.lungs
     chest.markings = chest.markings * (1 - rim)
@@ -533,27 +534,27 @@ def _fibrosis(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     """A net of fine lines over the lower zones of both lungs."""
     lines = [1 - 2.4 * np.abs(_noise(rng, 30, chest.size)) for _ in range(2)]
     net = np.clip(np.maximum(*lines), 0, 1)
-    zone = _step(chest.v - rng.uniform(-0.2, 0.05), 0.3) * _step(np.abs(chest.u) - 0.2, 0.2)
-    return chest.fill(zone * (0.10 + rng.uniform(0.65, 0.85) * net))
+    zone = _step(chest.v - rng.uniform(-0.35, -0.1), 0.3) * _step(np.abs(chest.u) - 0.2, 0.2)
+    return chest.fill(zone * (0.15 + rng.uniform(0.75, 0.85) * net))
 
 
 def _pleural_thickening(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     """A dense band of uneven width along the side wall and over the apex."""
     side, end = _side(rng), rng.uniform(0.0, 0.25)
-    width = rng.uniform(0.08, 0.12) * (1 + 0.25 * _noise(rng, 9, chest.size))
+    width = rng.uniform(0.13, 0.18) * (1 + 0.25 * _noise(rng, 9, chest.size))
     band = _step(width - chest.wall, 0.03) * _step(end - chest.v, 0.1)
     band = band * chest.half(side)
-    chest.extra = chest.extra + 0.18 * band * chest.lungs
+    chest.extra = chest.extra + 0.30 * band * chest.lungs
     return chest.fill(band)
 
 
 def _hernia(chest: Chest, rng: np.random.Generator) -> np.ndarray:
     """Stomach behind the heart: a round shadow with air over a level of fluid."""
     u, v = rng.uniform(-0.06, 0.16), chest.shape.dome - rng.uniform(0.0, 0.08)
-    radius = rng.uniform(0.15, 0.21)
+    radius = rng.uniform(0.22, 0.28)
     sac = chest.ellipse((u, v), (radius, radius), 0.15)
     level = _step(chest.v - v - rng.uniform(-0.04, 0.03), 0.02)
-    chest.extra = chest.extra + chest.severity * sac * (0.5 * level - 0.34)
+    chest.extra = chest.extra + chest.severity * sac * (0.6 * level - 0.45)
     return chest.fill(sac) + sac
 
 
@@ -563,7 +564,9 @@ SIGNS: dict[str, Callable[[Chest, np.random.Generator], np.ndarray]] = dict(zip(
 ), strict=True))  # fmt: skip
 
 
-def draw_film(film: Film, size: int = 256, seed: int = 0) -> tuple[np.ndarray, dict[str, tuple]]:
+def draw_film(
+    film: Film, size: int = DEFAULT_SIZE, seed: int = 0
+) -> tuple[np.ndarray, dict[str, tuple]]:
     """Draw one film.
 
     Returns uint8 pixels of shape (size, size), and for each finding on the film the box (x, y,
@@ -606,7 +609,7 @@ def _stamp(text: str, size: int) -> np.ndarray:
     return np.asarray(stamp)
 
 
-def draw_batch(count: int, size: int = 256, seed: int = 0) -> np.ndarray:
+def draw_batch(count: int, size: int = DEFAULT_SIZE, seed: int = 0) -> np.ndarray:
     """Draw `count` films of the phantom's mix; uint8 of shape (count, size, size).
 
     Their patient numbers lie above all others, so none of them is a film of a written phantom.
@@ -635,7 +638,7 @@ def _to_films(table: pd.DataFrame) -> list[Film]:
 
 
 def write_phantom(
-    folder: Path, patients: int = DEFAULT_PATIENTS, size: int = 256, seed: int = 0
+    folder: Path, patients: int = DEFAULT_PATIENTS, size: int = DEFAULT_SIZE, seed: int = 0
 ) -> Path:
     """Write the phantom in NIH's Kaggle layout, or do nothing if it is already there.
 

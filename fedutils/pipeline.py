@@ -223,7 +223,7 @@ def write_html(path: Path) -> Path:
 
 
 def render(notebooks: Path = FOLDER) -> None:
-    """Execute all notebooks as the demo and write the results as the committed pairs.
+    """Execute all notebooks as the demo; write the results as the committed pairs, with a picture.
 
     They run unchanged, with no parameters injected, in a copy of the folder: default parameters on
     the phantom, without GPU, in a fresh work folder.
@@ -235,10 +235,12 @@ def render(notebooks: Path = FOLDER) -> None:
         done = [root / "executed" / f"{stem}.ipynb" for stem in NOTEBOOKS]
         for path in done:
             execute(read_notebook(notebooks, path.stem), path, {}, root / "notebooks")
-        pairs = {path.name: _clean(nbformat.read(path, as_version=4), root) for path in done}
-    for name, text in pairs.items():
-        write_atomic(notebooks / name, text.encode())
-    print(f"Pairs: {', '.join(pairs)} in {os.path.relpath(notebooks)}/")
+        files = {p.name: _clean(nbformat.read(p, as_version=4), root).encode() for p in done}
+        for picture in root.glob("work/runs/*/evaluation/auroc.png"):
+            files["result.png"] = picture.read_bytes()
+    for name, content in files.items():
+        write_atomic(notebooks / name, content)
+    print(f"Pairs: {', '.join(files)} in {os.path.relpath(notebooks)}/")
 
 
 def _clean(node: NotebookNode, root: Path) -> str:

@@ -30,6 +30,7 @@ CHOICES = {
     "optimizer": ("adamw", "sgd"),
 }
 ARMS = ("federated", "centralised", "local")
+LAYERS = ("all", "conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
 # Lower and upper bound; both are allowed values.
 RANGES = {
     "image_size": (32, 1024), "num_clients": (1, 100_000), "rounds": (1, 10_000),
@@ -41,7 +42,7 @@ RANGES = {
 }  # fmt: skip
 # What an empty parameter means: in seconds on two cores, or on a GPU with ImageNet weights.
 PROFILES: dict[str, dict[str, Any]] = {
-    "demo": dict(image_size=64, weights="none", rounds=8, num_clients=3, batch_size=32),
+    "demo": dict(image_size=64, weights="none", rounds=6, num_clients=3, batch_size=32),
     "kaggle": dict(image_size=224, weights="imagenet", rounds=15, num_clients=5, batch_size=64),
 }
 # A change of these continues a run; a change of any other parameter is another run.
@@ -169,14 +170,17 @@ def _check(settings: Settings) -> None:
     for name, (low, high) in RANGES.items():
         if not low <= getattr(settings, name) <= high:
             raise InputError(f"{name}={getattr(settings, name)!r}: allowed is {low} to {high}")
-    for arm in settings.arm_list:
-        if arm not in ARMS:
-            raise InputError(f"arms={settings.arms!r}: allowed are {', '.join(ARMS)}")
+    for name, allowed in (("arms", ARMS), ("tracked", LAYERS)):
+        if not {part.strip() for part in getattr(settings, name).split(",")} <= set(allowed):
+            raise InputError(
+                f"{name}={getattr(settings, name)!r}: allowed are {', '.join(allowed)}"
+            )
     if not all(seed.strip().isdigit() for seed in settings.seeds.split(",")):
         raise InputError(f"seeds={settings.seeds!r}: expected numbers such as 0,1,2")
     plain_sgd = settings.optimizer == "sgd" and settings.momentum == settings.weight_decay == 0
     if settings.strategy == "scaffold" and not plain_sgd:
         raise InputError("strategy=scaffold wants optimizer=sgd momentum=0 weight_decay=0")
+    find_devices(settings.device)
     if settings.weights != "none":
         find_weights(settings.weights)
 

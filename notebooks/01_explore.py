@@ -17,7 +17,7 @@
 # **What it does.** Reads the NIH ChestX-ray14 table, box list and split lists, checks them, and shows
 # who is in the data: findings, patients, view positions, scanners.
 #
-# **Reads** the data folder (without one: a synthetic *phantom*, written in half a minute).
+# **Reads** the data folder (without one: a synthetic *phantom*, written in about 20 seconds).
 # **Writes** `work/explore/checks.csv`. **Takes** seconds; no GPU.
 
 # %% tags=["parameters"]

@@ -19,7 +19,7 @@
 # average (FedAvg). No film leaves its client.
 #
 # **Reads** `work/prepared/`. **Writes** `work/runs/NAME/`: `history.csv`, `clients.csv`, `models/`,
-# `checkpoint/`, `global_model.safetensors`. **Takes** about three minutes for the demo on two cores;
+# `checkpoint/`, `global_model.safetensors`. **Takes** about three minutes for the demo on two slow cores;
 # an estimate for this device is printed before training. Killed at any moment, it goes on from the
 # last round boundary and ends with the same bits.
 
@@ -46,7 +46,7 @@ trim: float = 0.2  # trimmed: share cut off at each end
 client_fraction: float = 1.0  # share of the clients drawn in each round
 min_clients: int = 1  # fewer answers stop the run
 client_seconds: float = 0.0  # a client that takes longer is left out of the round; 0: never
-rounds: int = 0  # rounds of federation; 0: 8 in the demo, 15 on Kaggle
+rounds: int = 0  # rounds of federation; 0: 6 in the demo, 15 on Kaggle
 local_epochs: int = 1  # passes of a client over its films in one round
 batch_size: int = 0  # films a step; 0: 32 in the demo, 64 on Kaggle
 optimizer: str = "adamw"  # adamw or sgd
@@ -157,6 +157,7 @@ def show(row, history):
 
 
 history = training.train(show)
+live.update(Markdown("All rounds are done; the curves stand below."))
 
 # %% [markdown]
 # ## Learning curves

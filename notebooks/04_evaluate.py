@@ -64,14 +64,14 @@ films.index.groupby(["client", "split"])["patient_id"].agg(films="size", patient
 # %% [markdown]
 # ## Predict the test films
 #
-# Nothing in this project has looked at them before: rounds, defaults and thresholds are chosen on
-# validation films. Metrics are computed from the file as it is written.
+# Rounds and defaults are chosen on validation films; no choice has seen these. Metrics are computed
+# from the file as it is written.
 
 # %%
 folder = settings.run / "evaluation"
 predicted = fedutils.predict_films(settings, films, "test")
 predictions = fedutils.write_predictions(predicted, folder / "predictions.csv.gz")
-predictions.head(3)
+predictions.iloc[:3, :9]
 
 # %% [markdown]
 # ## AUROC and average precision
@@ -112,7 +112,7 @@ display(Markdown(note))
 # %% [markdown]
 # ## ROC curves
 #
-# Sensitivity against the share of false alarms, one panel for each finding. The dashed diagonal is
+# Sensitivity against the share of false alarms, one panel for each finding. The dotted diagonal is
 # guessing.
 
 # %%
@@ -125,7 +125,7 @@ figure
 # %% [markdown]
 # ## Precision-recall curves
 #
-# For rare findings these tell more: of the films that the model marks, how many are right? The dashed
+# For rare findings these tell more: of the films that the model marks, how many are right? The dotted
 # line is the prevalence, which is what guessing gives.
 
 # %%
@@ -135,13 +135,13 @@ figure
 
 # %% [markdown]
 # ## What this is, and what it is not
+#
+# NIH's labels were mined from reports by text, not given by radiologists. Films stayed with their
+# client, but updates can leak: federated is not yet private. Not for clinical use.
 
 # %%
-display(Markdown(
-    ("**Phantom films are synthetic: nothing here is evidence about patients.** " if report["release"] == "phantom" else "")
-    + "Labels were mined from reports by text, not given by radiologists. Films stayed with their client, "
-    "but updates can leak: federated is not yet private. Not for clinical use."
-))
+warning = "**Phantom films are synthetic: nothing here is evidence about patients.**"
+display(Markdown(warning if report["release"] == "phantom" else "Labels were mined from reports by text."))
 
 # %% [markdown]
 # `summary.json` holds what it takes to repeat this run: parameters, versions, threads, device, the

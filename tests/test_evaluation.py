@@ -1,14 +1,17 @@
 """What notebook 04 writes, and that it can be recomputed from the files alone."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tiny import tiny_films, tiny_settings
 
 from fedutils import evaluation
+from fedutils.__main__ import main
 from fedutils.federation import Training
 from fedutils.findings import FINDINGS, InputError
 from fedutils.images import read_report
@@ -28,9 +31,14 @@ def run(tmp_path_factory):
 
 
 def test_predictions_are_written_with_nine_digits_and_read_back(run):
-    settings, films, predicted, read, _ = run
+    _, films, predicted, read, _ = run
     assert list(read.columns) == ["arm", "seed", "client", "image_index", *FINDINGS]
-    assert len(read) == 24 * (1 + 3) and set(read["client"]) == {"", "client-1", "client-2", "client-3"}
+    assert len(read) == 24 * (1 + 3) and set(read["client"]) == {
+        "",
+        "client-1",
+        "client-2",
+        "client-3",
+    }
     assert np.allclose(read[list(FINDINGS)], predicted[list(FINDINGS)], rtol=1e-8)
     test = films.index[films.index["split"] == "test"]["image_index"]
     assert set(read["image_index"]) == set(test)
@@ -47,8 +55,20 @@ def test_metrics_equal_scikit_learns_on_the_written_file(run):
     settings, films, _, _, metrics = run
     table = pd.read_csv(settings.run / "evaluation" / "predictions.csv.gz", keep_default_na=False)
     truth = films.index.set_index("image_index")
-    columns = ["arm", "seed", "client", "test_set", "finding", "metric", "value", "ci_low", "ci_high"]
-    assert list(metrics.columns) == [*columns, "n", "positives"] and set(metrics["test_set"]) == {"all"}
+    columns = [
+        "arm",
+        "seed",
+        "client",
+        "test_set",
+        "finding",
+        "metric",
+        "value",
+        "ci_low",
+        "ci_high",
+    ]
+    assert list(metrics.columns) == [*columns, "n", "positives"] and set(metrics["test_set"]) == {
+        "all"
+    }
     for (arm, client), rows in table.groupby(["arm", "client"]):
         mine = metrics[(metrics["arm"] == arm) & (metrics["client"] == client)]
         value = mine.set_index(["finding", "metric"])["value"]
@@ -83,7 +103,9 @@ def test_tabulate_says_what_is_not_defined(run):
 def test_other_data_are_refused_by_name(run):
     settings = run[0]
     evaluation.check_fingerprint(settings, read_report(settings.prepared))
-    with pytest.raises(InputError, match=r"run run was trained on data tiny.*run notebook 02 again"):
+    with pytest.raises(
+        InputError, match=r"run run was trained on data tiny.*run notebook 02 again"
+    ):
         evaluation.check_fingerprint(settings, {"fingerprint": "other"})
 
 
@@ -91,4 +113,45 @@ def test_clients_of_films_come_from_the_runs_own_table(run):
     settings, films, _, _, _ = run
     clients = films.index[["patient_id", "client", "split"]].drop_duplicates()
     clients.to_csv(settings.run / "clients.csv", index=False)
-    assert evaluation.read_films(settings).index["client"].tolist() == films.index["client"].tolist()
+    assert (
+        evaluation.read_films(settings).index["client"].tolist() == films.index["client"].tolist()
+    )
+
+
+@pytest.fixture
+def finished(run, tmp_path):
+    """A copy of the run with its work folder, to damage."""
+    settings, films, _, _, metrics = run
+    clients = films.index[["patient_id", "client", "split"]].drop_duplicates()
+    clients.to_csv(settings.run / "clients.csv", index=False)
+    evaluation.write_summary(settings, metrics, "tiny data")
+    shutil.copytree(settings.work_dir, tmp_path / "work")
+    return tmp_path / "work" / "runs" / "run"
+
+
+def test_verify_finds_nothing_wrong_with_a_whole_run(finished):
+    assert evaluation.verify_run(finished) == []
+    assert main(["verify", str(finished)]) == 0
+
+
+def test_verify_names_what_was_changed(finished, capsys):
+    metrics = pd.read_csv(finished / "evaluation/metrics.csv")
+    metrics.loc[0, "value"] += 0.01
+    metrics.to_csv(finished / "evaluation/metrics.csv", index=False)
+    (finished / "models/local-s0-client-1.safetensors").unlink()
+    model = finished / "models/federated-s0.safetensors"
+    state = load_file(model)
+    state["fc.bias"][0] += 1
+    save_file(state, model)
+    wrong = "\n".join(evaluation.verify_run(finished))
+    assert "local-s0-client-1.safetensors is missing" in wrong
+    assert "federated-s0.safetensors has changed" in wrong
+    assert "federated-s0.safetensors is the state of no round" in wrong
+    assert "metrics.csv says" in wrong and "'Atelectasis'" in wrong
+    assert main(["verify", str(finished)]) == 1
+    (finished.parent.parent / "prepared/report.json").write_text('{"fingerprint": "other"}')
+    assert "holds other data" in evaluation.verify_run(finished)[-1]
+
+
+def test_verify_wants_an_evaluated_run(tmp_path):
+    assert main(["verify", str(tmp_path)]) == 2

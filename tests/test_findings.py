@@ -23,7 +23,9 @@ def test_spellings_that_nih_uses_are_known():
     assert len(FINDINGS) == len(set(FINDINGS)) == 14
 
 
-@pytest.mark.parametrize("text", ["Pleural_thickening", "", "Effusion|", "effusion", "Mass | Nodule"])
+@pytest.mark.parametrize(
+    "text", ["Pleural_thickening", "", "Effusion|", "effusion", "Mass | Nodule"]
+)
 def test_an_unknown_finding_is_an_error_that_names_it(text):
     with pytest.raises(InputError, match="unknown finding"):
         parse_labels(text)

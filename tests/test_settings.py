@@ -38,7 +38,7 @@ def test_names_of_a_notebook_that_are_no_parameters_are_ignored():
         ({"rounds": -1}, "rounds=-1: allowed is 1 to"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"alpha": 0.0}, "alpha=0.0"),
-        ({"strategy": "fedsgd"}, "strategy='fedsgd': allowed: fedavg"),
+        ({"strategy": "fedsgd"}, "strategy='fedsgd': allowed are fedavg"),
         ({"profile": "gpu"}, "profile='gpu'"),
         ({"arms": "federated,central"}, "arms='federated,central'"),
         ({"seeds": "0,x"}, "seeds='0,x'"),

@@ -25,7 +25,9 @@ def texts(work, stem):
     node = nbformat.read(work / "notebooks" / "quick" / f"{stem}.ipynb", as_version=4)
     outputs = [output for cell in node.cells for output in cell.get("outputs", [])]
     data = [output.get("data", {}) for output in outputs]
-    return "\n".join([o.get("text", "") for o in outputs] + [d.get("text/markdown", "") for d in data])
+    return "\n".join(
+        [o.get("text", "") for o in outputs] + [d.get("text/markdown", "") for d in data]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,9 @@ def test_every_patient_is_at_one_client_and_in_one_split(phantom):
 
 
 def test_the_global_model_opens_with_plain_torchvision(phantom):
-    resnet34(num_classes=14).load_state_dict(load_file(phantom / "runs/quick/global_model.safetensors"))
+    resnet34(num_classes=14).load_state_dict(
+        load_file(phantom / "runs/quick/global_model.safetensors")
+    )
 
 
 def test_a_saved_notebook_holds_no_stale_progress(phantom):
