@@ -12,7 +12,7 @@ from .evaluation import (
     write_summary,
 )
 from .fedavg import STRATEGIES, FedAvg
-from .federation import FederationError, Training
+from .federation import FederationError, Training, best_rounds
 from .findings import FINDINGS, InputError, format_labels, parse_labels
 from .images import (
     ChestXrayDataset,

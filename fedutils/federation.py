@@ -90,7 +90,6 @@ class Replicas:
 
     def __init__(self, models: list[ChestResNet], threads: int) -> None:
         self.models, self.threads = models, threads
-        torch.set_num_threads(threads)
 
     def fit(
         self, clients: list[Client], sent: State, kept: dict[str, State], round: int
@@ -238,6 +237,8 @@ class Training:
         self.settings, self.run, self.jobs = settings, settings.run, plan(settings, films)
         self.strategy = strategy or STRATEGIES[settings.strategy]
         self.config = open_run(settings, self.strategy)
+        # Before a model is built, whose calibration depends on the threads in its last bits.
+        torch.set_num_threads(self.config["threads"])
         self.identity = hashlib.sha256(json.dumps(self.config).encode()).hexdigest()
         self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
 
@@ -360,6 +361,17 @@ class Training:
             parts = [self.run / "models" / f"{name}.safetensors" for name in ("trunk", job.name)]
             whole = load_file(parts[0]) | load_file(parts[1])
             write_atomic(self.run / "global_model.safetensors", save(whole))
+
+
+def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
+    """Return the row of each model's best validation round, which is the one that is kept.
+
+    The highest AUROC counts, then the lowest loss, then the earlier round.
+    """
+    models = history[(history["client"] == "") | (history["arm"] == "local")]
+    score = models.assign(score=models["val_auroc"].fillna(-math.inf))
+    order = score.sort_values(["score", "val_loss", "round"], ascending=[False, True, True])
+    return order.groupby(["arm", "seed", "client"]).head(1).drop(columns="score").sort_index()
 
 
 def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:

@@ -142,6 +142,9 @@ fedutils.plots.finding_grid(films, boxes, title)
 leak = fedutils.leak_of_splits(table, settings.seed)
 fedutils.plots.split_overlap(leak, title)
 
+# %% [markdown]
+# In words, with the numbers of this table:
+
 # %%
 shares = leak.set_index("split")["share"]
 display(Markdown(

@@ -106,6 +106,9 @@ title = f"{report['release']} data, {settings.partition}"
 per_client = fedutils.partition_report(index, clients)
 fedutils.plots.client_heatmap(per_client, title)
 
+# %% [markdown]
+# The same in one number, for comparing partitions:
+
 # %%
 skew = fedutils.label_skew(index, clients)
 display(Markdown(
@@ -168,15 +171,14 @@ live.update(Markdown("All rounds are done; the curves stand below."))
 # %%
 fedutils.plots.learning_curves(history, title)
 
+# %% [markdown]
+# The best round of each model on validation films; notebook 04 evaluates that one.
+
 # %%
-models = history[(history["client"] == "") | (history["arm"] == "local")]
-best = models.loc[models.groupby(["arm", "seed", "client"], sort=False)["val_auroc"].idxmax().dropna()]
-HTML(best[["arm", "seed", "client", "round", "val_loss", "val_auroc"]].to_html(
-    index=False, float_format="{:.3f}".format))
+best = fedutils.best_rounds(history)[["arm", "seed", "client", "round", "val_loss", "val_auroc"]]
+HTML(best.to_html(index=False, float_format="{:.3f}".format))
 
 # %% [markdown]
-# That was the best round of each model on validation films; notebook 04 evaluates it.
-#
 # ## What each client contributed
 #
 # The last round, client by client. A client that failed would stand here with its reason.
@@ -191,11 +193,12 @@ HTML(last[shown].to_html(index=False, float_format="{:.3f}".format))
 # Faults over all rounds, and what the federation sent in all:
 
 # %%
+took = history[(history["client"] == "") | (history["arm"] == "local")]["seconds"].sum()
 faults = history[~history["status"].isin(["ok"])]
 sent_gb = per_round[["bytes_up", "bytes_down"]].to_numpy().sum() / 1e9
 display(faults[["round", "client", "status", "reason"]] if len(faults) else Markdown("No client failed."))
 display(Markdown(
-    f"**{sent_gb:.2f} GB** travelled in all. Training took {models['seconds'].sum() / 60:.1f} minutes, "
+    f"**{sent_gb:.2f} GB** travelled in all. Training took {took / 60:.1f} minutes, "
     f"all sessions together; {estimate / 60:.1f} were estimated for this one."
 ))
 

@@ -104,6 +104,9 @@ figure = fedutils.plots.auroc_forest(metrics, yardsticks, title)
 figure.savefig(folder / "auroc.png")
 figure
 
+# %% [markdown]
+# Which of the two it is here:
+
 # %%
 note = "Published AUROCs of the official split are drawn in." if yardsticks else (
     "No published figure is drawn in: these are not all films of NIH's official split.")

@@ -1,5 +1,6 @@
 """The round loop: exact, repeatable, resumable, and robust against clients that fail."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -179,6 +180,13 @@ def test_the_best_validation_round_is_kept(tmp_path, monkeypatch):
     history = train(tmp_path, rounds=3)
     model = load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
     assert federation.state_hash(model) == hashes(history)[1]
+    assert federation.best_rounds(history)["round"].tolist() == [2]
+
+
+def test_best_rounds_without_any_auroc_go_by_the_loss():
+    rows = {"arm": "local", "seed": 0, "client": "a", "round": [1, 2, 3]}
+    history = pd.DataFrame(rows | {"val_auroc": math.nan, "val_loss": [0.5, 0.3, 0.4]})
+    assert federation.best_rounds(history)["round"].tolist() == [2]
 
 
 def break_client(monkeypatch, name, how):
@@ -292,10 +300,15 @@ def test_own_strategy_in_a_few_lines(tmp_path):
 
 
 def test_sampled_clients_follow_the_fraction_and_the_seed(tmp_path):
-    history = train(tmp_path, client_fraction=0.6, rounds=4)
-    drawn = history[history["client"] != ""].groupby("round")["client"].agg(list)
-    assert drawn.map(len).eq(2).all() and drawn.map(tuple).nunique() > 1
-    assert drawn.map(lambda names: names == sorted(names)).all()
+    settings = tiny_settings(tmp_path, client_fraction=0.6)
+    job = federation.plan(settings, tiny_films(tmp_path))[0]
+
+    def draw(job):
+        return [[c.name for c in federation.sample_clients(job, settings, r)] for r in range(30)]
+
+    assert all(len(names) == 2 and names == sorted(names) for names in draw(job))
+    assert len({tuple(names) for names in draw(job)}) == 3 and draw(job) == draw(job)
+    assert draw(dataclasses.replace(job, seed=1)) != draw(job)
 
 
 def test_estimate_is_of_the_right_order(tmp_path):
@@ -305,3 +318,11 @@ def test_estimate_is_of_the_right_order(tmp_path):
     seconds = aggregated(training.train())["seconds"].sum()
     assert 0.2 < estimate / seconds < 5
     assert training.estimate_seconds() == 0
+
+
+def test_threads_left_by_other_work_do_not_change_a_run(tmp_path):
+    """A frozen trunk is calibrated, too, with the threads of the run."""
+    torch.set_num_threads(2)
+    two = hashes(train(tmp_path, name="two", rounds=1))
+    torch.set_num_threads(1)
+    assert hashes(train(tmp_path, name="one", rounds=1)) == two

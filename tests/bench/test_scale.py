@@ -28,6 +28,7 @@ class Small(nn.Sequential):
     local_names = lambda self: set()
 
 torch.manual_seed(0)
+torch.set_num_threads(1)
 work, count = Path(sys.argv[2]), int(sys.argv[3])
 model = Small(nn.Conv2d(3, 32, 3, 2), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, 2),
               nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 14))
