@@ -1,6 +1,8 @@
 """Federated learning on chest X-rays: the names that the notebooks use, handed on."""
 
-from . import plots
+from importlib import import_module
+from types import ModuleType
+
 from .client import Client, Update, predict
 from .evaluation import (
     check_fingerprint,
@@ -35,3 +37,10 @@ from .partition import (
 )
 from .phantom import write_phantom
 from .settings import Settings, __version__, print_environment, read_parameters, read_run
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import `fedutils.plots` at its first use: the figures' libraries take a second or two."""
+    if name == "plots":
+        return import_module(".plots", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

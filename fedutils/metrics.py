@@ -4,9 +4,10 @@ A label may be missing (NaN): the film is then left out for that finding. A metr
 defined, for want of a positive or of a negative film, is NaN and keeps its row.
 """
 
+from types import ModuleType
+
 import numpy as np
 import pandas as pd
-from sklearn import metrics as sk
 
 from fedutils.findings import FINDINGS
 from fedutils.rng import generator
@@ -25,6 +26,13 @@ YARDSTICKS_OFFICIAL: dict[str, float] = {
     "Guendel 2018, DenseNet-121": 0.807,  # location-aware DenseNet, CIARP 2018
     "Xiao 2023, masked autoencoder ViT-B": 0.830,  # Delving into Masked Autoencoders, WACV 2023
 }
+
+
+def _sklearn() -> ModuleType:
+    """Import scikit-learn's metrics at the first use: with SciPy they take a second."""
+    from sklearn import metrics
+
+    return metrics
 
 
 def _labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -50,26 +58,26 @@ def auroc(truth: np.ndarray, score: np.ndarray) -> float:
     Raises ValueError on unequal lengths, other labels or scores that are not finite.
     """
     truth, score = _labelled(truth, score)
-    return float(sk.roc_auc_score(truth, score)) if _defined(truth) else np.nan
+    return float(_sklearn().roc_auc_score(truth, score)) if _defined(truth) else np.nan
 
 
 def average_precision(truth: np.ndarray, score: np.ndarray) -> float:
     """Area under the stepwise precision-recall curve of one finding; arguments as in `auroc`."""
     truth, score = _labelled(truth, score)
-    return float(sk.average_precision_score(truth, score)) if _defined(truth) else np.nan
+    return float(_sklearn().average_precision_score(truth, score)) if _defined(truth) else np.nan
 
 
 def roc_points(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """False and true positive rate along the ROC curve; empty arrays where not defined."""
     truth, score = _labelled(truth, score)
-    return sk.roc_curve(truth, score)[:2] if _defined(truth) else (np.empty(0), np.empty(0))
+    return _sklearn().roc_curve(truth, score)[:2] if _defined(truth) else (np.empty(0), np.empty(0))
 
 
 def pr_points(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Recall and precision along the PR curve (falling recall); empty arrays where not defined."""
     truth, score = _labelled(truth, score)
     empty = (np.empty(0), np.empty(0))
-    return sk.precision_recall_curve(truth, score)[1::-1] if _defined(truth) else empty
+    return _sklearn().precision_recall_curve(truth, score)[1::-1] if _defined(truth) else empty
 
 
 def patient_resamples(patients: np.ndarray, repeats: int, seed: int) -> np.ndarray:

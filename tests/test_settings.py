@@ -1,5 +1,8 @@
 """Parameters: types, profiles, names of runs; and the devices of a machine."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny import tiny_settings
@@ -117,6 +120,15 @@ def test_gpu_with_weights_is_the_kaggle_profile(monkeypatch, tmp_path):
     assert module.find_profile() == "kaggle"
     kaggle = read_parameters({})
     assert (kaggle.image_size, kaggle.weights, kaggle.tracked) == (224, "imagenet", "layer4,fc")
+
+
+def test_importing_fedutils_takes_under_3_seconds_beyond_torch():
+    code = "import time, torch; t = time.time(); import fedutils; print(time.time() - t)"
+    command = [sys.executable, "-c", code]
+    runs = [
+        float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(2)
+    ]
+    assert min(runs) < 3
 
 
 def test_root_is_found_by_its_marker(monkeypatch, tmp_path):
