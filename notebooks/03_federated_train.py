@@ -167,6 +167,8 @@ live.update(Markdown("All rounds are done; the curves stand below."))
 #
 # Left: loss, on training films (as the clients saw them while they learned) and on validation films
 # (the aggregated model). Right: the mean AUROC on validation films; its best round is the one kept.
+# A validation loss that jumps while the AUROC rises is the mark of BatchNorm: in early rounds the
+# averaged statistics lag behind the averaged weights.
 
 # %%
 fedutils.plots.learning_curves(history, title)
