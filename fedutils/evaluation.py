@@ -66,13 +66,18 @@ def evaluate_models(predictions: pd.DataFrame, films: ChestXrayDataset, seed: in
 def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
     """Lay one model's rows out for reading: a row a finding, a column a metric, with intervals."""
     text = [
-        "not defined (0 positives)"
-        if np.isnan(row.value)
-        else f"{row.value:.3f} ({row.ci_low:.3f} to {row.ci_high:.3f})"
+        "not defined (0 positives)" if np.isnan(row.value) else with_interval(row)
         for row in metrics.itertuples()
     ]
     wide = metrics.assign(text=text).pivot(index="finding", columns="metric", values="text")
     return wide.loc[[*FINDINGS, "mean"]].rename_axis(index=None, columns=None)
+
+
+def with_interval(row: Any, name: str = "") -> str:
+    """Write a value of the metrics with its interval, or say that there is none."""
+    if np.isnan(row.ci_low):
+        return f"{row.value:.3f} (no interval: too few films)"
+    return f"{row.value:.3f} ({name}{row.ci_low:.3f} to {row.ci_high:.3f})"
 
 
 def write_predictions(predictions: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -93,7 +98,7 @@ def headline(metrics: pd.DataFrame, source: str) -> list[str]:
     rows = metrics[(metrics["finding"] == "mean") & (metrics["metric"] == "auroc")]
     return [
         f"{source}: {' '.join(filter(None, [row.arm, row.client]))} (seed {row.seed}) reaches a"
-        f" mean AUROC of {row.value:.3f} (95 % interval {row.ci_low:.3f} to {row.ci_high:.3f})"
+        f" mean AUROC of {with_interval(row, '95 % interval ')}"
         f" over {row.positives} findings on {row.n:,} test films."
         for row in rows.itertuples()
     ]

@@ -155,3 +155,8 @@ def test_verify_names_what_was_changed(finished, capsys):
 
 def test_verify_wants_an_evaluated_run(tmp_path):
     assert main(["verify", str(tmp_path)]) == 2
+
+
+def test_too_few_films_for_an_interval_are_said_so(run):
+    one = run[-1].head(1).assign(value=0.5, ci_low=np.nan, ci_high=np.nan, finding="mean")
+    assert "0.500 (no interval: too few films)" in evaluation.headline(one, "tiny")[0]
