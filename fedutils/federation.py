@@ -100,6 +100,7 @@ class Replicas:
             free.put(model)
 
         def work(client: Client) -> tuple[Update, State]:
+            """Train one client on whichever replica is free."""
             model = free.get()
             try:
                 return fit_safely(client, model, sent, kept.get(client.name, {}), round)

@@ -42,6 +42,7 @@ def _figure(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(draw)
     def styled(*args: Any, **kwargs: Any) -> Figure:
+        """Draw, then close."""
         with plt.rc_context(STYLE):
             fig = draw(*args, **kwargs)
             fig.draw_without_rendering()  # ticks take their style when first drawn

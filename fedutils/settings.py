@@ -17,6 +17,7 @@ import torchvision
 
 from .findings import InputError
 from .nih import find_data
+from .partition import METHODS
 from .weights import find_weights, load_weights
 
 __version__ = "0.1.0"
@@ -24,7 +25,7 @@ ROOT_MARKER = "notebooks/01_explore.py"
 CHOICES = {
     "profile": ("auto", "demo", "kaggle"),
     "batchnorm": ("average", "frozen", "local"),
-    "partition": ("iid", "dirichlet", "scanner"),
+    "partition": METHODS,
     "strategy": ("fedavg", "fedavgm", "fedadam", "fedprox", "scaffold"),
     "aggregation": ("mean", "median", "trimmed"),
     "optimizer": ("adamw", "sgd"),
