@@ -202,7 +202,7 @@ def execute(node: NotebookNode, output: Path, parameters: Mapping[str, Any], cwd
             kernel_name="python3",
             progress_bar=False,
             coalesce_streams=True,  # one output a cell, not one for each time it is flushed
-            extra_arguments=["--log-level=ERROR"],  # of the kernel about itself
+            extra_arguments=["--log-level=CRITICAL"],  # of the kernel about itself
             stdout_file=Indented() if trains else None,
         )
     except (PapermillExecutionError, RuntimeError) as error:  # a dead kernel is a RuntimeError

@@ -122,8 +122,8 @@ def test_gpu_with_weights_is_the_kaggle_profile(monkeypatch, tmp_path):
     assert (kaggle.image_size, kaggle.weights, kaggle.tracked) == (224, "imagenet", "layer4,fc")
 
 
-def test_importing_fedutils_takes_under_3_seconds_beyond_torch():
-    code = "import time, torch; t = time.time(); import fedutils; print(time.time() - t)"
+def test_importing_fedutils_takes_under_3_cpu_seconds_beyond_torch():
+    code = "import time, torch; t = time.process_time(); import fedutils; print(time.process_time() - t)"
     command = [sys.executable, "-c", code]
     runs = [
         float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(2)
