@@ -397,5 +397,4 @@ def search_files(root: Path, pattern: str, depth: int = 6) -> Iterator[Path]:
     for _ in range(depth + 1):
         for folder in level:
             yield from sorted(folder.glob(pattern))
-        below = [inner for folder in level for inner in folder.glob("*/")]
-        level = [inner for inner in below if not inner.name.startswith(("images", "."))]
+        level = [inner for folder in level for inner in _inner(folder)]

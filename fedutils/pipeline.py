@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -277,8 +276,6 @@ def _resolve(
         if name not in TYPES or name not in known:
             allowed = ", ".join(name for name in TYPES if name in known)
             raise InputError(f"unknown parameter {name!r}; allowed are {allowed}")
-    if not re.fullmatch(r"(\w[\w.-]*)?", str(values.get("name", ""))):
-        raise InputError(f"name={values['name']!r}: expected letters, digits and . _ - only")
     typed = {name: convert(name, value) for name, value in values.items()}
     data = nih.find_data(typed.get("data_dir", ""))
     return read_parameters(typed | {"data_dir": str(data or "")}), data

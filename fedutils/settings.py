@@ -181,6 +181,8 @@ def _check(settings: Settings) -> None:
     plain_sgd = settings.optimizer == "sgd" and settings.momentum == settings.weight_decay == 0
     if settings.strategy == "scaffold" and not plain_sgd:
         raise InputError("strategy=scaffold wants optimizer=sgd momentum=0 weight_decay=0")
+    if not re.fullmatch(r"(\w[\w.-]*)?", settings.name):
+        raise InputError(f"name={settings.name!r}: expected letters, digits and . _ - only")
     find_devices(settings.device)
     if settings.weights != "none":
         find_weights(settings.weights)
