@@ -162,7 +162,8 @@ def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> f
         return np.nan
     false, true, cuts = roc_curve(truth, probability, drop_intermediate=False)
     # The first cut is infinity, which calls nothing positive.
-    best = np.argmax(true[1:] - false[1:] if rule == YOUDEN else true[1:] >= 0.9)
+    gain = np.round(true - false, 12)  # so that equal cuts are equal
+    best = np.argmax(gain[1:] if rule == YOUDEN else true[1:] >= 0.9)
     return float(cuts[1:][best])
 
 
@@ -222,7 +223,6 @@ def tabulate_points(points: pd.DataFrame) -> pd.DataFrame:
     for rule, rows in points.groupby("rule", sort=False):
         rows = rows.set_index("finding")
         text = rows[RATES].map("{:.2f}".format).where(rows[RATES].notna(), "–")
-        # Without a cut nothing is defined: said once, in words, and not by four dashes.
-        text.loc[rows["threshold"].isna(), "sensitivity"] = "no cut: one class absent on validation"
+        text.loc[rows["threshold"].isna(), "sensitivity"] = "no cut"  # then nothing is defined
         parts[rule] = text.rename(columns=names)
     return pd.concat(parts, axis=1).rename_axis(index=None)

@@ -47,13 +47,15 @@ def _read(settings: Settings, name: str) -> pd.DataFrame:
     """Read a table of the evaluation, with empty texts where a model has no seed or owner."""
     path = settings.run / "evaluation" / f"{name}.csv"
     table = pd.read_csv(path, dtype={"seed": str, "client": str})
-    return table.fillna({"seed": "", "client": ""})
+    seed = table["seed"].str.removesuffix(".0")  # beside an empty seed pandas writes 0 as 0.0
+    return table.assign(seed=seed).fillna({"seed": "", "client": ""})
 
 
 def _model(settings: Settings, config: dict[str, Any]) -> list[str]:
     """Say what the model is, how it was trained, and in which file it leaves."""
     history = pd.read_csv(settings.run / "history.csv", dtype={"client": str})
     best = best_rounds(history.fillna({"client": ""}))
+    trained = history["round"].max()  # the number of rounds is no part of config.json
     rounds = best[best["arm"] == "federated"].head(1)["round"].tolist()
     leaves = f"`global_model.safetensors`, of round {rounds[0]}" if rounds else ""
     file = leaves or "none: this run has no federated arm, so no global model leaves"
@@ -62,7 +64,7 @@ def _model(settings: Settings, config: dict[str, Any]) -> list[str]:
         f"- ResNet-34, 14 outputs (one a finding); input one grey film of {settings.image_size}"
         f" x {settings.image_size} pixels, normalised as for ImageNet",
         f"- Arms of this run: {settings.arms}; training seeds {settings.seeds};"
-        f" {settings.rounds} rounds of {settings.local_epochs} local epochs",
+        f" {trained} rounds, local epochs in each: {settings.local_epochs}",
         f"- Strategy {settings.strategy}, aggregation {settings.aggregation}, optimiser"
         f" {settings.optimizer} (lr {settings.lr:g}); trained and sent: {settings.tracked};"
         f" BatchNorm {settings.batchnorm}; start: {settings.weights}",
@@ -80,7 +82,7 @@ def _data(settings: Settings, report: dict[str, Any], phantom: bool) -> list[str
     ]
     lists = "NIH's official lists" if report["lists"] else "a hash of the patient"
     clients = read_films(settings).index["client"].nunique()
-    source = "synthetic phantom" if phantom else f"NIH ChestX-ray14, release {report['release']}"
+    source = "Synthetic phantom" if phantom else f"NIH ChestX-ray14, release {report['release']}"
     return [
         "## Data", "",
         f"- {source}: {report['films']:,} films of {report['patients']:,} patients",

@@ -236,7 +236,7 @@ def pointing_game(settings: Settings, films: ChestXrayDataset) -> pd.DataFrame:
     played = position_baselines(boxes, settings.seed)
     tables += [tally(played[played["method"] == m]).assign(method=m) for m in (CENTRE, ELSEWHERE)]
     tables.append(upper_bounds(boxes).assign(method=UPPER))
-    return pd.concat(tables[1:], ignore_index=True)[POINTING]
+    return pd.concat(tables[1:], ignore_index=True)[POINTING].astype({"seed": "Int64"})
 
 
 def pointing_words(table: pd.DataFrame, image_size: int) -> str:
@@ -256,9 +256,10 @@ def pointing_words(table: pd.DataFrame, image_size: int) -> str:
     for row in rows.loc[[MODEL]].itertuples():
         where = "above" if row.ci_low > best["ci_high"] else "not clear of"
         where = "below" if row.ci_high < best["ci_low"] else where
-        lines.append(f"{row.arm} points into a box in {_counted(row)}, {where} the fixed points")
+        lines.append(f"{row.arm} points into a box in {_counted(row)}, {where} the better of them")
     centre, elsewhere = (_counted(row) for row in fixed.itertuples())
-    return f"{'; '.join(lines)}: the {CENTRE} reaches {centre}, the {ELSEWHERE}, {elsewhere}."
+    positions = f"the {CENTRE} reaches {centre}, the {ELSEWHERE}, {elsewhere}"
+    return f"Without a look at the film {positions}; {'; '.join(lines)}."
 
 
 def _counted(row: Any) -> str:
@@ -311,7 +312,7 @@ def fill_gallery(
         maps = {_key(row): heat for (_, row), heat in zip(shown.iterrows(), found, strict=True)}
     filled = []
     for panel in panels:
-        own = boxes[(boxes[["image_index", "finding"]] == _key(panel)).all(axis=1)]
+        own = boxes[(boxes[["image_index", "finding"]] == list(_key(panel))).all(axis=1)]
         position = films.index.index[films.index["image_index"] == panel["image_index"]]
         filled.append(panel | {
             "film": films[int(position[0])][0][0].numpy() if len(position) else None,

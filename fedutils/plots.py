@@ -613,7 +613,8 @@ def _gallery_panel(ax: Axes, panel: dict[str, Any]) -> None:
         paint = mcolors.LinearSegmentedColormap.from_list("heat", [SKY + "00", SKY + "c8"])
         look = {"cmap": paint, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
         ax.imshow(heat, extent=(-0.5, side - 0.5, side - 0.5, -0.5), **look)
-    score = "" if panel["probability"] is None else f"  {panel['probability']:.2f}"
+    p = panel["probability"]
+    score = "" if p is None else "  <0.01" if p < 0.005 else f"  {p:.2f}"
     ax.set_title(panel["kind"] + score, fontsize=9, loc="center", pad=3)
 
 

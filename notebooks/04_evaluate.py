@@ -186,7 +186,8 @@ points.to_csv(folder / "operating_points.csv", index=False)
 
 # %% [markdown]
 # The same model's. PPV, the share of alarms that are right, and NPV hold **at the prevalence that
-# stands beside them**: where a finding is rarer, more alarms are false.
+# stands beside them**: where a finding is rarer, more alarms are false. *No cut*: validation lacks
+# films with the finding, or without it.
 
 # %%
 HTML(fedutils.tabulate_points(points.merge(main)).to_html())
