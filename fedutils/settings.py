@@ -39,6 +39,7 @@ RANGES = {
     "threads": (0, 1024), "min_clients": (1, 100_000), "client_fraction": (1e-6, 1.0),
     "trim": (0.0, 0.49), "mu": (0.0, math.inf), "lr": (1e-12, math.inf), "momentum": (0.0, 1.0),
     "server_lr": (1e-12, math.inf), "server_momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf),
+    "lr_centralised": (0.0, math.inf), "lr_local": (0.0, math.inf),
     "max_hours": (0.0, math.inf), "client_seconds": (0.0, math.inf), "alpha": (1e-12, math.inf),
 }  # fmt: skip
 # What an empty parameter means: in seconds on two cores, or on a GPU with ImageNet weights.
@@ -81,6 +82,8 @@ class Settings:
     batch_size: int = 0
     optimizer: str = "adamw"
     lr: float = 1e-3
+    lr_centralised: float = 0.0
+    lr_local: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
     arms: str = "federated"
