@@ -48,7 +48,9 @@ PROFILES: dict[str, dict[str, Any]] = {
     "kaggle": dict(image_size=224, weights="imagenet", rounds=15, num_clients=5, batch_size=64),
 }
 # A change of these continues a run; a change of any other parameter is another run.
-NOT_IDENTITY = ("work_dir", "name", "profile", "rounds", "device", "max_hours", "min_clients")
+NOT_IDENTITY = (
+    "work_dir", "name", "profile", "rounds", "device", "max_hours", "min_clients", "compare",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Settings:
     device: str = "auto"
     threads: int = 0
     max_hours: float = 0.0
+    compare: str = ""
 
     @property
     def arm_list(self) -> list[str]:
@@ -184,8 +187,10 @@ def _check(settings: Settings) -> None:
     plain_sgd = settings.optimizer == "sgd" and settings.momentum == settings.weight_decay == 0
     if settings.strategy == "scaffold" and not plain_sgd:
         raise InputError("strategy=scaffold wants optimizer=sgd momentum=0 weight_decay=0")
-    if not re.fullmatch(r"(\w[\w.-]*)?", settings.name):
-        raise InputError(f"name={settings.name!r}: expected letters, digits and . _ - only")
+    for name in ("name", "compare"):
+        names = getattr(settings, name).split(",") if name == "compare" else [settings.name]
+        if not all(re.fullmatch(r"(\w[\w.-]*)?", part.strip()) for part in names):
+            raise InputError(f"{name}={getattr(settings, name)!r}: expected letters, digits, . _ -")
     find_devices(settings.device)
     if settings.weights != "none":
         find_weights(settings.weights)
