@@ -437,6 +437,11 @@ def copy_models(source: Path, target: Path, job: Job) -> None:
             write_atomic(target / name, (source / name).read_bytes())
 
 
+def read_history(run: Path) -> pd.DataFrame:
+    """Read a run's `history.csv`; `client` is empty on the rows of aggregated models."""
+    return pd.read_csv(run / "history.csv", dtype={"client": str}).fillna({"client": ""})
+
+
 def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
     """Return the row of each model's best validation round, which is the one that is kept.
 
