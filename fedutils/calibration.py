@@ -33,7 +33,8 @@ def _known(truth: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.n
         raise ValueError(f"truth {truth.shape} and probability {probability.shape} must be alike")
     known = ~np.isnan(truth)
     truth, probability = truth[known], probability[known]
-    if not np.isin(truth, (0, 1)).all() or not ((probability >= 0) & (probability <= 1)).all():
+    labels, chances = (truth == 0) | (truth == 1), (probability >= 0) & (probability <= 1)
+    if not (labels.all() and chances.all()):
         raise ValueError("labels must be 0, 1 or NaN, and probabilities between 0 and 1")
     return truth, probability
 

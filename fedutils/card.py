@@ -9,7 +9,7 @@ import pandas as pd
 from .calibration import main_model
 from .evaluation import read_films
 from .explain import pointing_words
-from .federation import best_rounds
+from .federation import best_rounds, read_history
 from .findings import FINDINGS
 from .images import read_report, write_atomic
 from .metrics import MEAN
@@ -53,8 +53,8 @@ def _read(settings: Settings, name: str) -> pd.DataFrame:
 
 def _model(settings: Settings, config: dict[str, Any]) -> list[str]:
     """Say what the model is, how it was trained, and in which file it leaves."""
-    history = pd.read_csv(settings.run / "history.csv", dtype={"client": str})
-    best = best_rounds(history.fillna({"client": ""}))
+    history = read_history(settings.run)
+    best = best_rounds(history)
     trained = history["round"].max()  # the number of rounds is no part of config.json
     rounds = best[best["arm"] == "federated"].head(1)["round"].tolist()
     leaves = f"`global_model.safetensors`, of round {rounds[0]}" if rounds else ""
