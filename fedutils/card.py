@@ -13,6 +13,7 @@ from .federation import best_rounds, read_history
 from .findings import FINDINGS
 from .images import read_report, write_atomic
 from .metrics import MEAN
+from .partition import SPLITS
 from .settings import Settings
 
 PHANTOM = (
@@ -77,8 +78,10 @@ def _model(settings: Settings, config: dict[str, Any]) -> list[str]:
 def _data(settings: Settings, report: dict[str, Any], phantom: bool) -> list[str]:
     """Say which films it was trained, chosen and tested on, and how patients were placed."""
     splits = [
-        f"{name} {part['films']:,} films of {part['patients']:,} patients"
-        for name, part in report["splits"].items()
+        f"{name} {report['splits'][name]['films']:,} films of"
+        f" {report['splits'][name]['patients']:,} patients"
+        for name in SPLITS
+        if name in report["splits"]
     ]
     lists = "NIH's official lists" if report["lists"] else "a hash of the patient"
     clients = read_films(settings).index["client"].nunique()

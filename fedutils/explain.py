@@ -256,10 +256,13 @@ def pointing_words(table: pd.DataFrame, image_size: int) -> str:
     for row in rows.loc[[MODEL]].itertuples():
         where = "above" if row.ci_low > best["ci_high"] else "not clear of"
         where = "below" if row.ci_high < best["ci_low"] else where
-        lines.append(f"{row.arm} points into a box in {_counted(row)}, {where} the better of them")
+        lines.append(
+            f"The hottest point of {row.arm} lies in a box in {_counted(row)}: {where} the better"
+            " of the two."
+        )
     centre, elsewhere = (_counted(row) for row in fixed.itertuples())
-    positions = f"the {CENTRE} reaches {centre}, the {ELSEWHERE}, {elsewhere}"
-    return f"Without a look at the film {positions}; {'; '.join(lines)}."
+    positions = f"the {CENTRE} lies in a box in {centre}, the {ELSEWHERE}, in {elsewhere}"
+    return f"Without a look at any film, {positions}. {' '.join(lines)}"
 
 
 def _counted(row: Any) -> str:

@@ -192,8 +192,8 @@ def test_the_game_is_played_on_test_films_by_one_model_an_arm(run, monkeypatch):
     warm = explain.heat_maps(model, test, pairs, batch_size=5).max(axis=(1, 2)) > 0
     assert whole.loc[explain.MODEL, "hits"].iloc[0] == warm.sum()
     words = explain.pointing_words(table, 224)
-    assert f"federated points into a box in {warm.sum()} of 12" in words
-    assert "the image centre reaches 12 of 12" in words
+    assert f"point of federated lies in a box in {warm.sum()} of 12" in words
+    assert "the image centre lies in a box in 12 of 12" in words
 
 
 def test_the_gallery_takes_the_most_confident_of_each_kind():
