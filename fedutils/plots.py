@@ -614,7 +614,7 @@ def _gallery_panel(ax: Axes, panel: dict[str, Any]) -> None:
         look = {"cmap": paint, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
         ax.imshow(heat, extent=(-0.5, side - 0.5, side - 0.5, -0.5), **look)
     p = panel["probability"]
-    score = "" if p is None else "  <0.01" if p < 0.005 else f"  {p:.2f}"
+    score = "" if p is None else " <0.01" if p < 0.005 else f" {p:.2f}"
     ax.set_title(panel["kind"] + score, fontsize=9, loc="center", pad=3)
 
 

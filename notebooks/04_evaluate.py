@@ -199,7 +199,8 @@ HTML(fedutils.tabulate_points(points.merge(main)).to_html())
 # Grad-CAM on `layer4` marks what raises a finding's score. In the *pointing game* its hottest cell
 # must lie in a box that was drawn for that finding on that film: no tolerance, and with several boxes
 # any of them counts. Position alone can win it, so two points stand beside the model that never look:
-# the image centre, and the best fixed point *fitted on other patients' films*.
+# the image centre, and the best fixed point *fitted on other patients' films* (a finding that only one
+# patient has boxes of has none).
 
 # %%
 pointing = fedutils.pointing_game(settings, films)

@@ -309,7 +309,7 @@ def test_pointing_names_models_and_baselines_once_without_overlap(arms):
 def test_gallery_panels_stay_apart_and_say_kind_and_probability():
     figure = plots.gallery(gallery_panels(FINDINGS), "phantom")
     said = texts(figure)
-    assert said.count("true positive  0.97") == said.count("false positive  <0.01") == 14
+    assert said.count("true positive 0.97") == said.count("false positive <0.01") == 14
     assert said.count("false negative") == said.count("no film") == 14 and set(FINDINGS) <= set(
         said
     )
