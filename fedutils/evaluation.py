@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
-from .checkpoint import state_hash
 from .federation import plan, predict_with
 from .findings import FINDINGS, InputError
 from .images import ChestXrayDataset, read_index, read_report, write_atomic
 from .metrics import evaluate
 from .model import build_resnet34
 from .settings import Settings, environment, find_devices, read_run
+from .weights import state_hash
 
 OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
 
@@ -28,7 +28,8 @@ def predict_films(settings: Settings, films: ChestXrayDataset, split: str) -> pd
     probabilities; `client` names the model's owner in the arm `local` and is empty elsewhere.
     """
     models = settings.run / "models"
-    model = build_resnet34("none", settings.tracked, settings.batchnorm)
+    how = "none", settings.tracked, settings.batchnorm
+    model = build_resnet34(*how, precision=settings.precision)
     model.to(find_devices(settings.device)[0]).load(load_file(models / "trunk.safetensors"))
     jobs, films = plan(settings, films), films.where(films.index["split"] == split)
     tables = []

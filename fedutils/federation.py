@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save
 
-from .checkpoint import Progress, load_progress, run_lock, save_progress, state_hash
+from .checkpoint import Progress, load_progress, run_lock, save_progress
 from .client import Client, Update, predict
 from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
@@ -30,7 +30,7 @@ from .metrics import log_loss, mean_auroc
 from .model import ChestResNet, build_resnet34, to_cpu
 from .rng import generator
 from .settings import Settings, find_devices
-from .weights import State
+from .weights import State, state_hash
 
 HISTORY = [
     "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
@@ -289,7 +289,7 @@ class Training:
 
     def _build(self, seed: int) -> ChestResNet:
         how = self.settings.weights, self.settings.tracked, self.settings.batchnorm
-        return build_resnet34(*how, seed)
+        return build_resnet34(*how, seed, precision=self.settings.precision)
 
     def _replicas(self, seed: int) -> Replicas:
         """Build one model a device; all seeds share the first one's trunk."""
