@@ -23,13 +23,15 @@ from safetensors.torch import load_file, save
 
 from .checkpoint import Progress, load_progress, run_lock, save_progress
 from .client import Client, Update, predict
+from .device import find_devices
+from .features import FeatureStore
 from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import log_loss, mean_auroc
 from .model import ChestResNet, build_resnet34, to_cpu
 from .rng import generator
-from .settings import Settings, find_devices
+from .settings import Settings
 from .weights import State, state_hash
 
 HISTORY = [
@@ -38,6 +40,7 @@ HISTORY = [
 ]  # fmt: skip
 Row = dict[str, Any]
 OnRound = Callable[[Row, pd.DataFrame], None]
+OnFeatures = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -235,24 +238,37 @@ class Training:
     def __init__(
         self, settings: Settings, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
-        self.settings, self.run, self.jobs = settings, settings.run, plan(settings, films)
+        self.settings, self.run, self.films = settings, settings.run, films
+        self.jobs = plan(settings, films)
         self.strategy = strategy or STRATEGIES[settings.strategy]
         self.config = open_run(settings, self.strategy)
         # Before a model is built, whose calibration depends on the threads in its last bits.
         torch.set_num_threads(self.config["threads"])
         self.identity = hashlib.sha256(json.dumps(self.config).encode()).hexdigest()
         self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
+        self._models: list[ChestResNet] = []
+        self._start: dict[int, State] = {}
+        self.features = None
+        if settings.cache_features:
+            model = self._replicas(settings.seed_list[0]).models[0]
+            self.features = FeatureStore(model, films, settings, self.config["fingerprint"])
+            self.features.check_disk()
 
-    def train(self, on_round: OnRound | None = None) -> pd.DataFrame:
+    def train(
+        self, on_round: OnRound | None = None, on_features: OnFeatures = lambda done, total: None
+    ) -> pd.DataFrame:
         """Train every model to its last round, from wherever it stands; return the history.
 
-        `on_round` gets the row of the aggregated model and the history so far. Stops at a round
-        boundary when the next round would end after `max_hours`. Raises FederationError when too
-        few clients answer, and InputError when another process writes this run.
+        `on_round` gets the row of the aggregated model and the history so far; `on_features` the
+        number of films whose features are there, and of all. Stops at a round boundary when the
+        next round would end after `max_hours`. Raises FederationError when too few clients answer,
+        and InputError when another process writes this run, or features would take too long.
         """
         with run_lock(self.run):
             (self.run / "finished.json").unlink(missing_ok=True)
             deadline = time.monotonic() + (self.settings.max_hours or math.inf) * 3600
+            if self.features:
+                self._compute_features(on_features)
             if all([self._train_job(job, deadline, on_round) for job in self.jobs]):
                 self._write_global_model()
                 write_atomic(self.run / "finished.json", json.dumps(self.config).encode())
@@ -267,14 +283,28 @@ class Training:
         """Estimate the time for the rounds that are left, from a few batches on this device."""
         largest = max((c for job in self.jobs for c in job.clients), key=lambda c: len(c.films))
         some = np.arange(len(largest.films)) < 3 * self.settings.batch_size
-        trial = Client("trial", largest.films.where(some), self.settings, seed=0)
+        films, ahead = largest.films.where(some), 0.0
+        if self.features:
+            films, ahead = films.holding(self.features.stand_in()), self.features.seconds_left()
+        trial = Client("trial", films, self.settings, seed=0)
         model = self._replicas(self.jobs[0].seed).models[0]
         sent = self.strategy(self.settings, set()).download(to_cpu(model.tracked_state()), {})
         train = [trial.fit(model, sent, {}, round)[0].seconds for round in (1, 2)][-1]
         began = time.perf_counter()
         predict(model, trial.films)
         each = np.array([train, time.perf_counter() - began]) / len(trial.films)
-        return float(sum(each @ self._films_left(job) for job in self.jobs))
+        rounds = float(sum(each @ self._films_left(job) for job in self.jobs))
+        return ahead + rounds if rounds else 0.0
+
+    def _compute_features(self, progress: OnFeatures) -> None:
+        """Let the frozen trunk run once, where its output is not there yet, and train from that."""
+        hours = self.features.seconds_left() / 3600
+        if hours > (self.settings.max_hours or math.inf):
+            raise InputError(
+                f"max_hours={self.settings.max_hours:g}: features alone take about {hours:.2f} h"
+                " here; give more, choose fewer films or cache_features=false"
+            )
+        self.jobs = plan(self.settings, self.films.holding(self.features.fill(progress)))
 
     def _films_left(self, job: Job) -> np.ndarray:
         """Count the films that are still to be trained on and validated, on one device."""
@@ -292,6 +322,15 @@ class Training:
         return build_resnet34(*how, seed, precision=self.settings.precision)
 
     def _replicas(self, seed: int) -> Replicas:
+        """Return one model a device, as training starts from this seed; built once for all arms."""
+        if seed not in self._start:
+            self._models = self._build_replicas(seed)
+            self._start = {seed: to_cpu(self._models[0].state_dict())}
+        for model in self._models:
+            model.load(self._start[seed])
+        return Replicas(self._models, self.config["threads"])
+
+    def _build_replicas(self, seed: int) -> list[ChestResNet]:
         """Build one model a device; all seeds share the first one's trunk."""
         trunk = self.run / "models" / "trunk.safetensors"
         if not trunk.is_file():
@@ -301,7 +340,7 @@ class Training:
         models = [self._build(seed).to(device) for device in find_devices(self.settings.device)]
         for model in models:
             model.load(load_file(trunk))
-        return Replicas(models, self.config["threads"])
+        return models
 
     def _train_job(self, job: Job, deadline: float, on_round: OnRound | None) -> bool:
         """Train one model until its last round; return False if the time is up before."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
-from .device import autocast
+from .device import autocast, precision
 from .findings import FINDINGS, InputError
 from .images import normalise
 from .phantom import draw_batch
@@ -60,6 +60,10 @@ class ChestResNet(ResNet):
         with autocast(films.device, self.precision):
             x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
             return self.layer3(self.layer2(self.layer1(x)))
+
+    def computes_in(self) -> str:
+        """Name the dtype that this model computes in on its device."""
+        return str(precision(self.fc.weight.device, self.precision))
 
     def tracked_state(self) -> State:
         """Return the tracked entries of the state dict: the live tensors, no copies."""

@@ -220,7 +220,9 @@ def _check_cache(settings: Settings) -> None:
         )
 
 
-def read_run(work_dir: str = "", name: str = "", device: str = "auto") -> Settings:
+def read_run(
+    work_dir: str = "", name: str = "", device: str = "auto", cache_features: bool = False
+) -> Settings:
     """Return the settings of a run that notebook 03 began; without a name that of the latest.
 
     Raises InputError where there is none.
@@ -232,7 +234,9 @@ def read_run(work_dir: str = "", name: str = "", device: str = "auto") -> Settin
     config = json.loads(found[-1].read_text())
     given = {key: config[key] for key in TYPES if key in config}
     here = {"work_dir": str(work), "name": found[-1].parent.name, "device": device}
-    return dataclasses.replace(Settings(**given), **here)
+    settings = dataclasses.replace(Settings(**given), **here)
+    # A run may have been trained without a cache: then there is none to be used.
+    return dataclasses.replace(settings, cache_features=cache_features and not settings.augment)
 
 
 def _short_hash(settings: Settings) -> str:

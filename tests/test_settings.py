@@ -50,6 +50,11 @@ def test_names_of_a_notebook_that_are_no_parameters_are_ignored():
         ({"data_dir": "/no/such/folder"}, "data_dir: folder /no/such/folder cannot be read"),
         ({"strategy": "scaffold"}, "strategy=scaffold wants optimizer=sgd momentum=0"),
         ({"tracked": "layer5"}, "tracked='layer5'"),
+        ({"augment": "perhaps"}, "augment='perhaps': expected true or false"),
+        ({"augment": 1}, "augment=1: expected true or false"),
+        ({"precision": "fp8"}, "precision='fp8': allowed are auto, fp32"),
+        ({"cache_features": True}, "cache_features=true wants augment=false"),
+        ({"cache_features": True, "augment": False}, "wants tracked=layer4,fc, not 'all'"),
     ],
 )
 def test_a_wrong_value_names_the_parameter_and_what_is_allowed(values, message):
@@ -63,12 +68,22 @@ def test_text_from_the_command_line_is_converted_by_type():
         convert("round", "12")
 
 
+def test_truth_values_are_text_on_the_command_line():
+    assert convert("augment", "false") is False and convert("augment", "True") is True
+    assert convert("cache_features", True) is True
+    with pytest.raises(InputError, match="rounds=True: expected int"):
+        convert("rounds", True)
+
+
 def test_another_parameter_is_another_run_but_rounds_and_device_go_on(tmp_path):
     def name(**changes):
         return read_parameters({"profile": "demo", "work_dir": str(tmp_path)} | changes).name
 
     first = name()
     assert name(rounds=99) == name(device="cpu") == name(max_hours=3.0) == first
+    frozen = {"tracked": "layer4,fc", "augment": False}
+    assert name(cache_features=True, **frozen) == name(**frozen) != first
+    assert first not in {name(precision="bf16"), name(augment=False), name(feature_dtype="fp32")}
     others = {name(lr=0.1), name(seeds="0,1"), name(partition="scanner"), name(image_size=32)}
     assert first not in others and len(others) == 4
 
