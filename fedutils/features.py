@@ -85,7 +85,7 @@ class FeatureStore:
     def compute(self, start: int, stop: int) -> np.ndarray:
         """Return the features of the films from `start` to `stop`, as they are stored."""
         self.model.eval()
-        films = torch.from_numpy(self.films[start:stop])[:, None]
+        films = torch.from_numpy(np.array(self.films[start:stop]))[:, None]
         output = self.model.features(films.to(next(self.model.parameters()).device))
         block = output.permute(0, 2, 3, 1).float().cpu().numpy().astype(self.dtype)
         if not np.isfinite(block).all():

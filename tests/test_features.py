@@ -46,7 +46,9 @@ LAYERS = ["fc" if name in ("fedavgm", "fedadam", "fedprox") else "layer4,fc" for
 LAYERS[-2:] = ["fc", "fc"]  # training layer4 takes a while, and shows nothing new there
 
 
-@pytest.mark.parametrize(("changes", "tracked"), zip(STRATEGIES, LAYERS, strict=True), ids=NAMES)
+@pytest.mark.parametrize(
+    ("changes", "tracked"), list(zip(STRATEGIES, LAYERS, strict=True)), ids=NAMES
+)
 def test_fp32_features_train_to_the_bits_of_films(tmp_path, changes, tracked):
     changes = changes | {"rounds": 1, "tracked": tracked}
     plain = train(tmp_path, 30, name="plain", **changes)
