@@ -172,7 +172,9 @@ def identify(folder: Path | None) -> str:
     """Return a hash of a data folder: the content of its tables, the names of its films."""
     if folder is None:
         return "phantom"
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz")]
+    tables = [
+        path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz", ".toml")
+    ]
     names = sorted((here, sorted(files)) for here, _, files in os.walk(folder, followlinks=True))
     return _hash(json.dumps([[_digest(path) for path in tables], names]).encode())
 
