@@ -178,9 +178,10 @@ def check_table(data: NihData) -> pd.DataFrame:
 def summary(data: NihData) -> dict[str, object]:
     """Tell what was found: films, patients, views, scanners, ages, lists, and what is missing."""
     table = data.table
+    scanners = "scanners" if data.release == "own" else "pixel spacing"
     parts = {
         "films": data.films_present, "split lists": len(data.lists), "boxes": len(data.boxes),
-        "pixel spacing": (table["scanner"] != "").sum(), "ages": table["age"].count(),
+        scanners: (table["scanner"] != "").sum(), "ages": table["age"].count(),
         "sexes": (table["sex"] != "").sum(), "views": (table["view"] != "").sum(),
     } | dict(table[list(FINDINGS)].count())  # fmt: skip
     return {

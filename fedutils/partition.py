@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 
 from fedutils.findings import FINDINGS, NO_FINDING, InputError, no_finding
+from fedutils.own import SPLITS
 from fedutils.rng import generator
 
-SPLITS = ("train", "val", "test")
 METHODS = ("iid", "dirichlet", "scanner")
 VAL_OF_TRAIN_VAL = 1 / 8  # of the patients in the official train_val list
 TEST_BELOW, VAL_BELOW = 0.2, 0.3  # without lists: 20 % test, 10 % val, 70 % train
@@ -41,6 +41,16 @@ def split_patients(table: pd.DataFrame, seed: int) -> pd.Series:
     split = pd.Series(listed if (official != "").any() else free, index=table.index, name="split")
     assert_disjoint(table["patient_id"][split != ""], split[split != ""], "split")
     return split
+
+
+def check_splits(table: pd.DataFrame, seed: int) -> None:
+    """Raise InputError unless `split_patients` gives patients to train, val and test."""
+    split = split_patients(table, seed)
+    if empty := [name for name in SPLITS if not (split == name).any()]:
+        raise InputError(
+            f"seed={seed}: none of {table['patient_id'].nunique()} patients falls to"
+            f" {' or '.join(empty)}; give more patients, another seed, or split lists"
+        )
 
 
 def partition_patients(
@@ -189,7 +199,7 @@ def _scanner(index: pd.DataFrame, split: pd.Series, num_clients: int) -> pd.Seri
     without = split.index.difference(films["patient_id"])
     if len(without):
         found = f"{len(without)} patients have no pixel spacing, such as {without[0]}"
-        raise InputError(f"partition='scanner': {found}; choose iid or dirichlet")
+        raise InputError(f"partition='scanner': {found}; choose iid or dirichlet, or name scanners")
     share = films["scanner"].value_counts(normalize=True)
     known = films["scanner"].isin(share.index[share >= LEAST_SCANNER_SHARE])
     films = films.assign(scanner=films["scanner"].where(known, share.sort_index().idxmax()))

@@ -30,6 +30,7 @@ from papermill.exceptions import PapermillExecutionError
 from . import nih
 from .findings import InputError
 from .images import write_atomic
+from .partition import check_splits
 from .settings import TYPES, Settings, convert, read_parameters
 
 NOTEBOOKS = ("01_explore", "02_preprocess", "03_federated_train", "04_evaluate")
@@ -287,7 +288,9 @@ def _check_before(jobs: list[Job], data: Path | None, force: bool) -> None:
     """Raise InputError for a table or a work folder that would stop a notebook later."""
     # A finished notebook has read the same table already, which takes seconds for all films.
     if data and any(job.stem in READ_FILMS and (force or not job.is_unchanged()) for job in jobs):
-        nih.read_nih(data)
+        table = nih.read_nih(data).table
+        if {job.stem for job in jobs} != {NOTEBOOKS[0]}:
+            check_splits(table, jobs[0].settings.seed)
     _prepare(jobs[0].output.parent)
 
 
