@@ -67,7 +67,7 @@ CHECKS = {
     "duplicate rows that disagree": "their labels differ: the first row's are used",
     "labels in another spelling": "aliases or repeats in the label text: read as meant",
     "ages out of range": "0 or less, or above 100 years: typing errors, kept as they are",
-    "ages unreadable": "no number in the age: not-a-number",
+    "ages unreadable": "no number in the age, or no age at all: not-a-number",
     "patients with two sexes": "a typing error, or two patients under one id",
     "rows without pixel spacing": "no scanner known: no split by scanner for these films",
     "rows in no list": "the lists leave them out of train, validation and test",

@@ -146,7 +146,11 @@ def cooccurrence(table: pd.DataFrame, title: str = "") -> Figure:
         share = (present.T @ present) / (present.T @ known)
     np.fill_diagonal(share, np.nan)
     texts = np.array([_percent(value)[:-2] for value in share.flat]).reshape(share.shape)
-    rows = [f"{f} ({n:,.0f})" for f, n in zip(FINDINGS, present.sum(axis=0), strict=True)]
+    counts = np.where(known.any(axis=0), present.sum(axis=0), np.nan)
+    rows = [
+        f"{f} (not labelled)" if np.isnan(n) else f"{f} ({n:,.0f})"
+        for f, n in zip(FINDINGS, counts, strict=True)
+    ]
     fig, (ax,) = _canvas("Of the films with the row's finding, % that also have …", title, 5.6)
     most = max(0.01, np.nan_to_num(share).max())
     blues = sns.blend_palette(["white", BLUE], as_cmap=True)
@@ -175,10 +179,13 @@ def _pyramid(ax: Axes, table: pd.DataFrame) -> None:
     """Ages of women to the left and of men to the right, in bins of 5 years."""
     edges = np.arange(0, 101, 5)
     shown = table[table["age"].between(0, 100) & table["sex"].isin(["F", "M"])]
-    for sex, name, sign, colour in (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE)):
+    sides = (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE))
+    if shown.empty:
+        _note(ax, "no film with\nage and sex")
+    for sex, name, sign, colour in sides if len(shown) else ():
         counts, _ = np.histogram(shown.loc[shown["sex"] == sex, "age"], edges)
         ax.barh(edges[:-1], sign * counts, 4.6, align="edge", color=colour)
-        text = f"{name} {_percent(counts.sum() / max(len(shown), 1))}"
+        text = f"{name} {_percent(counts.sum() / len(shown))}"
         place = {"ha": "right" if sign > 0 else "left", "va": "top", "transform": ax.transAxes}
         ax.text(sign * 0.48 + 0.5, 0.98, text, color=colour, **place)
     limit, hidden = max(np.abs(ax.get_xlim()).max(), 1), len(table) - len(shown)
@@ -206,8 +213,9 @@ def demographics(table: pd.DataFrame, title: str = "") -> Figure:
     _bars(axes[1], films, map(_percent, films / len(table)), "films")
     axes[1].set_ylabel("scanner")
     texts = ["unknown" if np.isnan(view) else _percent(view / 100) for view in views]
-    _bars(axes[2], views, texts, "AP view (% of the scanner's films)", ORANGE)
+    _bars(axes[2], views.fillna(0), texts, "AP views (% of films)", ORANGE)
     axes[2].set(xlim=(0, 125), xticks=(0, 50, 100))
+    axes[2].tick_params(labelleft=False)  # the rows of the panel to its left
     return fig
 
 
