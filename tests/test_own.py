@@ -10,6 +10,7 @@ from ownfilms import MARKS, MARKS_TABLE, README, WORDS, WORDS_TABLE, write, writ
 from tiny import tiny_settings
 
 from fedutils import pipeline
+from fedutils.__main__ import main
 from fedutils.client import masked_loss
 from fedutils.evaluation import evaluate_models, predict_films, read_films, tabulate
 from fedutils.federation import Training
@@ -291,3 +292,19 @@ def test_a_mapping_that_cannot_be_used_says_what_to_write(tmp_path, mapping, old
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         read_nih(tmp_path)
     assert "films.toml: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_error_in_a_row_and_too_few_patients_end_with_status_2_before_any_notebook(
+    tmp_path, capsys
+):
+    def run(table):
+        data = write(tmp_path / "own", table=table)
+        options = ["--profile", "demo", "--data", str(data), "--work", str(tmp_path / "work")]
+        return main(["run", *options]), capsys.readouterr().err
+
+    status, said = run(MARKS_TABLE.replace(";1;0;0;;0;0", ";1;0;2;;0;0"))
+    assert status == 2 and said.count("\n") == 1
+    assert "table.csv, line 2 (pictures/A-17/first.png): column 'Collapsed lung'" in said
+    status, said = run(MARKS_TABLE)
+    assert status == 2 and "none of 2 patients falls to " in said and "give more patients" in said
+    assert not list((tmp_path / "work").rglob("*.ipynb"))
