@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .calibration import YOUDEN
+from .device import find_devices
 from .federation import plan
 from .findings import FINDINGS
-from .images import ChestXrayDataset, normalise
+from .images import ChestXrayDataset
 from .model import ChestResNet, build_resnet34
 from .rng import generator
-from .settings import Settings, find_devices
+from .settings import Settings
 
 LAYER = "layer4"
 LEAST_SIZE = 224  # layer4 of such a film is 7x7 cells; of a 64-pixel film 2x2, which point nowhere
@@ -39,7 +40,7 @@ KINDS = ("true positive", "false positive", "false negative")
 def grad_cam(model: nn.Module, layer: str, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Map what raises one output of each film (Selvaraju et al., ICCV 2017): (B, h, w), at least 0.
 
-    `inputs` (B, 3, H, W) are normalised films, `outputs` (B,) the position of each film's output.
+    `inputs` are what the model takes, `outputs` (B,) the position of each film's output.
     The layer's channels are weighted by the mean gradient of the output (before the sigmoid) and
     summed, and what lowers it is cut off. The map has the layer's own grid. The model's mode is
     left alone: call `eval()` before.
@@ -47,13 +48,14 @@ def grad_cam(model: nn.Module, layer: str, inputs: Tensor, outputs: Tensor) -> T
     seen = {}
 
     def keep(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
-        """Cut the graph here: nothing before the layer needs a gradient, frozen or not."""
+        """Begin the graph here: nothing before the layer needs a gradient, frozen or not."""
+        torch.set_grad_enabled(True)  # until the `no_grad` around it ends
         seen["cells"] = output.detach().requires_grad_()
         return seen["cells"]
 
     handle = model.get_submodule(layer).register_forward_hook(keep)
     try:
-        with torch.enable_grad():
+        with torch.no_grad():
             chosen = model(inputs).gather(1, outputs[:, None]).sum()
             (gradient,) = torch.autograd.grad(chosen, seen["cells"])
     finally:
@@ -86,15 +88,18 @@ def heat_maps(
     for start in range(0, len(pairs), batch_size):
         part = slice(start, start + batch_size)
         batch, _ = films.batch(positions[part], device)
-        cam = grad_cam(model, LAYER, normalise(batch), outputs[part])
+        cam = grad_cam(model, LAYER, batch, outputs[part])
         maps.append(cam.cpu().numpy())
     return np.concatenate(maps[1:] or maps)
 
 
 def load_model(settings: Settings, name: str) -> ChestResNet:
-    """Load one model of a run, such as federated-s0; local BatchNorm is the clients' average."""
+    """Load one model of a run, such as federated-s0, to compute in float32.
+
+    Local BatchNorm is the clients' average.
+    """
     models = settings.run / "models"
-    model = build_resnet34("none", settings.tracked, settings.batchnorm)
+    model = build_resnet34("none", settings.tracked, settings.batchnorm, precision="fp32")
     model.load(load_file(models / "trunk.safetensors") | load_file(models / f"{name}.safetensors"))
     return model.to(find_devices(settings.device)[0]).eval()
 

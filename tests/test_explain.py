@@ -47,6 +47,7 @@ def test_grad_cam_of_a_resnet_is_its_class_activation_map_frozen_or_not(tracked)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         cam = explain.grad_cam(model, "layer4", x, torch.tensor([3, 5]))
+        assert not torch.is_grad_enabled() and not cam.requires_grad
         cells = nn.Sequential(*list(model.children())[:-2])(x)
     expected = torch.einsum("bc,bchw->bhw", model.fc.weight[[3, 5]].detach(), cells).relu() / 9
     assert cam.shape == (2, 3, 3) and torch.allclose(cam, expected, atol=1e-5) and cam.max() > 0
