@@ -215,9 +215,7 @@ def _tables(folder: Path) -> list[Path]:
 
 def _problem(folder: Path) -> str:
     """Say why a folder cannot be used and what to do; "" if it can."""
-    todo = (
-        f"give the folder that holds Data_Entry_2017*.csv, or for films of your own {MAPPING_NAME}"
-    )
+    todo = f"give the folder that holds Data_Entry_2017*.csv or your own {MAPPING_NAME}"
     todo += " (see data/README.md)"
     try:
         names = sorted(path.name for path in folder.iterdir())
