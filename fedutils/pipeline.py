@@ -133,7 +133,7 @@ def run(
     """
     chosen = _choose(only)
     nodes = {stem: read_notebook(notebooks, stem) for stem in NOTEBOOKS}
-    settings, data = _resolve(values, nodes)
+    settings, data = resolve(values, nodes)
     jobs = [Job(stem, nodes[stem], settings, notebooks, identify(data)) for stem in chosen]
     _check_before(jobs, data, force)
     for job in jobs:
@@ -267,7 +267,7 @@ def _choose(only: str) -> list[str]:
     return [stem for number, stem in numbers.items() if number in wanted]
 
 
-def _resolve(
+def resolve(
     values: Mapping[str, Any], nodes: Mapping[str, NotebookNode]
 ) -> tuple[Settings, Path | None]:
     """Check names and values, find the data, and return the resolved parameters and its folder."""

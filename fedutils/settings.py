@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import re
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 import torchvision
 
 from .findings import InputError
-from .nih import find_data
+from .nih import KAGGLE, find_data, search_files
 from .partition import METHODS
 from .weights import find_weights, load_weights
 
@@ -101,8 +103,11 @@ class Settings:
 
     @property
     def prepared(self) -> Path:
-        """The folder that notebook 02 writes."""
-        return Path(self.work_dir) / "prepared"
+        """The prepared films to read: of this work folder, else of an attached kernel's output."""
+        here, report = Path(self.work_dir) / "prepared", "prepared/report.json"
+        if (here / "report.json").is_file():
+            return here
+        return next((found.parent for found in search_files(KAGGLE / "input", report)), here)
 
     @property
     def run(self) -> Path:
@@ -191,16 +196,47 @@ def _check(settings: Settings) -> None:
 def read_run(work_dir: str = "", name: str = "", device: str = "auto") -> Settings:
     """Return the settings of a run that notebook 03 began; without a name that of the latest.
 
-    Raises InputError where there is none.
+    Raises InputError where there is none, here or attached.
     """
     work = Path(work_dir).resolve() if work_dir else find_root() / "work"
-    found = sorted(work.glob(f"runs/{name or '*'}/config.json"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise InputError(f"no run in {work / 'runs' / name}: run notebook 03_federated_train first")
-    config = json.loads(found[-1].read_text())
+    run = fetch_run(work, name)
+    if run is None:
+        attached = f" and none in {KAGGLE / 'input'}" if KAGGLE.is_dir() else ""
+        raise InputError(
+            f"no run in {work / 'runs' / name}{attached}: run notebook 03_federated_train first"
+        )
+    config = json.loads((run / "config.json").read_text())
     given = {key: config[key] for key in TYPES if key in config}
-    here = {"work_dir": str(work), "name": found[-1].parent.name, "device": device}
+    here = {"work_dir": str(work), "name": run.name, "device": device}
     return dataclasses.replace(Settings(**given), **here)
+
+
+def fetch_run(work_dir: str | Path, name: str = "") -> Path | None:
+    """Return the folder of a run, without a name of the latest; None where there is none.
+
+    On Kaggle the output of another kernel, or of an earlier version of the same one, is attached
+    read-only: a run that is only there is copied to the work folder, whole or not at all, so that
+    notebook 03 can go on with it and notebook 04 can write beside it.
+    """
+    work, wanted = Path(work_dir), f"runs/{name or '*'}/config.json"
+    here, attached = list(work.glob(wanted)), search_files(KAGGLE / "input", wanted)
+    found = sorted(here or attached, key=lambda path: path.stat().st_mtime)
+    if not found:
+        return None
+    return found[-1].parent if here else _copy_run(found[-1].parent, work)
+
+
+def _copy_run(source: Path, work: Path) -> Path:
+    """Copy a run folder, but for its lock, under `work`; a kill leaves no half of it there."""
+    half, whole = work / f"fetching-{source.name}", work / "runs" / source.name
+    shutil.rmtree(half, ignore_errors=True)
+    for file in (path for path in source.rglob("*") if path.is_file() and path.name != "run.lock"):
+        target = half / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)  # content only: what is attached may not be written to
+    shutil.rmtree(whole, ignore_errors=True)  # without config.json nothing was trained there
+    whole.parent.mkdir(exist_ok=True)
+    return half.rename(whole)
 
 
 def _short_hash(settings: Settings) -> str:
@@ -210,19 +246,31 @@ def _short_hash(settings: Settings) -> str:
 
 
 def find_profile() -> str:
-    """Return 'kaggle' where there is a usable GPU and ImageNet weights, else 'demo'."""
-    if find_devices("auto")[0].type == "cpu":
-        return "demo"
-    try:
-        return "kaggle" if find_weights("imagenet") or load_weights("imagenet") else "demo"
-    except InputError:
-        return "demo"
+    """Return 'kaggle' where there is a usable GPU and ImageNet weights, else 'demo'.
+
+    Warns where somebody who has a GPU, or who is on Kaggle, gets the demo.
+    """
+    problem = "there is no GPU" if (KAGGLE / "working").is_dir() else ""
+    if find_devices("auto")[0].type != "cpu":
+        try:
+            if find_weights("imagenet") or load_weights("imagenet"):
+                return "kaggle"
+        except InputError as error:
+            problem = f"there is a GPU, but {error}"
+    if problem:
+        warnings.warn(
+            f"profile=auto is the demo here (64 pixels, no ImageNet weights): {problem}. Attach a"
+            " data set with resnet34-b627a593.pth and set profile=kaggle in every notebook for 224"
+            " pixels; profile=demo says that the demo is meant",
+            stacklevel=2,
+        )
+    return "demo"
 
 
 def find_root() -> Path:
     """Return the project's folder, from wherever a notebook runs; on Kaggle the output folder."""
-    if Path("/kaggle/working").is_dir():
-        return Path("/kaggle/working")
+    if (KAGGLE / "working").is_dir():
+        return KAGGLE / "working"
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / ROOT_MARKER).is_file()), here)
 
@@ -291,5 +339,17 @@ def environment() -> dict[str, Any]:
 
 
 def print_environment() -> None:
-    """Print versions and device in one line, the first output of each notebook."""
-    print(" · ".join(f"{name} {value}" for name, value in environment().items()))
+    """Print versions and device in one line, and which copy of fedutils this is."""
+    about = environment()
+    about["fedutils"] += f" ({find_copy()})"
+    print(" · ".join(f"{name} {value}" for name, value in about.items()))
+
+
+def find_copy() -> str:
+    """Say where this fedutils lies: beside the notebooks, attached on Kaggle, or installed."""
+    here = Path(__file__).resolve().parent
+    if here.is_relative_to((KAGGLE / "input").resolve()):
+        return f"attached, {here}"
+    beside = (here.parent / ROOT_MARKER).is_file()
+    beside |= here.parent in (Path.cwd(), *Path.cwd().parents)
+    return "beside the notebooks" if beside else "installed"

@@ -8,10 +8,10 @@ from torch import Tensor
 from torchvision.models import ResNet34_Weights
 
 from .findings import InputError
-from .nih import search_files
+from .nih import KAGGLE, search_files
 
 State = dict[str, Tensor]  # names as in the model's state_dict
-KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_INPUT = KAGGLE / "input"
 
 
 def load_weights(weights: str) -> State:
