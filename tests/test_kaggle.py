@@ -183,7 +183,7 @@ def test_an_attached_run_is_copied_and_the_attached_one_is_left_alone(tmp_path, 
     assert settings.prepared == attached / "prepared"
     (settings.run / "evaluation").mkdir()
     assert {path: path.stat().st_mtime_ns for path in attached.rglob("*")} == before
-    with pytest.raises(InputError, match="and none in .*run notebook 03"):
+    with pytest.raises(InputError, match=r"and none in .*run notebook 03"):
         read_run(str(tmp_path / "work"), "other")
 
 
@@ -286,7 +286,7 @@ def test_a_p100_stops_notebook_03_before_anything_touches_it(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     node = pipeline.read_notebook(pipeline.FOLDER, NOTEBOOKS[2])
     done, scope = [], {}
-    with pytest.raises(InputError, match="Tesla P100-PCIE-16GB .sm_60.*choose GPU T4 x2"):
+    with pytest.raises(InputError, match=r"Tesla P100-PCIE-16GB .sm_60.*choose GPU T4 x2"):
         for cell in (cell for cell in node.cells if cell.cell_type == "code"):
             exec(cell.source, scope)
             done.append(cell.source)
