@@ -17,7 +17,14 @@ from fedutils.phantom import write_phantom
 from fedutils.pipeline import NOTEBOOKS
 
 NIH = "datasets/organizations/nih-chest-xrays/data"
-VALUES = {"image_size": 32, "num_clients": 2, "batch_size": 16, "tracked": "fc", "device": "cpu", "threads": 1}
+VALUES = {
+    "image_size": 32,
+    "num_clients": 2,
+    "batch_size": 16,
+    "tracked": "fc",
+    "device": "cpu",
+    "threads": 1,
+}
 
 
 class Kaggle:
