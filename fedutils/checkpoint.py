@@ -89,6 +89,15 @@ def load_progress(folder: Path, identity: str) -> Progress | None:
     return None
 
 
+def last_identity(folder: Path) -> str:
+    """Return whose the newest round boundary of a folder is, by its header alone; '' for none."""
+    for path in _files(folder)[:1]:
+        with path.open("rb") as file, contextlib.suppress(ValueError, KeyError):  # truncated
+            length = file.read(8)
+            return _header(length + file.read(int.from_bytes(length, "little")))["identity"]
+    return ""
+
+
 def _files(folder: Path) -> list[Path]:
     """List the checkpoints in a folder, newest round first."""
     return sorted(folder.glob("round-*.safetensors"), reverse=True)

@@ -36,6 +36,7 @@ def predict_films(settings: Settings, films: ChestXrayDataset, split: str) -> pd
         own = {c.name: models / f"{job.name}-{c.name}.safetensors" for c in job.clients}
         clients = {name: load_file(file) for name, file in own.items() if file.is_file()}
         state = load_file(models / f"{job.name}.safetensors")
+        model.batchnorm = job.settings.batchnorm
         logits = predict_with(model, films, state, clients).astype(np.float64)
         table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=FINDINGS)
         for name in ("image_index", "client", "seed", "arm"):

@@ -1,11 +1,13 @@
 """The round loop, the three arms and the history: federated, centralised and local training.
 
 Centralised is one client that holds everything, local is each client alone: the same loop and the
-same budget for all.
+same budget for all. A model depends on its arm's settings alone, so runs that differ in others
+share it, such as the centralised arm of several partitions.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +24,7 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save
 
-from .checkpoint import Progress, load_progress, run_lock, save_progress, state_hash
+from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress, state_hash
 from .client import Client, Update, predict
 from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
@@ -36,6 +39,12 @@ HISTORY = [
     "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
     "bytes_down", "seconds", "status", "reason", "epsilon", "state_sha256",
 ]  # fmt: skip
+# What means nothing to a client that trains alone, and to one that holds everything.
+FEDERATED_ONLY = (
+    "strategy", "mu", "server_momentum", "aggregation", "trim", "client_fraction", "min_clients",
+    "client_seconds",
+)  # fmt: skip
+PARTITIONED = ("partition", "num_clients", "alpha")
 Row = dict[str, Any]
 OnRound = Callable[[Row, pd.DataFrame], None]
 
@@ -49,6 +58,11 @@ class Job:
     clients: list[Client]
     validation: ChestXrayDataset
     owner: str = ""
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the job's arm."""
+        return self.clients[0].settings
 
     @property
     def name(self) -> str:
@@ -66,22 +80,43 @@ class FederationError(RuntimeError):
         super().__init__(f"{where}: too few clients answered: {'; '.join(faults)}")
 
 
+def arm_settings(settings: Settings, arm: str) -> Settings:
+    """Return the settings of one arm, with the defaults for all that means nothing to it.
+
+    Who trains alone federates nothing, and keeps its BatchNorm to itself by any policy; the
+    centralised arm knows no clients. Each arm has its learning rate.
+    """
+    alone = {"server_lr": 1.0} | {name: getattr(Settings, name) for name in FEDERATED_ONLY}
+    alone |= {"batchnorm": "average"} if settings.batchnorm == "local" else {}
+    changes: dict[str, dict[str, Any]] = {
+        "federated": {},
+        "local": alone | {"lr": settings.lr_local or settings.lr},
+        "centralised": alone
+        | {"lr": settings.lr_centralised or settings.lr}
+        | {name: getattr(Settings, name) for name in PARTITIONED},
+    }
+    return dataclasses.replace(settings, lr_centralised=0.0, lr_local=0.0, **changes[arm])
+
+
 def plan(settings: Settings, films: ChestXrayDataset) -> list[Job]:
     """List the models to train, from films whose index has the columns `client` and `split`."""
     train, val = (films.where(films.index["split"] == split) for split in ("train", "val"))
     names = sorted(films.index["client"].unique())
+    parts = {name: train.where(train.index["client"] == name) for name in names}
+    own = {name: val.where(val.index["client"] == name) for name in names}
     jobs = []
-    for seed in settings.seed_list:
-        parts = [train.where(train.index["client"] == name) for name in names]
-        hospitals = [Client(*pair, settings, seed) for pair in zip(names, parts, strict=True)]
-        own = [val.where(val.index["client"] == name) for name in names]
-        pairs = zip(hospitals, own, strict=True)
-        choices = {
-            "federated": [Job("federated", seed, hospitals, val)],
-            "centralised": [Job("centralised", seed, [Client("all", train, settings, seed)], val)],
-            "local": [Job("local", seed, [client], part, client.name) for client, part in pairs],
-        }
-        jobs += [job for arm in settings.arm_list for job in choices[arm]]
+    for seed, arm in itertools.product(settings.seed_list, settings.arm_list):
+        how = arm_settings(settings, arm), seed
+        if arm == "centralised":
+            jobs.append(Job(arm, seed, [Client("all", train, *how)], val))
+            continue
+        hospitals = [Client(name, part, *how) for name, part in parts.items()]
+        if arm == "federated":
+            jobs.append(Job(arm, seed, hospitals, val))
+        else:
+            jobs += [
+                Job(arm, seed, [client], own[client.name], client.name) for client in hospitals
+            ]
     return jobs
 
 
@@ -240,7 +275,6 @@ class Training:
         self.config = open_run(settings, self.strategy)
         # Before a model is built, whose calibration depends on the threads in its last bits.
         torch.set_num_threads(self.config["threads"])
-        self.identity = hashlib.sha256(json.dumps(self.config).encode()).hexdigest()
         self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
 
     def train(self, on_round: OnRound | None = None) -> pd.DataFrame:
@@ -268,7 +302,7 @@ class Training:
         largest = max((c for job in self.jobs for c in job.clients), key=lambda c: len(c.films))
         some = np.arange(len(largest.films)) < 3 * self.settings.batch_size
         trial = Client("trial", largest.films.where(some), self.settings, seed=0)
-        model = self._replicas(self.jobs[0].seed).models[0]
+        model = self._replicas(self.jobs[0]).models[0]
         sent = self.strategy(self.settings, set()).download(to_cpu(model.tracked_state()), {})
         train = [trial.fit(model, sent, {}, round)[0].seconds for round in (1, 2)][-1]
         began = time.perf_counter()
@@ -284,21 +318,49 @@ class Training:
         train = films * self.settings.local_epochs / side_by_side
         return max(0, rounds) * np.array([train, len(job.validation)])
 
-    def _load(self, job: Job) -> Progress | None:
-        return load_progress(self.run / "checkpoint" / job.name, self.identity)
+    def _identity(self, job: Job) -> str:
+        """Return a hash of all that a job's model depends on, and of nothing else."""
+        own = {"trunk": self.settings.seed_list[0]} | {
+            name: value
+            for name, value in job.settings.identity().items()
+            if name not in ("data_dir", "arms", "seeds", "lr_centralised", "lr_local")
+        }
+        server = self.config["server"] if job.arm == "federated" else FedAvg.__name__
+        own |= {"server": server} | {k: self.config[k] for k in ("threads", "fingerprint")}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
-    def _build(self, seed: int) -> ChestResNet:
-        how = self.settings.weights, self.settings.tracked, self.settings.batchnorm
+    def _load(self, job: Job) -> Progress | None:
+        """Load how far a job has come, here or in a finished run that shares its model."""
+        own = load_progress(self.run / "checkpoint" / job.name, self._identity(job))
+        return own or self._adopt(job)
+
+    def _adopt(self, job: Job) -> Progress | None:
+        """Copy an equal job's model and checkpoint from a finished run beside this one, if any."""
+        identity, part = self._identity(job), f"checkpoint/{job.name}"
+        for run in (path.parent for path in sorted(self.run.parent.glob("*/finished.json"))):
+            if run == self.run or last_identity(run / part) != identity:
+                continue
+            now = load_progress(run / part, identity)
+            if now and now.round <= self.settings.rounds:
+                copy_models(run / "models", self.run / "models", job)
+                save_progress(self.run / part, now, identity)
+                return now
+        return None
+
+    def _build(self, job: Job, seed: int) -> ChestResNet:
+        how = job.settings.weights, job.settings.tracked, job.settings.batchnorm
         return build_resnet34(*how, seed)
 
-    def _replicas(self, seed: int) -> Replicas:
+    def _replicas(self, job: Job) -> Replicas:
         """Build one model a device; all seeds share the first one's trunk."""
         trunk = self.run / "models" / "trunk.safetensors"
         if not trunk.is_file():
-            first = self._build(self.settings.seed_list[0])
+            first = self._build(job, self.settings.seed_list[0])
             state = {k: v for k, v in to_cpu(first.state_dict()).items() if not first.is_tracked(k)}
             write_atomic(trunk, save(state))
-        models = [self._build(seed).to(device) for device in find_devices(self.settings.device)]
+        models = [
+            self._build(job, job.seed).to(device) for device in find_devices(self.settings.device)
+        ]
         for model in models:
             model.load(load_file(trunk))
         return Replicas(models, self.config["threads"])
@@ -308,9 +370,10 @@ class Training:
         now, seconds = self._load(job), 0.0
         if now and now.round >= self.settings.rounds:
             return True
-        replicas = self._replicas(job.seed)
+        replicas = self._replicas(job)
         model = replicas.models[0]
-        strategy = self.strategy(self.settings, {name for name, _ in model.named_parameters()})
+        server = self.strategy if job.arm == "federated" else FedAvg
+        strategy = server(job.settings, {name for name, _ in model.named_parameters()})
         if now is None:
             local, first = model.local_names(), to_cpu(model.tracked_state())
             now = Progress({k: v for k, v in first.items() if k not in local})
@@ -319,7 +382,7 @@ class Training:
             if began + seconds > deadline:
                 return False
             self._one_round(job, now, replicas, strategy)
-            save_progress(self.run / "checkpoint" / job.name, now, self.identity)
+            save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
             self._write_history(job, now.rows)
             seconds = time.monotonic() - began
             if on_round:
@@ -362,6 +425,21 @@ class Training:
             parts = [self.run / "models" / f"{name}.safetensors" for name in ("trunk", job.name)]
             whole = load_file(parts[0]) | load_file(parts[1])
             write_atomic(self.run / "global_model.safetensors", save(whole))
+
+
+def copy_models(source: Path, target: Path, job: Job) -> None:
+    """Copy the best model of a job, its clients' own BatchNorm, and the trunk if there is none."""
+    names = [f"{job.name}.safetensors", "trunk.safetensors"]
+    if job.arm == "federated":
+        names += [path.name for path in source.glob(f"{job.name}-*.safetensors")]
+    for name in names:
+        if name != "trunk.safetensors" or not (target / name).is_file():
+            write_atomic(target / name, (source / name).read_bytes())
+
+
+def read_history(run: Path) -> pd.DataFrame:
+    """Read a run's `history.csv`; `client` is empty on the rows of aggregated models."""
+    return pd.read_csv(run / "history.csv", dtype={"client": str}).fillna({"client": ""})
 
 
 def best_rounds(history: pd.DataFrame) -> pd.DataFrame:

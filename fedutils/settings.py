@@ -41,6 +41,7 @@ RANGES = {
     "threads": (0, 1024), "min_clients": (1, 100_000), "client_fraction": (1e-6, 1.0),
     "trim": (0.0, 0.49), "mu": (0.0, math.inf), "lr": (1e-12, math.inf), "momentum": (0.0, 1.0),
     "server_lr": (1e-12, math.inf), "server_momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf),
+    "lr_centralised": (0.0, math.inf), "lr_local": (0.0, math.inf),
     "max_hours": (0.0, math.inf), "client_seconds": (0.0, math.inf), "alpha": (1e-12, math.inf),
 }  # fmt: skip
 # What an empty parameter means: in seconds on two cores, or on a GPU with ImageNet weights.
@@ -49,7 +50,9 @@ PROFILES: dict[str, dict[str, Any]] = {
     "kaggle": dict(image_size=224, weights="imagenet", rounds=15, num_clients=5, batch_size=64),
 }
 # A change of these continues a run; a change of any other parameter is another run.
-NOT_IDENTITY = ("work_dir", "name", "profile", "rounds", "device", "max_hours", "min_clients")
+NOT_IDENTITY = (
+    "work_dir", "name", "profile", "rounds", "device", "max_hours", "min_clients", "compare",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Settings:
     batch_size: int = 0
     optimizer: str = "adamw"
     lr: float = 1e-3
+    lr_centralised: float = 0.0
+    lr_local: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
     arms: str = "federated"
@@ -90,6 +95,7 @@ class Settings:
     device: str = "auto"
     threads: int = 0
     max_hours: float = 0.0
+    compare: str = ""
 
     @property
     def arm_list(self) -> list[str]:
@@ -186,8 +192,10 @@ def _check(settings: Settings) -> None:
     plain_sgd = settings.optimizer == "sgd" and settings.momentum == settings.weight_decay == 0
     if settings.strategy == "scaffold" and not plain_sgd:
         raise InputError("strategy=scaffold wants optimizer=sgd momentum=0 weight_decay=0")
-    if not re.fullmatch(r"(\w[\w.-]*)?", settings.name):
-        raise InputError(f"name={settings.name!r}: expected letters, digits and . _ - only")
+    for name in ("name", "compare"):
+        names = getattr(settings, name).split(",") if name == "compare" else [settings.name]
+        if not all(re.fullmatch(r"(\w[\w.-]*)?", part.strip()) for part in names):
+            raise InputError(f"{name}={getattr(settings, name)!r}: expected letters, digits, . _ -")
     find_devices(settings.device)
     if settings.weights != "none":
         find_weights(settings.weights)

@@ -24,6 +24,7 @@
 work_dir: str = ""  # where results are; empty: work/ beside the notebooks
 name: str = ""  # of the run; empty: the latest
 device: str = "auto"  # auto, cpu or cuda:0
+compare: str = ""  # names of other runs, such as A,B, to lay beside this one
 
 # %% [markdown]
 # The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
