@@ -39,7 +39,7 @@ from .phantom import write_phantom
 from .settings import (
     Settings,
     __version__,
-    fetch_run,
+    fetch_runs,
     print_environment,
     read_parameters,
     read_run,

@@ -57,14 +57,14 @@ def add_parameters(command: argparse.ArgumentParser) -> None:
     for option, text in places.items():
         command.add_argument(f"--{option}", metavar=option.upper(), help=text)
     add_pairs(command)
+    command.add_argument("--force", action="store_true", help="execute what is unchanged, too")
+    command.add_argument("--only", default="", metavar="01,02", help="these notebooks only")
 
 
 def add_pairs(command: argparse.ArgumentParser) -> None:
     """Add the option that sets any parameter."""
     command.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
                          help="a parameter, such as -p rounds=20; may be repeated")  # fmt: skip
-    command.add_argument("--force", action="store_true", help="execute what is unchanged, too")
-    command.add_argument("--only", default="", metavar="01,02", help="these notebooks only")
 
 
 def run_notebooks(options: argparse.Namespace) -> None:

@@ -175,7 +175,7 @@ def sweep(
     for row in itertools.product(*grid.values()):
         name = "-".join([values["name"], *row]) if values.get("name") else ""
         runs.append(dict(values) | dict(zip(grid, row, strict=True)) | {"name": name})
-    resolved = [_resolve(one, nodes)[0] for one in runs]
+    resolved = [resolve(one, nodes)[0] for one in runs]
     runs[-1]["compare"] = ",".join(settings.name for settings in resolved[:-1])
     stems, failures = _choose(only), []
     for number, one in enumerate(runs, start=1):

@@ -207,44 +207,44 @@ def read_run(work_dir: str = "", name: str = "", device: str = "auto") -> Settin
     Raises InputError where there is none, here or attached.
     """
     work = Path(work_dir).resolve() if work_dir else find_root() / "work"
-    run = fetch_run(work, name)
-    if run is None:
+    fetch_runs(work)
+    found = sorted(work.glob(f"runs/{name or '*'}/config.json"), key=lambda p: p.stat().st_mtime)
+    if not found:
         attached = f" and none in {KAGGLE / 'input'}" if KAGGLE.is_dir() else ""
         raise InputError(
             f"no run in {work / 'runs' / name}{attached}: run notebook 03_federated_train first"
         )
-    config = json.loads((run / "config.json").read_text())
+    config = json.loads(found[-1].read_text())
     given = {key: config[key] for key in TYPES if key in config}
-    here = {"work_dir": str(work), "name": run.name, "device": device}
+    here = {"work_dir": str(work), "name": found[-1].parent.name, "device": device}
     return dataclasses.replace(Settings(**given), **here)
 
 
-def fetch_run(work_dir: str | Path, name: str = "") -> Path | None:
-    """Return the folder of a run, without a name of the latest; None where there is none.
+def fetch_runs(work_dir: str | Path) -> None:
+    """Copy the runs that are attached on Kaggle to the work folder, where it does not have them.
 
-    On Kaggle the output of another kernel, or of an earlier version of the same one, is attached
-    read-only: a run that is only there is copied to the work folder, whole or not at all, so that
-    notebook 03 can go on with it and notebook 04 can write beside it.
+    The output of another kernel, or of an earlier version of the same one, can only be read.
+    Copied, notebook 03 goes on with a run or shares its models, and notebook 04 writes beside it.
     """
-    work, wanted = Path(work_dir), f"runs/{name or '*'}/config.json"
-    here, attached = list(work.glob(wanted)), search_files(KAGGLE / "input", wanted)
-    found = sorted(here or attached, key=lambda path: path.stat().st_mtime)
-    if not found:
-        return None
-    return found[-1].parent if here else _copy_run(found[-1].parent, work)
+    found = search_files(KAGGLE / "input", "runs/*/config.json")
+    latest_last = sorted(found, key=lambda path: path.stat().st_mtime)
+    for name, config in {path.parent.name: path for path in latest_last}.items():
+        if not Path(work_dir, "runs", name, "config.json").is_file():
+            _copy_run(config.parent, Path(work_dir))
 
 
-def _copy_run(source: Path, work: Path) -> Path:
+def _copy_run(source: Path, work: Path) -> None:
     """Copy a run folder, but for its lock, under `work`; a kill leaves no half of it there."""
     half, whole = work / f"fetching-{source.name}", work / "runs" / source.name
     shutil.rmtree(half, ignore_errors=True)
     for file in (path for path in source.rglob("*") if path.is_file() and path.name != "run.lock"):
         target = half / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)  # content only: what is attached may not be written to
+        shutil.copyfile(file, target)  # without its mode: what is attached may not be written to
+        os.utime(target, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
     shutil.rmtree(whole, ignore_errors=True)  # without config.json nothing was trained there
     whole.parent.mkdir(exist_ok=True)
-    return half.rename(whole)
+    half.rename(whole)
 
 
 def _short_hash(settings: Settings) -> str:

@@ -81,12 +81,12 @@ fedutils.print_environment()
 # ## The films, and which hospital has them
 #
 # Patients, never films, are placed at clients; test patients too, so that each hospital has test films
-# of its own. On Kaggle the films come from the output of notebook 02, and a run from the output of an
-# earlier version of this notebook, where they are attached: it goes on from there.
+# of its own. On Kaggle the films come from the output of notebook 02, and runs from the output of an
+# earlier version of this notebook, where they are attached: a run goes on from there.
 
 # %%
 settings = fedutils.read_parameters(globals())
-fedutils.fetch_run(settings.work_dir, settings.name)
+fedutils.fetch_runs(settings.work_dir)
 report = fedutils.read_report(settings.prepared)
 index = fedutils.read_index(settings.prepared)
 how = settings.partition, settings.num_clients, settings.alpha, settings.seed

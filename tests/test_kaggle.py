@@ -18,7 +18,7 @@ from fedutils.federation import Training
 from fedutils.findings import InputError
 from fedutils.kaggle import slug, write_kit
 from fedutils.pipeline import NOTEBOOKS
-from fedutils.settings import fetch_run, find_copy, find_profile, read_parameters, read_run
+from fedutils.settings import fetch_runs, find_copy, find_profile, read_parameters, read_run
 
 VALUES = {"max_films": "500"}
 
@@ -187,6 +187,20 @@ def test_an_attached_run_is_copied_and_the_attached_one_is_left_alone(tmp_path, 
         read_run(str(tmp_path / "work"), "other")
 
 
+def test_of_several_runs_the_latest_counts_whether_it_is_attached_or_here(tmp_path, tree):
+    films = tiny_films(tmp_path / "old")
+    for name in ("B", "A"):
+        Training(tiny_settings(tmp_path / "old", name=name), films)
+    attach(tmp_path / "old", tree, "earlier/work")
+    assert read_run(str(tmp_path / "work")).name == "A"
+    assert read_run(str(tmp_path / "work"), "B").name == "B"
+    Training(tiny_settings(tmp_path / "work", name="C"), films)
+    assert read_run(str(tmp_path / "work")).name == "C"
+    (tmp_path / "work/runs/A/kept").touch()
+    fetch_runs(tmp_path / "work")
+    assert (tmp_path / "work/runs/A/kept").exists()
+
+
 def test_a_copy_that_was_killed_is_made_again_and_never_taken_for_a_run(
     tmp_path, tree, monkeypatch
 ):
@@ -202,8 +216,9 @@ def test_a_copy_that_was_killed_is_made_again_and_never_taken_for_a_run(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", kill)
         with pytest.raises(KeyboardInterrupt):
-            fetch_run(tmp_path / "work", "run")
-    assert fetch_run(tmp_path / "work", "run") == tmp_path / "work/runs/run"
+            fetch_runs(tmp_path / "work")
+    assert not list(tmp_path.glob("work/runs/*/*"))
+    fetch_runs(tmp_path / "work")
     copied = json.loads((tmp_path / "work/runs/run/config.json").read_text())
     assert copied["fingerprint"] == "tiny"
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["runs"]
@@ -212,30 +227,30 @@ def test_a_copy_that_was_killed_is_made_again_and_never_taken_for_a_run(
 def test_a_session_that_max_hours_ends_goes_on_in_the_next_with_the_same_hashes(
     tmp_path, tree, monkeypatch
 ):
-    changes = {"rounds": 3, "strategy": "fedavgm"}
+    changes = {"rounds": 2, "strategy": "fedavgm", "tracked": "fc"}
     whole = Training(tiny_settings(tmp_path / "whole", **changes), tiny_films(tmp_path / "whole"))
     expected = whole.train()
     films = tiny_films(tmp_path / "first")
 
     class Clock:
-        """Every look at the clock is 700 s later: the first session ends after two rounds."""
+        """Every look at the clock is 22 minutes later: the session ends after one round."""
 
         def __init__(self):
             self.now, self.perf_counter = 0.0, federation.time.perf_counter
 
         def monotonic(self):
-            self.now += 700.0
+            self.now += 1320.0
             return self.now
 
     with monkeypatch.context() as patch:
         patch.setattr(federation, "time", Clock())
         first = tiny_settings(tmp_path / "first", max_hours=1.0, **changes)
         stopped = Training(first, films).train()
-    assert 0 < stopped["round"].max() < 3 and not (first.run / "finished.json").exists()
+    assert stopped["round"].max() == 1 and not (first.run / "finished.json").exists()
     attach(tmp_path / "first", tree, MOUNTS[1])
 
     settings = tiny_settings(tmp_path / "work", max_hours=1.0, **changes)
-    assert fetch_run(settings.work_dir, settings.name) == settings.run
+    fetch_runs(settings.work_dir)
     history = Training(settings, films).train()
     fixed = ["arm", "seed", "round", "client", "val_loss", "state_sha256"]
     pd.testing.assert_frame_equal(history[fixed], expected[fixed])
