@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -307,6 +308,27 @@ def test_a_p100_stops_notebook_03_before_anything_touches_it(tmp_path, monkeypat
             done.append(cell.source)
     assert len(done) == 2 and done[1].endswith("fedutils.print_environment()")
     assert not list(tmp_path.glob("*/runs")) and not torch.cuda.is_initialized()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_notebook_03_says_whether_all_rounds_are_done_or_max_hours_stopped_it(tmp_path, finished):
+    node = pipeline.read_notebook(pipeline.FOLDER, NOTEBOOKS[2])
+    (cell,) = (cell.source for cell in node.cells if "training.train(show)" in cell.source)
+    said = []
+    live = SimpleNamespace(update=said.append)
+    scope = {
+        "display": lambda shown, display_id: live,
+        "Markdown": str,
+        "settings": SimpleNamespace(run=tmp_path),
+        "training": SimpleNamespace(train=lambda show: None),
+    }
+    if finished:
+        (tmp_path / "finished.json").touch()
+    exec(cell, scope)
+    assert ("All rounds are done" in said[0], "Stopped at `max_hours`" in said[0]) == (
+        finished,
+        not finished,
+    )
 
 
 def test_the_copy_of_fedutils_is_named(tree, monkeypatch, tmp_path):
