@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import tiny_films, tiny_settings
 
-from fedutils import federation, kaggle, pipeline
+from fedutils import federation, pipeline
 from fedutils import settings as module
 from fedutils.__main__ import main
 from fedutils.federation import Training
@@ -346,11 +346,42 @@ def test_results_go_to_kaggles_output_folder(tree):
     assert read_parameters({"profile": "demo"}).work_dir == str(tree / "working/work")
 
 
+def first_cells():
+    """Return the cell of each notebook that finds fedutils, without repeats."""
+    nodes = [pipeline.read_notebook(pipeline.FOLDER, stem) for stem in NOTEBOOKS]
+    return {next(c.source for c in node.cells if "import fedutils" in c.source) for node in nodes}
+
+
 def test_all_notebooks_begin_with_the_same_cell_of_at_most_ten_lines():
-    firsts = set()
-    for stem in NOTEBOOKS:
-        cells = [c.source for c in pipeline.read_notebook(pipeline.FOLDER, stem).cells]
-        firsts.add(next(source for source in cells if "import fedutils" in source))
-    (first,) = firsts
+    (first,) = first_cells()
     assert first.count("\n") < 10
-    assert kaggle.NEEDS_GPU == ("03_federated_train", "04_evaluate")
+
+
+@pytest.mark.parametrize(
+    "package",
+    [
+        "fedutils/fedutils",
+        "fedutils",
+        "datasets/somebody/fedutils/fedutils",
+        "datasets/somebody/fedutils",
+        "datasets/somebody/a-checkout/fedutils",
+    ],
+)
+def test_the_first_cell_finds_the_package_beside_the_notebooks_then_attached(
+    tree, tmp_path, monkeypatch, package
+):
+    def found():
+        monkeypatch.setattr(sys, "path", ["elsewhere"])
+        exec(next(iter(first_cells())), {})
+        return sys.path[:-1]
+
+    monkeypatch.setenv("FEDUTILS_KAGGLE", str(tree))
+    (tmp_path / "checkout/notebooks").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "checkout/notebooks")
+    assert found() == []
+    (tree / "input" / package).mkdir(parents=True)
+    (tree / "input" / package / "__init__.py").touch()
+    assert found() == [str((tree / "input" / package).parent)]
+    (tmp_path / "checkout/fedutils").mkdir()
+    (tmp_path / "checkout/fedutils/__init__.py").touch()
+    assert found() == [str(tmp_path / "checkout")]
