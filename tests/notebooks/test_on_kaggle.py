@@ -22,6 +22,7 @@ VALUES = {
     "num_clients": 2,
     "batch_size": 16,
     "tracked": "fc",
+    "max_films": 80,
     "device": "cpu",
     "threads": 1,
 }
@@ -130,6 +131,12 @@ def test_each_kernel_writes_only_what_is_its_own(kaggle):
     )
     (run,) = kaggle.output(NOTEBOOKS[3]).glob("runs/*")
     assert {"metrics.csv", "summary.json"} <= {path.name for path in (run / "evaluation").iterdir()}
+
+
+def test_max_films_makes_a_short_first_run_of_whole_patients(kaggle):
+    report = json.loads((kaggle.output(NOTEBOOKS[1]) / "prepared/report.json").read_text())
+    assert 40 < report["films"] <= 80 and report["patients"] > 10
+    assert f"{report['films']} films of {report['patients']} patients" in kaggle.texts[NOTEBOOKS[1]]
 
 
 def test_training_started_from_the_attached_weights(kaggle):
