@@ -33,7 +33,7 @@ image_size: int = 0  # side of the stored films in pixels; 0: 64 in the demo, 22
 max_films: int = 0  # as in notebook 02
 weights: str = ""  # imagenet, none or a file; empty: none in the demo, imagenet on Kaggle
 tracked: str = ""  # layers that are trained and sent: layer4,fc or all; empty: all if weights=none
-batchnorm: str = "average"  # of the tracked layers: average, frozen or local
+batchnorm: str = "average"  # of the tracked layers: average, precise, frozen or local
 partition: str = "iid"  # of patients to clients: iid, dirichlet or scanner
 num_clients: int = 0  # hospitals; 0: 3 in the demo, 5 on Kaggle
 alpha: float = 0.5  # dirichlet: small is skewed
@@ -55,6 +55,10 @@ lr_centralised: float = 0.0  # learning rate of the centralised arm; 0: as lr
 lr_local: float = 0.0  # learning rate of the local arm; 0: as lr
 momentum: float = 0.9  # sgd
 weight_decay: float = 0.0001  # of the local optimiser
+augment: bool = True  # turn and shift training films a little, anew in each epoch
+cache_features: bool = False  # run the frozen trunk once and train from its output; wants augment=False
+feature_dtype: str = "fp16"  # of that output on disk: fp16 or fp32
+precision: str = "auto"  # fp32, bf16 or fp16; auto: fp32 on the CPU, bf16 on GPUs that have it, else fp16
 arms: str = "federated"  # what to train: federated,centralised,local
 seeds: str = "0"  # training seeds, such as 0,1,2
 device: str = "auto"  # auto, cpu, cuda:0 or several such as cuda:0,cuda:1
@@ -143,7 +147,8 @@ display(Markdown(
 # %%
 training = fedutils.Training(settings, films)
 estimate = training.estimate_seconds()
-display(Markdown(f"Training will take about **{estimate / 60:.1f} minutes** on this device."))
+cache = training.features.describe() if training.features else ""
+display(Markdown(f"Training will take about **{estimate / 60:.1f} minutes** on this device. {cache}"))
 
 # %% [markdown]
 # ## The rounds
@@ -163,7 +168,11 @@ def show(row, history):
           f"AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s", flush=True)
 
 
-history = training.train(show)
+def show_features(done, total):
+    live.update(Markdown(f"the frozen trunk: {done:,} of {total:,} films"))
+
+
+history = training.train(show, show_features)
 done = (settings.run / "finished.json").is_file()
 live.update(Markdown("All rounds are done; the curves stand below." if done else (
     "**Stopped at `max_hours`, after a whole round.** Run this notebook again to go on; on Kaggle, attach"

@@ -24,6 +24,7 @@
 work_dir: str = ""  # where results are; empty: work/ beside the notebooks
 name: str = ""  # of the run; empty: the latest
 device: str = "auto"  # auto, cpu or cuda:0
+cache_features: bool = False  # read the trunk's output from notebook 03's store, where it is there
 compare: str = ""  # names of other runs, such as A,B, to lay beside this one
 
 # %% [markdown]
@@ -49,7 +50,7 @@ fedutils.print_environment()
 # here and says so.
 
 # %%
-settings = fedutils.read_run(work_dir, name, device)
+settings = fedutils.read_run(work_dir, name, device, cache_features)
 report = fedutils.read_report(settings.prepared)
 fedutils.check_fingerprint(settings, report)
 title = f"{report['release']} data, {settings.partition}"
@@ -144,8 +145,9 @@ figure
 # client, but updates can leak: federated is not yet private. Not for clinical use.
 
 # %%
-warning = "**Phantom films are synthetic: nothing here is evidence about patients.**"
-display(Markdown(warning if report["release"] == "phantom" else "Labels were mined from reports by text."))
+notes = {"phantom": "**Phantom films are synthetic: nothing here is evidence about patients.**",
+         "own": "Labels are those of your own table; a finding that is not labelled was not trained either."}
+display(Markdown(notes.get(report["release"], "Labels were mined from reports by text.")))
 
 # %% [markdown]
 # `summary.json` holds what it takes to repeat this run: parameters, versions, threads, device, the
