@@ -43,11 +43,12 @@ FOLDER = PACKAGE.parent / "notebooks"
 # Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
 TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")
 PREPARED = ("prepared/report.json", "prepared/index.csv")
-INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, *TRAINED)), strict=True))
+BOXES = "prepared/boxes.csv"
+INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, BOXES, *TRAINED)), strict=True))
 OUTPUTS = {
-    "02_preprocess": (*PREPARED, "prepared/images.npy"),
+    "02_preprocess": (*PREPARED, BOXES, "prepared/images.npy"),
     "03_federated_train": TRAINED,
-    "04_evaluate": ("runs/{}/evaluation/*",),
+    "04_evaluate": ("runs/{}/evaluation/*", "runs/{}/MODEL_CARD.md"),
 }
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
 OPTIONS = ("profile", "data_dir", "work_dir", "name")  # have an option of their own
