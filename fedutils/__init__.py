@@ -40,7 +40,14 @@ from .partition import (
     split_patients,
 )
 from .phantom import write_phantom
-from .settings import Settings, __version__, print_environment, read_parameters, read_run
+from .settings import (
+    Settings,
+    __version__,
+    fetch_runs,
+    print_environment,
+    read_parameters,
+    read_run,
+)
 
 
 def __getattr__(name: str) -> ModuleType:

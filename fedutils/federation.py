@@ -550,10 +550,16 @@ def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:
     path = settings.run / "config.json"
     old = json.loads(path.read_text()) if path.is_file() else {}
     share = max(1, (os.cpu_count() or 1) // len(find_devices(settings.device)))
+    report = read_report(settings.prepared)
+    if (size := report.get("image_size", settings.image_size)) != settings.image_size:
+        raise InputError(
+            f"{settings.prepared} holds films of {size} pixels, but image_size is"
+            f" {settings.image_size}: give the same profile or image_size to notebooks 02 and 03"
+        )
     config = settings.identity() | {
         "threads": settings.threads or old.get("threads") or share,
         "server": strategy.__name__,
-        "fingerprint": read_report(settings.prepared)["fingerprint"],
+        "fingerprint": report["fingerprint"],
     }
     for key in [key for key in config if old and old.get(key) != config[key]]:
         raise InputError(

@@ -137,7 +137,7 @@ def run(
     """
     chosen = _choose(only)
     nodes = {stem: read_notebook(notebooks, stem) for stem in NOTEBOOKS}
-    settings, data = _resolve(values, nodes)
+    settings, data = resolve(values, nodes)
     jobs = [Job(stem, nodes[stem], settings, notebooks, identify(data)) for stem in chosen]
     _check_before(jobs, data, force)
     for job in jobs:
@@ -177,7 +177,7 @@ def sweep(
     for row in itertools.product(*grid.values()):
         name = "-".join([values["name"], *row]) if values.get("name") else ""
         runs.append(dict(values) | dict(zip(grid, row, strict=True)) | {"name": name})
-    resolved = [_resolve(one, nodes)[0] for one in runs]
+    resolved = [resolve(one, nodes)[0] for one in runs]
     runs[-1]["compare"] = ",".join(settings.name for settings in resolved[:-1])
     stems, failures = _choose(only), []
     for number, one in enumerate(runs, start=1):
@@ -316,7 +316,7 @@ def _choose(only: str) -> list[str]:
     return [stem for number, stem in numbers.items() if number in wanted]
 
 
-def _resolve(
+def resolve(
     values: Mapping[str, Any], nodes: Mapping[str, NotebookNode]
 ) -> tuple[Settings, Path | None]:
     """Check names and values, find the data, and return the resolved parameters and its folder."""
