@@ -6,10 +6,14 @@ from types import ModuleType
 from .client import Client, Update, predict
 from .evaluation import (
     check_fingerprint,
+    compare_runs,
     evaluate_models,
+    hospitals,
     predict_films,
     read_films,
     tabulate,
+    tabulate_differences_text,
+    training_cost,
     write_predictions,
     write_summary,
 )
