@@ -11,6 +11,7 @@ from .evaluation import (
     hospitals,
     predict_films,
     read_films,
+    read_history,
     tabulate,
     tabulate_differences_text,
     training_cost,

@@ -239,7 +239,8 @@ def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
     order = list(dict.fromkeys(zip(rows["metric"], rows["arm"], strict=True)))
     columns = [(metric, MEAN_LOCAL if arm == "local" else arm) for metric, arm in order]
     wide = wide.loc[[MEAN, *FINDINGS], sorted(columns, key=lambda c: METRICS.index(c[0]))]
-    wide.columns = [f"{arm}, {metric.replace('_', ' ')}" for metric, arm in wide.columns]
+    words = {"auroc": "AUROC", "average_precision": "average precision"}
+    wide.columns = [f"{words[metric]}, {arm}" for metric, arm in wide.columns]
     means = rows.loc[rows["finding"] == MEAN, "positives"]
     return wide.rename({MEAN: f"mean of {means.max()}"}).rename_axis(index=None)
 
@@ -272,11 +273,11 @@ def tabulate_differences_text(differences: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def _signed(row: Any) -> str:
+def _signed(row: Any, name: str = "") -> str:
     """Write a difference with its interval and its sign."""
     if np.isnan(row.ci_low):
         return f"{row.value:+.3f} (no interval: too few films)"
-    return f"{row.value:+.3f} ({row.ci_low:+.3f} to {row.ci_high:+.3f})"
+    return f"{row.value:+.3f} ({name}{row.ci_low:+.3f} to {row.ci_high:+.3f})"
 
 
 def _span(low: float, high: float, sign: str = "+") -> str:
@@ -371,19 +372,23 @@ def _one_difference(second: str, rows: pd.DataFrame) -> str:
     if np.isnan(mean["value"]):
         return f"federated against {second}: not defined, for want of positive test patients."
     seeds = f"{_span(mean['seed_low'], mean['seed_high'])} over {mean['seeds']} seeds"
-    size = f"{_signed(mean)} in mean AUROC; {seeds if mean['seeds'] > 1 else 'one seed'}"
+    size = f"{_signed(mean, '95 % interval ')}; {seeds if mean['seeds'] > 1 else 'one seed'}"
     side = "above" if mean["value"] > 0 else "below"
     verdict = (
         f"is shown to be {side}" if mean["verdict"] == SHOWN else "is not shown to differ from"
     )
-    shown = rows.drop(MEAN).query("verdict == @SHOWN")
+    single = rows.drop(MEAN).query("verdict != 'not defined'")
+    shown = single[single["verdict"] == SHOWN]
+    every = len(shown) == len(single)
     parts = [
-        f"{word} for {', '.join(shown.index[sign])}"
+        f"{word} for {'all' if every and sign.all() else ', '.join(shown.index[sign])}"
         for word, sign in zip(("above", "below"), _signs(shown), strict=True)
         if sign.any()
     ]
-    single = "; by finding, after Holm's adjustment: " + (" and ".join(parts) or "none shown")
-    return f"federated {verdict} {second} ({size}){single}."
+    return (
+        f"federated {verdict} {second} in mean AUROC: {size}. Of {len(single)} findings, after"
+        f" Holm's adjustment: {' and '.join(parts) or 'none shown'}."
+    )
 
 
 def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
@@ -393,12 +398,13 @@ def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
     if len(rows) < 2:
         return []
     worst, best = rows.iloc[0], rows.iloc[-1]
-    apart = worst["ci_high"] < best["ci_low"]
+    known = not np.isnan(worst["ci_high"] + best["ci_low"])
+    apart = "lie apart" if worst["ci_high"] < best["ci_low"] else "overlap"
     return [
         f"the {worst['arm']} model is worst on the films of {worst['test_set']}: mean AUROC"
         f" {with_interval(worst)} over {worst['positives']} findings on {worst['n']:,} films,"
         f" against {with_interval(best)} at {best['test_set']}"
-        f" (the intervals {'lie apart' if apart else 'overlap: no difference shown'})."
+        f"{f'; the intervals {apart}' if known else ''}."
     ]
 
 
@@ -450,6 +456,11 @@ def read_table(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path, dtype=names)
     texts = [name for name in names if name in table]
     return table.fillna(dict.fromkeys(texts, ""))
+
+
+def read_history(settings: Settings) -> pd.DataFrame:
+    """Read `history.csv` of a run; `client` is empty text on the rows of the aggregated model."""
+    return pd.read_csv(settings.run / "history.csv", dtype={"client": str}).fillna({"client": ""})
 
 
 def training_cost(history: pd.DataFrame, local_epochs: int) -> pd.DataFrame:

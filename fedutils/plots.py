@@ -147,9 +147,9 @@ def _heat(
     ax.set_facecolor(PALE)
     look = {"fmt": "", "linewidths": 1, "linecolor": PALE, "annot_kws": {"size": 9}}
     sns.heatmap(values, annot=texts, ax=ax, **look, **style)
-    ax.set_xticks(
-        np.arange(len(columns)) + 0.5, columns, rotation=40, ha="right", rotation_mode="anchor"
-    )
+    few = len(columns) < 7
+    turn = {} if few else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, **({"rotation": 0} | turn))
     ax.set_yticks(np.arange(len(rows)) + 0.5, rows, rotation=0)
     ax.tick_params(length=0)
 
@@ -540,7 +540,7 @@ def _forest(
 
     Of several seeds the rows of their mean are shown, else those of the first.
     """
-    arms = _by_arm(rows)
+    arms = _by_arm(rows.reset_index(drop=True))
     height, gap = 0.16, 0.2  # inches, of an arm's lane and of a yardstick's name
     pitch = max(0.26, height * len(arms) + 0.06)
     size = len(names) * pitch + 1.0 + gap * len(yardsticks or {})
@@ -578,7 +578,7 @@ def subgroup_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
     )
     films = rows.drop_duplicates("test_set").set_index("test_set")["n"]
     names = [f"{name} ({films[name]:,} films)" for name in names]
-    heading = "Mean AUROC by subgroup (grey: under 30 positives)"
+    heading = f"Mean AUROC by subgroup (grey: under {LEAST_POSITIVES} positives)"
     return _forest(heading, title, rows, names)
 
 
@@ -590,15 +590,14 @@ def subgroup_heatmap(metrics: pd.DataFrame, title: str = "") -> Figure:
     rows = rows[(rows["arm"] == arm) & _blank(rows["seed"]) & _blank(rows["client"])]
     names = [n for n in rows["test_set"].unique() if n in (ALL, ONE_FILM) or "=" in n]
     wide = rows.pivot(index="test_set", columns="finding", values=["value", "positives"])
-    value, count = (
-        wide[name].loc[names, list(FINDINGS)].to_numpy() for name in wide.columns.levels[0][::-1]
-    )
+    value = wide["value"].loc[names, list(FINDINGS)].to_numpy(dtype=float)
+    count = wide["positives"].loc[names, list(FINDINGS)].to_numpy(dtype=float)
     texts = np.where(np.isnan(value), "–", np.char.mod("%.2f", np.nan_to_num(value)))
-    heading = f"AUROC of the {arm} model (grey: under 30 positives, nothing to conclude)"
+    heading = f"AUROC by subgroup, {arm} (grey: under {LEAST_POSITIVES} positives)"
     fig, (ax,) = _canvas(heading, title, 1.9 + 0.28 * len(names))
     cmap = sns.blend_palette([VERMILION, "white", BLUE], as_cmap=True)
     shown = np.where(count < LEAST_POSITIVES, np.nan, value)
-    _heat(ax, shown, texts, names, cmap=cmap, vmin=0.2, vmax=0.8, cbar=False)
+    _heat(ax, shown, texts, names, cmap=cmap, vmin=0, vmax=1, cbar=False)
     for (row, column), text in np.ndenumerate(texts):
         if np.isnan(shown[row, column]):
             ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", size=9, color=GREY)
@@ -653,7 +652,7 @@ def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
     lanes = [(MEAN, name, f"mean: − {name}") for name in pairs]
     lanes += [(f, name, f if name == main[0] else "") for f in FINDINGS for name in main]
     size = 0.2 * len(lanes) + 1.2
-    heading = f"Difference of AUROC: {first} minus the others (filled: shown)"
+    heading = f"AUROC of {first} minus others (filled: shown)"
     fig, (ax,) = _canvas(heading, title, size)
     table = rows.set_index(["finding", "second"])
     for lane, (finding, name, _) in enumerate(lanes):
@@ -682,7 +681,7 @@ def _difference(ax: Axes, row: pd.Series, lane: float, colour: str, said: bool) 
     text = "not defined"
     if not np.isnan(row["value"]):
         text = f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
-        text = f"{text} {row['verdict']}" if said else text
+        text += (" shown" if shown else " not shown") if said else ""
     place = {"va": "center", "transform": ax.get_yaxis_transform(), "fontsize": 9}
     ax.text(1.01, lane, text, color=colour, **place)
 

@@ -163,12 +163,75 @@ differences = fedutils.tabulate_differences_text(result.differences)
 HTML(differences.to_html(index=False)) if len(differences) else Markdown(alone)
 
 # %% [markdown]
-# ## Fairness between hospitals
-#
-# Every model on every hospital's own test films.
+# The same as a picture, by finding too. Filled points are shown differences, hollow ones are not; the
+# short upright lines are the smallest and the largest value over the training seeds.
 
 # %%
-worst = fedutils.hospitals(result.metrics, settings.arm_list[0])
+if len(result.differences):
+    figure = fedutils.plots.difference_forest(result.differences, title)
+    figure.savefig(folder / "differences.png")
+    display(figure)
+
+# %% [markdown]
+# ## Fairness between hospitals
+#
+# Every model on every hospital's own test films, over the findings that all hospitals have enough of. A
+# frame marks a local model at home: does federation give that hospital more than it had?
+
+# %%
+figure = fedutils.plots.client_matrix(result.metrics, title)
+figure.savefig(folder / "hospitals.png")
+figure
+
+# %% [markdown]
+# The hospital for which the first arm does least, and what its interval allows to say:
+
+# %%
+at_hospitals = fedutils.hospitals(result.metrics, settings.arm_list[0]).sort_values("value")
+shown = ["arm", "test_set", "value", "ci_low", "ci_high", "n"]
+HTML(at_hospitals[shown].to_html(index=False, float_format="{:.3f}".format))
+
+# %% [markdown]
+# ## Subgroups
+#
+# Mean AUROC by sex, age, view position and scanner, each family over the findings that all its groups
+# have enough of. Grey groups hold under 30 positive labels: nothing is to be concluded from them. The
+# last line takes one film a patient, the first, so that no patient counts more than another.
+
+# %%
+figure = fedutils.plots.subgroup_forest(result.metrics, title)
+figure.savefig(folder / "subgroups.png")
+figure
+
+# %% [markdown]
+# The first arm by subgroup and finding. A cell is grey where under 30 films are positive.
+
+# %%
+figure = fedutils.plots.subgroup_heatmap(result.metrics, title)
+figure.savefig(folder / "subgroups_by_finding.png")
+figure
+
+# %% [markdown]
+# ## What it cost
+#
+# The AUROC on validation films after each round, against the gigabytes that travelled until then and the
+# films that were trained on. Only federation sends models; centralised training sends the films.
+
+# %%
+history = fedutils.read_history(settings)
+cost = fedutils.training_cost(history, settings.local_epochs)
+figure = fedutils.plots.cost_curves(cost, title)
+figure.savefig(folder / "cost.png")
+figure
+
+# %% [markdown]
+# What each arm had spent when it was best on validation, the mean over seeds:
+
+# %%
+known = cost.dropna(subset="val_auroc")
+best = known.loc[known.groupby(["arm", "seed"], sort=False)["val_auroc"].idxmax()]
+best = best.groupby("arm", sort=False)[["round", "films_seen", "gigabytes", "val_auroc"]].mean()
+HTML(best.to_html(float_format="{:,.3f}".format))
 
 # %% [markdown]
 # ## What this is, and what it is not

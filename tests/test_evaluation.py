@@ -200,8 +200,8 @@ def test_the_primary_mean_is_over_findings_with_ten_positive_patients(three_arms
 
 def test_words_say_who_wins_and_what_is_undecided(three_arms):
     said = "\n".join(evaluation.headline(three_arms, "2017 data"))
-    assert "federated is shown to be above the centralised model (+0." in said
-    assert "federated is shown to be above the mean local model (+0." in said
+    assert "federated is shown to be above the centralised model in mean AUROC: +0." in said
+    assert "federated is shown to be above the mean local model in mean AUROC: +0." in said
     assert "shown to be above 3 and below 0 of 3 local models" in said
     assert "mean of 3 seeds" in said and "the federated model is worst on the films of" in said
     assert "leaves out Hernia" in said and "mined from reports by text" in said
@@ -211,7 +211,7 @@ def test_words_say_who_wins_and_what_is_undecided(three_arms):
     assert "drawn, not taken" in said and "mined" not in said
     worse = evaluation.evaluate_models(*invented(gain=0.0), seed=0, repeats=200)
     said = "\n".join(evaluation.headline(worse, "phantom data"))
-    assert "federated is shown to be below the centralised model (-0." in said
+    assert "federated is shown to be below the centralised model in mean AUROC: -0." in said
 
 
 @pytest.mark.parametrize("arm", ["federated", "local", "centralised"])
@@ -258,7 +258,7 @@ def test_tabulate_has_a_column_an_arm_and_says_what_is_not_defined(three_arms):
     table = evaluation.tabulate(three_arms.metrics)
     arms = ["federated", "centralised", "mean local model"]
     assert list(table.columns) == [
-        f"{a}, {m}" for m in ("auroc", "average precision") for a in arms
+        f"{m}, {a}" for m in ("AUROC", "average precision") for a in arms
     ]
     assert list(table.index) == ["mean of 13", *FINDINGS]
     assert set(table.loc["Hernia"]) == {"not defined (0 positives)"}
