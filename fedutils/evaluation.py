@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
-from .checkpoint import state_hash
+from .device import find_devices
+from .features import FeatureStore
 from .federation import plan, predict_with
 from .findings import FINDINGS, InputError
 from .images import ChestXrayDataset, read_index, read_report, write_atomic
 from .metrics import (
-    ALL,
+    ALL_FILMS,
     MEAN,
     METRICS,
     ONE_FILM,
@@ -30,10 +31,12 @@ from .metrics import (
     patient_resamples,
     tabulate_differences,
     tabulate_draws,
+    undefined,
     with_mean,
 )
 from .model import build_resnet34
-from .settings import Settings, environment, find_devices, read_run
+from .settings import Settings, environment, read_run
+from .weights import state_hash
 
 OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
 REPEATS = 1000  # resamples of the test patients; under 560 no p survives Holm over 14 findings
@@ -53,16 +56,23 @@ def predict_films(settings: Settings, films: ChestXrayDataset, split: str) -> pd
 
     `films.index` carries `client` and `split`. Returns `arm, seed, client, image_index` and 14
     probabilities; `client` names the model's owner in the arm `local` and is empty elsewhere.
+    With `cache_features` the trunk's output is taken from its store, if that is whole.
     """
     models = settings.run / "models"
-    model = build_resnet34("none", settings.tracked, settings.batchnorm)
+    how = "none", settings.tracked, settings.batchnorm
+    model = build_resnet34(*how, precision=settings.precision)
     model.to(find_devices(settings.device)[0]).load(load_file(models / "trunk.safetensors"))
+    if settings.cache_features:
+        fingerprint = read_report(settings.prepared)["fingerprint"]
+        features = FeatureStore(model, films, settings, fingerprint).open()
+        films = films if features is None else films.holding(features)
     jobs, films = plan(settings, films), films.where(films.index["split"] == split)
     tables = []
     for job in jobs:
         own = {c.name: models / f"{job.name}-{c.name}.safetensors" for c in job.clients}
         clients = {name: load_file(file) for name, file in own.items() if file.is_file()}
         state = load_file(models / f"{job.name}.safetensors")
+        model.batchnorm = job.settings.batchnorm
         logits = predict_with(model, films, state, clients).astype(np.float64)
         table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=FINDINGS)
         for name in ("image_index", "client", "seed", "arm"):
@@ -98,7 +108,7 @@ def evaluate_models(
         for name in family
     }
     # A mean of a part never holds a finding that the primary mean leaves out.
-    findings = {k: [f for f in fs if f in findings[ALL]] for k, fs in findings.items()}
+    findings = {k: [f for f in fs if f in findings[ALL_FILMS]] for k, fs in findings.items()}
     masks = {name: mask for family in groups.values() for name, mask in family.items()}
     resamples = patient_resamples(index["patient_id"], repeats, seed)
     draws = add_means(resample_models(predictions, index, resamples, masks, findings))
@@ -110,7 +120,7 @@ def evaluate_models(
             tables.append(_named(rows, dict(zip(OWNER, owner, strict=True)) | {"test_set": name}))
     clients = list(groups["client"])
     return Evaluation(
-        pd.concat(tables, ignore_index=True), difference_rows(draws, clients), findings[ALL]
+        pd.concat(tables, ignore_index=True), difference_rows(draws, clients), findings[ALL_FILMS]
     )
 
 
@@ -120,7 +130,7 @@ def test_groups(index: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
     The films of an unknown sex, age, view or scanner are in no subgroup of that family. One film a
     patient is the first by name.
     """
-    groups = {"all": {ALL: np.ones(len(index), dtype=bool)}}
+    groups = {"all": {ALL_FILMS: np.ones(len(index), dtype=bool)}}
     for family in ("client", "sex", "view", "scanner"):
         column = index[family].fillna("").astype(str)
         prefix = "" if family == "client" else f"{family}="
@@ -138,7 +148,7 @@ test_groups.__test__ = False  # pytest would take it for a test
 
 def is_client(test_set: str) -> bool:
     """Tell whether a test set is that of a client, neither all films nor a subgroup."""
-    return test_set not in (ALL, ONE_FILM) and "=" not in test_set
+    return test_set not in (ALL_FILMS, ONE_FILM) and "=" not in test_set
 
 
 def _truth(index: pd.DataFrame) -> np.ndarray:
@@ -166,7 +176,7 @@ def resample_models(
     of each part's mean. Findings are computed side by side, in as many threads as there are cores.
     """
     truth, result = _truth(index), {}
-    wanted = {name: METRICS if name == ALL else METRICS[:1] for name in masks}
+    wanted = {name: METRICS if name == ALL_FILMS else METRICS[:1] for name in masks}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for owner, rows in predictions.fillna({"client": ""}).groupby(OWNER, sort=False):
             scores = rows.set_index("image_index").loc[index.index, list(FINDINGS)].to_numpy()
@@ -214,7 +224,7 @@ def difference_rows(draws: Mapping[Model, Draws], clients: Sequence[str]) -> pd.
     for (arm, client), second in others.items():
         if ("federated", "", "") not in draws or (arm, "", client) not in draws:
             continue
-        on = [ALL, *clients] if arm == "centralised" else [ALL, *filter(None, [client])]
+        on = [ALL_FILMS, *clients] if arm == "centralised" else [ALL_FILMS, *filter(None, [client])]
         seeds = [seed for a, seed, c in draws if (a, c) == (arm, client) and seed]
         for name in on:
             pairs = [(draws["federated", s, ""][name], draws[arm, s, client][name]) for s in seeds]
@@ -245,7 +255,7 @@ def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
     return wide.rename({MEAN: f"mean of {means.max()}"}).rename_axis(index=None)
 
 
-def over_seeds(metrics: pd.DataFrame, test_set: str = ALL) -> pd.DataFrame:
+def over_seeds(metrics: pd.DataFrame, test_set: str = ALL_FILMS) -> pd.DataFrame:
     """Keep the rows of the means over seeds on one test set."""
     return metrics[(metrics["seed"] == "") & (metrics["test_set"] == test_set)]
 
@@ -254,9 +264,7 @@ def _text(row: Any) -> str:
     """Write a value of the metrics with its interval, or say why there is none."""
     if not np.isnan(row.value):
         return with_interval(row)
-    if row.finding == MEAN:
-        return "not defined"
-    return f"not defined (0 {'negatives' if row.positives else 'positives'})"
+    return "not defined" if row.finding == MEAN else undefined(row.positives, row.n)
 
 
 def tabulate_differences_text(differences: pd.DataFrame) -> pd.DataFrame:
@@ -324,7 +332,9 @@ def _arms_in_words(means: pd.DataFrame) -> list[str]:
     """Say the mean AUROC of each arm on all test films, and how far the seeds lie apart."""
     lines, rows = [], over_seeds(means)
     for row in rows[rows["client"] == ""].itertuples():
-        same = (means["arm"] == row.arm) & (means["client"] == "") & (means["test_set"] == ALL)
+        same = (
+            (means["arm"] == row.arm) & (means["client"] == "") & (means["test_set"] == ALL_FILMS)
+        )
         seeds = means[same & (means["seed"] != "")]["value"]
         spread = _span(seeds.min(), seeds.max(), "")
         of = f"mean of {len(seeds)} seeds, {spread}" if len(seeds) > 1 else "one training seed"
@@ -346,7 +356,7 @@ def _differences_in_words(differences: pd.DataFrame, arms: list[str]) -> list[st
             f"only one arm was trained ({arms[0]})" if len(arms) == 1 else "federated is missing"
         )
         return [f"{alone}: no difference to compute."]
-    whole = differences[(differences["test_set"] == ALL) & (differences["metric"] == "auroc")]
+    whole = differences[(differences["test_set"] == ALL_FILMS) & (differences["metric"] == "auroc")]
     lines = []
     for second, rows in whole.groupby("second", sort=False):
         if second in ("centralised", MEAN_LOCAL):
@@ -416,11 +426,12 @@ def hospitals(metrics: pd.DataFrame, arm: str) -> pd.DataFrame:
 
 def _limits_in_words(result: Evaluation, means: pd.DataFrame, source: str) -> str:
     """Say what limits all this: where the labels come from, and how few films there are."""
-    labels = (
-        "these films are drawn, not taken: nothing here is evidence about patients"
-        if source.startswith("phantom")
-        else "labels were mined from reports by text, and chest drains give Pneumothorax away"
-    )
+    known = {
+        "phantom": "these films are drawn, not taken: nothing here is evidence about patients",
+        "own": "labels are those of your own table",
+    }
+    mined = "labels were mined from reports by text, and chest drains give Pneumothorax away"
+    labels = known.get(source.split()[0], mined)
     without = [finding for finding in FINDINGS if finding not in result.mean_over]
     few = f"the mean leaves out {', '.join(without)} (too few positive test patients)"
     films = f"{over_seeds(means)['n'].max():,} test films"
@@ -456,11 +467,6 @@ def read_table(path: Path) -> pd.DataFrame:
     table = pd.read_csv(path, dtype=names)
     texts = [name for name in names if name in table]
     return table.fillna(dict.fromkeys(texts, ""))
-
-
-def read_history(settings: Settings) -> pd.DataFrame:
-    """Read `history.csv` of a run; `client` is empty text on the rows of the aggregated model."""
-    return pd.read_csv(settings.run / "history.csv", dtype={"client": str}).fillna({"client": ""})
 
 
 def training_cost(history: pd.DataFrame, local_epochs: int) -> pd.DataFrame:
@@ -499,26 +505,32 @@ def compare_runs(runs: Sequence[Settings], repeats: int = REPEATS) -> Evaluation
     predictions = [read_predictions(run.run / "evaluation" / "predictions.csv.gz") for run in runs]
     index = read_index(runs[0].prepared).set_index("image_index")
     index = index.loc[predictions[0]["image_index"].unique()]
-    findings = {ALL: evaluable_findings(_truth(index), index["patient_id"])}
+    findings = {ALL_FILMS: evaluable_findings(_truth(index), index["patient_id"])}
     resamples = patient_resamples(index["patient_id"], repeats, runs[0].seed)
-    masks = {ALL: np.ones(len(index), dtype=bool)}
+    masks = {ALL_FILMS: np.ones(len(index), dtype=bool)}
     draws, tables = {}, []
     for run, table in zip(runs, predictions, strict=True):
         draws[run.name] = add_means(resample_models(table, index, resamples, masks, findings))
         for (arm, seed, client), values in draws[run.name].items():
             if not seed and not client:
-                rows = tabulate_draws(values[ALL], _truth(index), findings[ALL])
-                names = {"run": run.name, "arm": arm, "seed": "", "client": "", "test_set": ALL}
+                rows = tabulate_draws(values[ALL_FILMS], _truth(index), findings[ALL_FILMS])
+                names = {
+                    "run": run.name,
+                    "arm": arm,
+                    "seed": "",
+                    "client": "",
+                    "test_set": ALL_FILMS,
+                }
                 tables.append(_named(rows, names))
     pairs = [_run_difference(draws, *pair) for pair in combinations(draws, 2)]
     differences = pd.concat([pd.DataFrame(columns=DIFFERENCES), *filter(len, pairs)])
-    return Evaluation(pd.concat(tables, ignore_index=True), differences, findings[ALL])
+    return Evaluation(pd.concat(tables, ignore_index=True), differences, findings[ALL_FILMS])
 
 
 def _run_difference(draws: Mapping[str, dict[Model, Draws]], one: str, two: str) -> pd.DataFrame:
     """Tabulate the difference between two runs' federated arms; empty where one has none."""
     first, second = (
-        {k: v[ALL] for k, v in draws[n].items() if k[::2] == FEDERATED} for n in (one, two)
+        {k: v[ALL_FILMS] for k, v in draws[n].items() if k[::2] == FEDERATED} for n in (one, two)
     )
     if not first or not second:
         return pd.DataFrame(columns=DIFFERENCES)
@@ -526,7 +538,7 @@ def _run_difference(draws: Mapping[str, dict[Model, Draws]], one: str, two: str)
     by_seed = np.array([(first[key] - second[key])[..., 0] for key in both])
     whole = first["federated", "", ""] - second["federated", "", ""]
     rows = tabulate_differences(whole, by_seed if both else whole[None, ..., 0])
-    return _named(rows, {"test_set": ALL, "first": one, "second": two})
+    return _named(rows, {"test_set": ALL_FILMS, "first": one, "second": two})
 
 
 def _fingerprint(settings: Settings) -> str:
@@ -535,6 +547,18 @@ def _fingerprint(settings: Settings) -> str:
     if not path.is_file():
         raise InputError(f"{path} is not there: run notebook 04_evaluate on {settings.name} first")
     return json.loads(path.read_text())["fingerprint"]
+
+
+def record_files(settings: Settings, *names: str) -> None:
+    """Add files of the run folder to the hashes in `summary.json`, for `verify_run` to check.
+
+    For what is written after the summary; a name that is not there is left out.
+    """
+    path = settings.run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    files = {name: settings.run / name for name in names}
+    summary["sha256"] |= {name: _sha256(file) for name, file in files.items() if file.is_file()}
+    write_atomic(path, json.dumps(summary, indent=1).encode())
 
 
 def verify_run(run: Path) -> list[str]:

@@ -15,7 +15,7 @@ from fedutils.findings import FINDINGS
 from fedutils.rng import generator
 
 MEAN = "mean"
-ALL, ONE_FILM = "all", "one film a patient"  # test sets beside the clients and the subgroups
+ALL_FILMS, ONE_FILM = "all", "one film a patient"  # test sets beside the clients and the subgroups
 SHOWN, NOT_SHOWN = "shown", "no difference shown"
 LEAST_PATIENTS = 10  # with a positive film, for a finding to count in the mean
 LEAST_POSITIVES = 30  # films of a subgroup, for anything to be concluded from it
@@ -84,6 +84,13 @@ def pr_points(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndar
     truth, score = _labelled(truth, score)
     empty = (np.empty(0), np.empty(0))
     return _sklearn().precision_recall_curve(truth, score)[1::-1] if _defined(truth) else empty
+
+
+def undefined(positives: float, known: float) -> str:
+    """Say why a metric has no value, from the numbers of positive and of labelled films."""
+    if not known:
+        return "not labelled"
+    return f"not defined ({'0 negatives' if positives else '0 positives'})"
 
 
 class Resamples(NamedTuple):

@@ -262,6 +262,9 @@ def test_tabulate_has_a_column_an_arm_and_says_what_is_not_defined(three_arms):
     ]
     assert list(table.index) == ["mean of 13", *FINDINGS]
     assert set(table.loc["Hernia"]) == {"not defined (0 positives)"}
+    metrics = three_arms.metrics.copy()
+    metrics.loc[metrics["finding"] == "Hernia", "n"] = 0
+    assert set(evaluation.tabulate(metrics).loc["Hernia"]) == {"not labelled"}
 
 
 def test_cost_sums_films_and_bytes_and_averages_local_models():
@@ -368,3 +371,12 @@ def test_verify_wants_an_evaluated_run(tmp_path):
 def test_too_few_films_for_an_interval_are_said_so():
     row = SimpleNamespace(value=0.5, ci_low=np.nan, ci_high=np.nan)
     assert evaluation.with_interval(row) == "0.500 (no interval: too few films)"
+
+
+def test_verify_checks_what_was_written_after_the_summary_too(finished):
+    settings = evaluation.read_run(str(finished.parent.parent), finished.name, "cpu")
+    (finished / "MODEL_CARD.md").write_text("a card")
+    evaluation.record_files(settings, "MODEL_CARD.md", "evaluation/pointing.csv")
+    assert evaluation.verify_run(finished) == []  # what is not there is not recorded
+    (finished / "MODEL_CARD.md").write_text("a nicer card")
+    assert evaluation.verify_run(finished) == ["MODEL_CARD.md has changed"]
