@@ -208,16 +208,17 @@ last = per_round[per_round["round"] == per_round["round"].max()]
 HTML(last[shown].to_html(index=False, float_format="{:.3f}".format))
 
 # %% [markdown]
-# Faults over all rounds, and what the federation sent in all:
+# Faults over all rounds, what the federation sent in all, and how far off the estimate was:
 
 # %%
-took = history[(history["client"] == "") | (history["arm"] == "local")]["seconds"].sum()
+off = training.seconds / estimate - 1 if estimate else 0
+said = f", {abs(off):.0%} {'more' if off > 0 else 'less'} than estimated" if estimate else ""
 faults = history[~history["status"].isin(["ok"])]
 sent_gb = per_round[["bytes_up", "bytes_down"]].to_numpy().sum() / 1e9
 display(faults[["round", "client", "status", "reason"]] if len(faults) else Markdown("No client failed."))
 display(Markdown(
-    f"**{sent_gb:.2f} GB** travelled in all. Training took {took / 60:.1f} minutes, "
-    f"all sessions together; {estimate / 60:.1f} were estimated for this one."
+    f"**{sent_gb:.2f} GB** travelled in all. This session trained for "
+    f"**{training.seconds / 60:.1f} minutes**{said}."
 ))
 
 # %% [markdown]
