@@ -17,7 +17,7 @@ import pandas as pd
 from fedutils import write_phantom
 from fedutils.evaluation import read_table
 from fedutils.federation import best_rounds, read_history
-from fedutils.metrics import ALL, MEAN
+from fedutils.metrics import ALL_FILMS, MEAN
 from fedutils.pipeline import run, sweep
 from fedutils.settings import ARMS, Settings, find_root
 
@@ -61,7 +61,7 @@ def report(title: str, runs: list[Settings]) -> str:
         metrics, differences = (read_table(folder / f"{n}.csv") for n in ("metrics", "differences"))
         means = metrics[metrics["seed"] == ""]
         for table, value in ((means, "{:.3f}"), (differences, "{:+.3f}")):
-            whole = (table["test_set"] == ALL) & (table["finding"] == MEAN)
+            whole = (table["test_set"] == ALL_FILMS) & (table["finding"] == MEAN)
             for row in table[whole & (table["metric"] == "auroc")].itertuples():
                 compared = getattr(row, "first", None)
                 compared = f"{compared} − {row.second}" if compared else f"{row.arm} {row.client}"
