@@ -495,6 +495,7 @@ def compare_runs(runs: Sequence[Settings], repeats: int = REPEATS) -> Evaluation
     whose names are `first` and `second`, by seed where both runs have it. Raises InputError for a
     run that notebook 04 has not evaluated, and for one on other data.
     """
+    check_fingerprint(runs[0], read_report(runs[0].prepared))
     fingerprints = {run.name: _fingerprint(run) for run in runs}
     for name, fingerprint in fingerprints.items():
         if fingerprint != fingerprints[runs[0].name]:
