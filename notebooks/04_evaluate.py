@@ -237,6 +237,27 @@ best = best.groupby("arm", sort=False)[["round", "films_seen", "gigabytes", "val
 HTML(best.to_html(float_format="{:,.3f}".format))
 
 # %% [markdown]
+# ## Beside other runs
+#
+# `compare` names runs on the same films, such as other partitions; a sweep names them by itself. Their
+# federated models are compared on the same draws of patients.
+
+# %%
+others = [fedutils.read_run(work_dir, other.strip(), device) for other in compare.split(",") if other]
+beside = fedutils.compare_runs([*others, settings]) if others else None
+none = Markdown("No other run was named.")
+none if beside is None else HTML(fedutils.tabulate_differences_text(beside.differences).to_html(index=False))
+
+# %% [markdown]
+# Every arm of these runs, with the intervals of its mean AUROC:
+
+# %%
+if beside is not None:
+    figure = fedutils.plots.run_forest(beside.metrics, report["release"])
+    figure.savefig(folder / "compare.png")
+    display(figure)
+
+# %% [markdown]
 # ## Calibration
 #
 # Is a finding there in 20 % of the films that are given 0.20? Temperature scaling divides all logits
