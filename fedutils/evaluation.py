@@ -419,9 +419,10 @@ def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
 
 
 def hospitals(metrics: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """Keep an arm's rows on the test films of each client, as the mean over seeds (and models)."""
+    """Keep an arm's mean AUROC on the test films of each client, over seeds (and local models)."""
     chosen = (metrics["arm"] == arm) & (metrics["seed"] == "") & (metrics["client"] == "")
-    return metrics[chosen & metrics["test_set"].map(is_client)]
+    mean = (metrics["finding"] == MEAN) & (metrics["metric"] == "auroc")
+    return metrics[chosen & mean & metrics["test_set"].map(is_client)]
 
 
 def _limits_in_words(result: Evaluation, means: pd.DataFrame, source: str) -> str:
@@ -495,6 +496,7 @@ def compare_runs(runs: Sequence[Settings], repeats: int = REPEATS) -> Evaluation
     whose names are `first` and `second`, by seed where both runs have it. Raises InputError for a
     run that notebook 04 has not evaluated, and for one on other data.
     """
+    check_fingerprint(runs[0], read_report(runs[0].prepared))
     fingerprints = {run.name: _fingerprint(run) for run in runs}
     for name, fingerprint in fingerprints.items():
         if fingerprint != fingerprints[runs[0].name]:

@@ -653,19 +653,23 @@ def client_matrix(metrics: pd.DataFrame, title: str = "") -> Figure:
 def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
     """Differences of AUROC with 95 % intervals: of the mean for each pair, then by finding.
 
-    `differences` is differences.csv; used are its rows on all test films. Filled: shown. Hollow: no
-    difference shown. Small lines: the training seeds' smallest and largest value.
+    `differences` is differences.csv, or that of `compare_runs`; its rows on all films are used.
+    Filled: shown. Hollow: no difference shown. Small lines: the training seeds' smallest and
+    largest value.
     """
     rows = differences[(differences["metric"] == "auroc") & (differences["test_set"] == ALL_FILMS)]
-    first, pairs = rows["first"].iloc[0], list(rows["second"].unique())
+    firsts = list(rows["first"].unique())
+    alone, names = len(firsts) == 1, rows["first"] + " − " + rows["second"]
+    rows = rows.assign(pair=rows["second"] if alone else names)
+    pairs = list(rows["pair"].unique())
     main = [name for name in pairs if not name.startswith("local ")] or pairs
     colours = dict(zip(main, [VERMILION, GREEN, PURPLE, ORANGE] + [INK] * len(main), strict=False))
-    lanes = [(MEAN, name, f"mean: − {name}") for name in pairs]
+    lanes = [(MEAN, name, f"mean: {'− ' * alone}{name}") for name in pairs]
     lanes += [(f, name, f if name == main[0] else "") for f in FINDINGS for name in main]
     size = 0.2 * len(lanes) + 1.2
-    heading = f"AUROC of {first} minus others (filled: shown)"
+    heading = f"AUROC {f'of {firsts[0]} minus others' if alone else 'between runs'} (filled: shown)"
     fig, (ax,) = _canvas(heading, title, size)
-    table = rows.set_index(["finding", "second"])
+    table = rows.set_index(["finding", "pair"])
     for lane, (finding, name, _) in enumerate(lanes):
         _difference(ax, table.loc[(finding, name)], lane, colours.get(name, GREY), finding == MEAN)
     ax.axvline(0, color=INK, linewidth=0.8)
@@ -675,7 +679,7 @@ def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
         k + (len(main) - 1) / 2 * (k >= len(pairs)) for k, lane in enumerate(lanes) if lane[2]
     ]
     ax.set_yticks(places, [text for *_, text in lanes if text])
-    ax.set(ylim=(len(lanes) - 0.5, -0.5), xlabel=f"AUROC of {first} minus that of the other model")
+    ax.set(ylim=(len(lanes) - 0.5, -0.5), xlabel="AUROC of the first minus that of the other")
     ax.tick_params(axis="y", length=0)
     for label, (_, name, _) in zip(ax.get_yticklabels(), lanes[: len(pairs)], strict=False):
         label.set_color(colours.get(name, GREY))

@@ -161,6 +161,7 @@ def test_every_model_is_judged_on_every_clients_films(three_arms):
     on_clients = three_arms.metrics[three_arms.metrics["test_set"].map(evaluation.is_client)]
     mean = on_clients.query("finding == 'mean' and seed == ''")
     assert len(mean) == (2 + 3 + 1) * 3  # two arms, three local models and their mean
+    assert len(evaluation.hospitals(three_arms.metrics, "federated")) == 3
     films = invented()[1].index
     sizes = films["client"].value_counts()
     assert (mean["n"] == mean["test_set"].map(sizes)).all()

@@ -369,6 +369,15 @@ def test_differences_are_filled_only_where_shown_and_labels_stay_apart(locals_):
     assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
 
 
+def test_differences_between_three_runs_name_both():
+    table = difference_table(["scanner", "dirichlet"]).assign(first="iid")
+    last = difference_table(["dirichlet"]).assign(first="scanner")
+    figure = plots.difference_forest(pd.concat([table, last], ignore_index=True), "phantom")
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()][:3]
+    assert labels == ["mean: iid − scanner", "mean: iid − dirichlet", "mean: scanner − dirichlet"]
+    assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
+
+
 def test_an_arm_that_sends_nothing_is_a_line_in_the_left_panel():
     figure = plots.cost_curves(cost_table(["federated", "centralised", "local"]), "phantom")
     left, right = figure.axes
