@@ -105,7 +105,7 @@ def test_half_precision_features_are_close_and_half_the_size(tmp_path):
 def test_features_stand_in_the_order_of_the_store_whatever_the_batch(tmp_path):
     model, store = build_resnet34("none", "layer4,fc").eval(), open_store(tmp_path)
     features = store.fill()
-    rows = np.array([150, 3, 77])
+    rows = np.array([141, 3, 77])
     films = torch.from_numpy(tiny_films(tmp_path, FILMS).store[rows])[:, None]
     with torch.no_grad():
         expected = model.features(films)
