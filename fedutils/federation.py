@@ -149,6 +149,12 @@ class Replicas:
         with ThreadPoolExecutor(len(self.models), "replica", *start) as pool:
             yield from pool.map(work, clients)
 
+    def validate(self, job: Job, now: Progress) -> tuple[float, float]:
+        """Return loss and mean AUROC of the aggregated model on the job's validation films."""
+        labels = job.validation.labels
+        logits = predict_with(self.models[0], job.validation, now.state, now.clients)
+        return log_loss(labels, logits), mean_auroc(labels, logits)
+
 
 def fit_safely(
     client: Client, model: ChestResNet, sent: State, kept: State, round: int
@@ -215,18 +221,18 @@ def count_bytes(state: State) -> int:
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
-def aggregate_row(job: Job, now: Progress, rows: list[Row], model: ChestResNet) -> Row:
+def aggregate_row(job: Job, now: Progress, rows: list[Row], replicas: Replicas) -> Row:
     """Return the row of the aggregated model: its own validation, and sums over the clients."""
     good = pd.DataFrame([row for row in rows if row["status"] == "ok"])
-    logits = predict_with(model, job.validation, now.state, now.clients)
+    loss, auroc = replicas.validate(job, now)
     return {
         "arm": job.arm,
         "seed": job.seed,
         "round": now.round,
         "client": job.owner,
         "train_loss": float(np.average(good["train_loss"], weights=good["examples"])),
-        "val_loss": log_loss(job.validation.labels, logits),
-        "val_auroc": mean_auroc(job.validation.labels, logits),
+        "val_loss": loss,
+        "val_auroc": auroc,
         "examples": int(good["examples"].sum()),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
@@ -270,11 +276,12 @@ class Training:
     def __init__(
         self, settings: Settings, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
-        self.settings, self.run, self.jobs = settings, settings.run, plan(settings, films)
+        self.settings, self.run = settings, settings.run
         self.strategy = strategy or STRATEGIES[settings.strategy]
-        self.config = open_run(settings, self.strategy)
+        self.config = open_run(settings, self.strategy, self._fingerprint())
         # Before a model is built, whose calibration depends on the threads in its last bits.
         torch.set_num_threads(self.config["threads"])
+        self.jobs = self._plan(films)
         self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
 
     def train(self, on_round: OnRound | None = None) -> pd.DataFrame:
@@ -317,6 +324,12 @@ class Training:
         films = sum(len(c.films) for c in job.clients) * self.settings.client_fraction
         train = films * self.settings.local_epochs / side_by_side
         return max(0, rounds) * np.array([train, len(job.validation)])
+
+    def _plan(self, films: ChestXrayDataset) -> list[Job]:
+        return plan(self.settings, films)
+
+    def _fingerprint(self) -> str:
+        return read_report(self.settings.prepared)["fingerprint"]
 
     def _identity(self, job: Job) -> str:
         """Return a hash of all that a job's model depends on, and of nothing else."""
@@ -397,7 +410,7 @@ class Training:
         except FederationError as error:
             self._write_history(job, now.rows + error.rows)
             raise
-        row = aggregate_row(job, now, rows, replicas.models[0])
+        row = aggregate_row(job, now, rows, replicas)
         row["seconds"] = time.perf_counter() - began
         # A single client's row says the same as that of its model.
         now.rows += [*rows, row] if job.arm == "federated" else [row]
@@ -448,7 +461,7 @@ def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
     return order.groupby(["arm", "seed", "client"]).head(1).drop(columns="score").sort_index()
 
 
-def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:
+def open_run(settings: Settings, strategy: type[FedAvg], fingerprint: str) -> dict[str, Any]:
     """Write `config.json` for a new run, or check that the one there is the same; return it.
 
     Threads a replica belong to a run: where the settings leave them open, a run that goes on keeps
@@ -460,7 +473,7 @@ def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:
     config = settings.identity() | {
         "threads": settings.threads or old.get("threads") or share,
         "server": strategy.__name__,
-        "fingerprint": read_report(settings.prepared)["fingerprint"],
+        "fingerprint": fingerprint,
     }
     for key in [key for key in config if old and old.get(key) != config[key]]:
         raise InputError(
