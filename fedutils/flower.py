@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
 from .checkpoint import Progress, state_hash
 from .client import Client, Update, predict
@@ -33,7 +33,7 @@ from .model import ChestResNet, build_resnet34
 from .settings import TYPES, Settings, convert, find_devices, read_parameters
 from .weights import State
 
-POLL = 0.2  # seconds between two looks for a reply
+POLL = 0.5  # seconds between two looks for a reply
 
 client_app = ClientApp()
 server_app = ServerApp()
@@ -86,14 +86,14 @@ def answer(
     words, numbers, state = {"status": "ok", "reason": ""}, {}, {}
     try:
         hospital = Hospital(message.content.config_records["order"], dict(context.node_config))
-        sent = message.content.array_records["state"].to_torch_state_dict()
+        sent = unpack(message)
         more, numbers, state = work(hospital, sent)
         words |= more
     except Exception as error:  # its text may hold paths, or the names of films and so of patients
         traceback.print_exc()
         words = {"status": "failed", "reason": f"{type(error).__name__}; see the hospital's log"}
     content = {"words": ConfigRecord(words), "numbers": MetricRecord(numbers)}
-    return Message(RecordDict(content | {"state": ArrayRecord(state)}), reply_to=message)
+    return Message(RecordDict(content | {"state": pack(state)}), reply_to=message)
 
 
 @client_app.query()
@@ -157,6 +157,16 @@ def validate(here: Hospital, sent: State) -> Answer:
     return {}, {"loss": loss, "labels": known, "pairs": pairs, "ordered": ordered}, {}
 
 
+def pack(state: State) -> ArrayRecord:
+    """Pack a state as one array of bytes: Flower takes two requests for each array it sends."""
+    return ArrayRecord({"state": Array(np.frombuffer(save(state), np.uint8))})
+
+
+def unpack(message: Message) -> State:
+    """Return the state in a message, with the bits and dtypes that were packed."""
+    return load(message.content.array_records["state"]["state"].numpy().tobytes())
+
+
 def trunk_hash(model: ChestResNet) -> str:
     """Return the hash of what is frozen, which never travels and must be the same everywhere."""
     return state_hash({k: v for k, v in model.state_dict().items() if not model.is_tracked(k)})
@@ -218,7 +228,7 @@ class Network(Replicas):
         Replies that come before their turn wait in the SuperLink, one at a time is in memory here.
         """
         self.discover()
-        record, there = ArrayRecord(state), [name for name in orders if name in self.nodes]
+        record, there = pack(state), [name for name in orders if name in self.nodes]
         messages = [self.message(kind, self.nodes[n], orders[n], record) for n in there]
         ids = dict(zip(there, self.grid.push_messages(messages), strict=True))
         limit = self.settings.client_seconds
@@ -251,7 +261,7 @@ class Network(Replicas):
         online = set(self.grid.get_node_ids())
         self.nodes = {name: node for name, node in self.nodes.items() if node in online}
         new = sorted(online - self.asked.keys())
-        queries = [self.message("query", node, {}, ArrayRecord({})) for node in new]
+        queries = [self.message("query", node, {}, pack({})) for node in new]
         self.asked |= dict(zip(new, self.grid.push_messages(queries), strict=True))
         for node in [node for node in self.asked if node in online and self.asked[node]]:
             reply = self.wait(self.asked[node], 0)
@@ -285,14 +295,20 @@ class Network(Replicas):
 
 
 def read_reply(reply: Message | Fault) -> Answer:
-    """Take a reply apart; where there is none, or an error of Flower's, it is a status."""
-    if isinstance(reply, tuple):
-        return {"status": reply[0], "reason": reply[1]}, {}, {}
-    if reply.has_error():
-        return {"status": "failed", "reason": reply.error.reason}, {}, {}
-    content = reply.content
-    words, numbers = dict(content.config_records["words"]), dict(content.metric_records["numbers"])
-    return words, numbers, content.array_records["state"].to_torch_state_dict()
+    """Take a reply apart; where there is none, or none that can be read, it is a status."""
+    try:
+        if isinstance(reply, tuple):
+            return {"status": reply[0], "reason": reply[1]}, {}, {}
+        if reply.has_error():
+            return {"status": "failed", "reason": reply.error.reason}, {}, {}
+        records = reply.content.config_records["words"], reply.content.metric_records["numbers"]
+        return (
+            {"status": "failed", "reason": ""} | dict(records[0]),
+            dict(records[1]),
+            unpack(reply),
+        )
+    except Exception as error:  # it comes from elsewhere, and must not end the run
+        return {"status": "failed", "reason": f"reply of another kind: {error}"}, {}, {}
 
 
 def read_update(name: str, reply: Message | Fault, sent: State) -> Update:

@@ -4,14 +4,13 @@ import dataclasses
 import functools
 import json
 
-import numpy as np
 import pytest
 import torch
-from tiny import tiny_films, tiny_settings
+from tiny import tiny_films, tiny_homes, tiny_settings
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed: make flower installs it")
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
@@ -42,20 +41,6 @@ def one_process():
         patch.setattr(flower, "build_resnet34", build)
         patch.setattr(flower, "trunk_hash", lambda model: "trunk")
         yield
-
-
-def hospitals(work, films):
-    """A prepared folder for each client of the simulation, with its own films alone."""
-    homes = {}
-    for name, index in films.index.groupby("client"):
-        homes[name] = work / SECRET / name
-        prepared = homes[name] / "prepared"
-        prepared.mkdir(parents=True, exist_ok=True)
-        np.save(prepared / "images.npy", films.store[index["row"]])
-        own = index.drop(columns="client").assign(row=np.arange(len(index)))
-        own.to_csv(prepared / "index.csv", index=False)
-        (prepared / "report.json").write_text(json.dumps({"seed": 0, "image_size": 32}))
-    return homes
 
 
 def over_the_wire(message):
@@ -108,7 +93,7 @@ def both(tmp_path_factory):
     work = tmp_path_factory.mktemp("both")
     films = tiny_films(work)
     simulated = Training(tiny_settings(work), films).train()
-    grid = Grid(hospitals(work, films))
+    grid = Grid(tiny_homes(work / SECRET, films))
     return films, simulated, over_flower(work, grid), grid
 
 
@@ -140,7 +125,7 @@ def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
         assert set(reply.content["numbers"]) <= numbers
         for value in reply.content["numbers"].values():
             assert isinstance(value, int | float) or len(value) == len(FINDINGS)
-        state = reply.content["state"].to_torch_state_dict()
+        state = flower.unpack(reply)
         assert {k: (tuple(v.shape), v.dtype) for k, v in state.items()} in ({}, shapes)
 
 
@@ -159,14 +144,17 @@ def test_no_film_no_patient_and_no_path_stands_in_any_message(both):
 def test_other_settings_too_have_the_bits_of_the_simulation(tmp_path, changes):
     films = tiny_films(tmp_path)
     expected = hashes(Training(tiny_settings(tmp_path, **changes), films).train())
-    assert hashes(over_flower(tmp_path, Grid(hospitals(tmp_path, films)), **changes)) == expected
+    assert (
+        hashes(over_flower(tmp_path, Grid(tiny_homes(tmp_path / SECRET, films)), **changes))
+        == expected
+    )
 
 
 def test_a_killed_server_goes_on_from_the_last_finished_round(tmp_path):
     """With SCAFFOLD, whose variates the hospitals keep: that of the lost round must not count."""
     films, changes = tiny_films(tmp_path), {"strategy": "scaffold"} | SGD
     expected = hashes(Training(tiny_settings(tmp_path, **changes), films).train())
-    homes = hospitals(tmp_path, films)
+    homes = tiny_homes(tmp_path / SECRET, films)
     over_flower(tmp_path, Grid(homes), rounds=1, **changes)
 
     class Killed(Grid):
@@ -183,7 +171,7 @@ def test_a_killed_server_goes_on_from_the_last_finished_round(tmp_path):
 
 def test_an_error_in_a_hospital_names_it_and_its_text_stays_there(tmp_path, capfd):
     films = tiny_films(tmp_path)
-    homes = hospitals(tmp_path, films)
+    homes = tiny_homes(tmp_path / SECRET, films)
 
     class Breaks(Grid):
         def push_messages(self, messages):
@@ -201,7 +189,7 @@ def test_an_error_in_a_hospital_names_it_and_its_text_stays_there(tmp_path, capf
 
 def test_a_hospital_that_vanishes_is_named_and_takes_part_again(tmp_path):
     films = tiny_films(tmp_path)
-    grid = Grid(hospitals(tmp_path, films))
+    grid = Grid(tiny_homes(tmp_path / SECRET, films))
     over_flower(tmp_path, grid, rounds=1)
     grid.dead.add("client-1")
     with pytest.raises(FederationError, match=r"client-1 failed \(not connected\)"):
@@ -216,7 +204,7 @@ def test_a_hospital_that_vanishes_is_named_and_takes_part_again(tmp_path):
 
 def test_a_run_does_not_begin_without_its_hospitals(tmp_path, capfd):
     """One is missing, one was prepared at another size; its own log says so."""
-    homes = hospitals(tmp_path, tiny_films(tmp_path))
+    homes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))
     (homes["client-3"] / "prepared/report.json").write_text('{"seed": 0, "image_size": 64}')
     grid = Grid(homes)
     grid.dead.add("client-2")
@@ -226,7 +214,7 @@ def test_a_run_does_not_begin_without_its_hospitals(tmp_path, capfd):
 
 
 def test_another_trunk_than_the_servers_is_refused(tmp_path):
-    home = hospitals(tmp_path, tiny_films(tmp_path))["client-1"]
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
     config = dataclasses.asdict(tiny_settings(tmp_path)) | {"threads": 1}
     order = {"config": json.dumps(config), "run": "run", "trunk": "another"}
     with pytest.raises(InputError, match="not the trunk of the server"):
@@ -249,7 +237,7 @@ def test_what_does_not_fit_costs_its_update_not_the_round(state):
     ask = Message(RecordDict({}), 11, "train")
     for tensors, status in ((good, {"ok"}), (state, {"failed", "non-finite"})):
         words = ConfigRecord({"status": "ok", "reason": ""})
-        content = {"words": words, "numbers": numbers, "state": ArrayRecord(tensors)}
+        content = {"words": words, "numbers": numbers, "state": flower.pack(tensors)}
         update = flower.read_update("a", Message(RecordDict(content), reply_to=ask), good)
         assert update.status in status
     assert flower.read_update("a", Message(RecordDict({}), reply_to=ask), good).status == "failed"

@@ -54,3 +54,17 @@ def tiny_films(work: Path, films: int = 60, clients: int = 3, size: int = 32) ->
     (prepared / "report.json").write_text(json.dumps({"fingerprint": "tiny"}))
     index = read_index(prepared).assign(client=[f"client-{1 + p // 5 % clients}" for p in patient])
     return ChestXrayDataset(prepared, index)
+
+
+def tiny_homes(folder: Path, films: ChestXrayDataset) -> dict[str, Path]:
+    """A work folder for each client, in which its own films alone are prepared."""
+    homes = {}
+    for name, index in films.index.groupby("client"):
+        homes[name], prepared = folder / name, folder / name / "prepared"
+        prepared.mkdir(parents=True)
+        np.save(prepared / "images.npy", films.store[index["row"]])
+        own = index.drop(columns="client").assign(row=np.arange(len(index)))
+        own.to_csv(prepared / "index.csv", index=False)
+        about = {"seed": 0, "image_size": films.store.shape[1], "fingerprint": name}
+        (prepared / "report.json").write_text(json.dumps(about))
+    return homes
