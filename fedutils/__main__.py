@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, evaluation, network, pipeline
+from . import __version__, evaluation, kaggle, network, pipeline
 from .findings import InputError
 from .pipeline import NotebookFailed
 
@@ -40,6 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", type=Path, metavar="RUN", help="such as work/runs/NAME")
     verify.set_defaults(do=verify_run)
     add_flower(commands.add_parser("flower", help="train over a real network"))
+    kit = commands.add_parser("kaggle", help="write folders for the `kaggle` command to send")
+    kit.add_argument("--user", required=True, metavar="NAME", help="your name on Kaggle")
+    kit.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    add_pairs(kit)
+    kit.set_defaults(do=write_kit, data=None, work=None, name=None, profile=None)
     render = commands.add_parser("render", help="write the demo's results as notebooks/*.ipynb")
     render.set_defaults(do=lambda options: pipeline.render(pipeline.FOLDER))
     return parser
@@ -47,15 +52,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_parameters(command: argparse.ArgumentParser) -> None:
     """Add the options of a run: parameters of the notebooks, and which notebooks."""
-    places = {"data": "folder with Data_Entry_2017*.csv; default: NIH_DATA_DIR, Kaggle, phantom",
+    places = {"data": "folder with Data_Entry_2017*.csv, or films.toml for films of your own; "
+                      "default: NIH_DATA_DIR, Kaggle, phantom",
               "work": "where results go; default: work/", "name": "name of the run",
               "profile": "auto, demo (seconds, no GPU, no network) or kaggle"}  # fmt: skip
     for option, text in places.items():
         command.add_argument(f"--{option}", metavar=option.upper(), help=text)
-    command.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
-                         help="a parameter, such as -p rounds=20; may be repeated")  # fmt: skip
+    add_pairs(command)
     command.add_argument("--force", action="store_true", help="execute what is unchanged, too")
     command.add_argument("--only", default="", metavar="01,02", help="these notebooks only")
+
+
+def add_pairs(command: argparse.ArgumentParser) -> None:
+    """Add the option that sets any parameter."""
+    command.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
+                         help="a parameter, such as -p rounds=20; may be repeated")  # fmt: skip
 
 
 def add_flower(command: argparse.ArgumentParser) -> None:
@@ -77,7 +88,7 @@ def add_flower(command: argparse.ArgumentParser) -> None:
         part.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT")
         part.add_argument("--keys", type=Path, metavar="DIR", help="none: no TLS, one machine only")
         part.add_argument("--work", default="work", help="this side's work folder")
-        part.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE")
+        add_pairs(part)
         part.set_defaults(do=run_flower, step=step)
 
 
@@ -106,6 +117,11 @@ def verify_run(options: argparse.Namespace) -> None:
     if wrong:
         raise NotebookFailed(f"{options.folder}: {'; '.join(wrong)}")
     print(f"{options.folder}: hashes, fingerprint and metrics are as they were written")
+
+
+def write_kit(options: argparse.Namespace) -> None:
+    """Write the Kaggle kit and print the commands that send it, in order."""
+    print("\n".join(kaggle.write_kit(options.user, options.out, read_values(options))))
 
 
 def read_values(options: argparse.Namespace) -> dict[str, str]:

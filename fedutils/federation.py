@@ -12,28 +12,32 @@ import json
 import math
 import os
 import queue
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save
 
-from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress, state_hash
+from .batchnorm import PooledBatchNorm, measure_batchnorm
+from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress
 from .client import Client, Update, predict
+from .device import find_devices, set_up
+from .features import FeatureStore
 from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import log_loss, mean_auroc
 from .model import ChestResNet, build_resnet34, to_cpu
 from .rng import generator
-from .settings import Settings, find_devices
-from .weights import State
+from .settings import Settings
+from .weights import State, state_hash
 
 HISTORY = [
     "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
@@ -45,8 +49,11 @@ FEDERATED_ONLY = (
     "client_seconds",
 )  # fmt: skip
 PARTITIONED = ("partition", "num_clients", "alpha")
+UNMEASURED = "unmeasured"  # the update counted, but its client's BatchNorm did not
 Row = dict[str, Any]
+Result = TypeVar("Result")
 OnRound = Callable[[Row, pd.DataFrame], None]
+OnFeatures = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -130,15 +137,27 @@ class Replicas:
         self, clients: list[Client], sent: State, kept: dict[str, State], round: int
     ) -> Iterator[tuple[Update, State]]:
         """Train each client from `sent`; yield its update and what it keeps, in the given order."""
+        return self._each(
+            clients, lambda c, model: fit_safely(c, model, sent, kept.get(c.name, {}), round)
+        )
+
+    def measure(
+        self, clients: list[Client], state: State, round: int
+    ) -> Iterator[tuple[State, str]]:
+        """Let each client measure BatchNorm under a state; yield that, or why not, in order."""
+        return self._each(clients, lambda c, model: measure_safely(c, model, state, round))
+
+    def _each(self, clients: list[Client], task: Callable[..., Result]) -> Iterator[Result]:
+        """Call task(client, model) on whichever replica is free; yield in the given order."""
         free: queue.SimpleQueue[ChestResNet] = queue.SimpleQueue()
         for model in self.models:
             free.put(model)
 
-        def work(client: Client) -> tuple[Update, State]:
-            """Train one client on whichever replica is free."""
+        def work(client: Client) -> Result:
+            """Borrow a replica."""
             model = free.get()
             try:
-                return fit_safely(client, model, sent, kept.get(client.name, {}), round)
+                return task(client, model)
             finally:
                 free.put(model)
 
@@ -176,6 +195,18 @@ def fit_safely(
     return dataclasses.replace(update, status=status, reason=reason), kept
 
 
+def measure_safely(
+    client: Client, model: ChestResNet, state: State, round: int
+) -> tuple[State, str]:
+    """Measure a client's BatchNorm; return it, or nothing and the reason."""
+    try:
+        measured = measure_batchnorm(client, model, state, round)
+    except Exception as error:  # named in the history, as a fault in training is
+        return {}, f"{type(error).__name__}: {error}".replace("\n", " ")
+    bad = [name for name, value in measured.items() if not torch.isfinite(value).all()]
+    return ({}, f"{bad[0]} is not finite") if bad else (measured, "")
+
+
 def sample_clients(job: Job, settings: Settings, round: int) -> list[Client]:
     """Draw the round's clients: a share of them, at least `min_clients`, in the order of names."""
     share = math.floor(settings.client_fraction * len(job.clients) + 0.5)
@@ -203,7 +234,30 @@ def run_round(job: Job, now: Progress, replicas: Replicas, strategy: FedAvg) -> 
     share = aggregator.weight / sum(len(client.films) for client in job.clients)
     now.state, now.server = strategy.step(now.state, aggregator.result(), now.server, share)
     now.round += 1
+    if strategy.settings.batchnorm == "precise":
+        refresh_batchnorm(job, now, replicas, rows)
     return rows
+
+
+def refresh_batchnorm(job: Job, now: Progress, replicas: Replicas, rows: list[Row]) -> None:
+    """Put measured BatchNorm statistics into the new global state; note bytes and faults in `rows`.
+
+    Clients whose update counted take part. Where none can measure, the averages stay.
+    """
+    counted = {row["client"]: row for row in rows if row["status"] == "ok"}
+    clients = [client for client in job.clients if client.name in counted]
+    pool, travels = PooledBatchNorm(), job.arm == "federated"
+    for client, (measured, fault) in zip(
+        clients, replicas.measure(clients, now.state, now.round), strict=True
+    ):
+        row = counted[client.name]
+        row["bytes_up"] += count_bytes(measured) * travels
+        row["bytes_down"] += count_bytes(now.state) * travels
+        if fault:
+            row |= {"status": UNMEASURED, "reason": f"BatchNorm not measured: {fault}"}
+        else:
+            pool.add(measured, len(client.films))
+    now.state = now.state | pool.result(now.state)
 
 
 def client_row(job: Job, round: int, update: Update, sent: State) -> Row:
@@ -223,7 +277,7 @@ def count_bytes(state: State) -> int:
 
 def aggregate_row(job: Job, now: Progress, rows: list[Row], replicas: Replicas) -> Row:
     """Return the row of the aggregated model: its own validation, and sums over the clients."""
-    good = pd.DataFrame([row for row in rows if row["status"] == "ok"])
+    good = pd.DataFrame([row for row in rows if row["status"] in ("ok", UNMEASURED)])
     loss, auroc = replicas.validate(job, now)
     return {
         "arm": job.arm,
@@ -276,27 +330,42 @@ class Training:
     def __init__(
         self, settings: Settings, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
-        self.settings, self.run = settings, settings.run
+        self.settings, self.run, self.films = settings, settings.run, films
         self.strategy = strategy or STRATEGIES[settings.strategy]
         self.config = open_run(settings, self.strategy, self._fingerprint())
         # Before a model is built, whose calibration depends on the threads in its last bits.
-        torch.set_num_threads(self.config["threads"])
+        set_up(self.config["threads"], settings.precision)
         self.jobs = self._plan(films)
+        self.seconds = 0.0  # that train() took in this session
         self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
+        self._models: list[ChestResNet] = []
+        self._start: dict[int, State] = {}
+        self.features = None
+        if settings.cache_features:
+            model = self._replicas(self.jobs[0]).models[0]
+            self.features = FeatureStore(model, films, settings, self.config["fingerprint"])
+            self.features.check_disk()
 
-    def train(self, on_round: OnRound | None = None) -> pd.DataFrame:
+    def train(
+        self, on_round: OnRound | None = None, on_features: OnFeatures = lambda done, total: None
+    ) -> pd.DataFrame:
         """Train every model to its last round, from wherever it stands; return the history.
 
-        `on_round` gets the row of the aggregated model and the history so far. Stops at a round
-        boundary when the next round would end after `max_hours`. Raises FederationError when too
-        few clients answer, and InputError when another process writes this run.
+        `on_round` gets the row of the aggregated model and the history so far; `on_features` the
+        number of films whose features are there, and of all. Stops at a round boundary when the
+        next round would end after `max_hours`. Raises FederationError when too few clients answer,
+        and InputError when another process writes this run, or features would take too long.
         """
+        began = time.perf_counter()
         with run_lock(self.run):
             (self.run / "finished.json").unlink(missing_ok=True)
             deadline = time.monotonic() + (self.settings.max_hours or math.inf) * 3600
+            if self.features:
+                self._compute_features(on_features)
             if all([self._train_job(job, deadline, on_round) for job in self.jobs]):
                 self._write_global_model()
                 write_atomic(self.run / "finished.json", json.dumps(self.config).encode())
+        self.seconds = time.perf_counter() - began
         return self.history()
 
     def history(self) -> pd.DataFrame:
@@ -308,28 +377,58 @@ class Training:
         """Estimate the time for the rounds that are left, from a few batches on this device."""
         largest = max((c for job in self.jobs for c in job.clients), key=lambda c: len(c.films))
         some = np.arange(len(largest.films)) < 3 * self.settings.batch_size
-        trial = Client("trial", largest.films.where(some), self.settings, seed=0)
+        films, ahead = largest.films.where(some), 0.0
+        if self.features:
+            films, ahead = films.holding(self.features.stand_in()), self.features.seconds_left()
+        trial = Client("trial", films, self.settings, seed=0)
         model = self._replicas(self.jobs[0]).models[0]
         sent = self.strategy(self.settings, set()).download(to_cpu(model.tracked_state()), {})
         train = [trial.fit(model, sent, {}, round)[0].seconds for round in (1, 2)][-1]
         began = time.perf_counter()
         predict(model, trial.films)
-        each = np.array([train, time.perf_counter() - began]) / len(trial.films)
-        return float(sum(each @ self._films_left(job) for job in self.jobs))
+        each = np.array([train, time.perf_counter() - began, 0.0]) / len(trial.films)
+        each[2] = self._boundary_seconds(sent)
+        rounds = float(sum(each @ self._films_left(job) for job in self.jobs))
+        return ahead + rounds if rounds else 0.0
+
+    def _boundary_seconds(self, state: State) -> float:
+        """Time what each round does beside training: hash the state, and save it."""
+        began, folder = time.perf_counter(), self.run / "checkpoint" / "trial"
+        save_progress(folder, Progress(state, rows=[{"state_sha256": state_hash(state)}]), "trial")
+        shutil.rmtree(folder)
+        return time.perf_counter() - began
+
+    def _compute_features(self, progress: OnFeatures) -> None:
+        """Let the frozen trunk run once, where its output is not there yet, and train from that."""
+        hours = self.features.seconds_left() / 3600
+        if hours > (self.settings.max_hours or math.inf):
+            raise InputError(
+                f"max_hours={self.settings.max_hours:g}: features alone take about {hours:.2f} h"
+                " here; give more, choose fewer films or cache_features=false"
+            )
+        self.jobs = plan(self.settings, self.films.holding(self.features.fill(progress)))
 
     def _films_left(self, job: Job) -> np.ndarray:
-        """Count the films that are still to be trained on and validated, on one device."""
+        """Count films still to be trained on, to be validated on one device, and rounds."""
         rounds = self.settings.rounds - max([0, *(r["round"] for r in self.rows.get(job.name, []))])
         side_by_side = min(len(job.clients), len(find_devices(self.settings.device)))
         films = sum(len(c.films) for c in job.clients) * self.settings.client_fraction
         train = films * self.settings.local_epochs / side_by_side
-        return max(0, rounds) * np.array([train, len(job.validation)])
+        return max(0, rounds) * np.array([train, len(job.validation), 1.0])
 
     def _plan(self, films: ChestXrayDataset) -> list[Job]:
         return plan(self.settings, films)
 
     def _fingerprint(self) -> str:
-        return read_report(self.settings.prepared)["fingerprint"]
+        """Return that of the prepared films; raise InputError where they have another size."""
+        prepared, wanted = self.settings.prepared, self.settings.image_size
+        report = read_report(prepared)
+        if (size := report.get("image_size", wanted)) != wanted:
+            raise InputError(
+                f"{prepared} holds films of {size} pixels, but image_size is {wanted}: give the"
+                " same profile or image_size to notebooks 02 and 03"
+            )
+        return report["fingerprint"]
 
     def _identity(self, job: Job) -> str:
         """Return a hash of all that a job's model depends on, and of nothing else."""
@@ -360,23 +459,31 @@ class Training:
                 return now
         return None
 
-    def _build(self, job: Job, seed: int) -> ChestResNet:
-        how = job.settings.weights, job.settings.tracked, job.settings.batchnorm
-        return build_resnet34(*how, seed)
-
     def _replicas(self, job: Job) -> Replicas:
+        """Return one model a device as a job starts from it; built once for all arms of a seed."""
+        if job.seed not in self._start:
+            self._models = self._build_replicas(job.seed)
+            self._start = {job.seed: to_cpu(self._models[0].state_dict())}
+        for model in self._models:
+            model.load(self._start[job.seed])
+            model.batchnorm = job.settings.batchnorm
+        return Replicas(self._models, self.config["threads"])
+
+    def _build(self, seed: int) -> ChestResNet:
+        how = self.settings.weights, self.settings.tracked, self.settings.batchnorm
+        return build_resnet34(*how, seed, precision=self.settings.precision)
+
+    def _build_replicas(self, seed: int) -> list[ChestResNet]:
         """Build one model a device; all seeds share the first one's trunk."""
         trunk = self.run / "models" / "trunk.safetensors"
         if not trunk.is_file():
-            first = self._build(job, self.settings.seed_list[0])
+            first = self._build(self.settings.seed_list[0])
             state = {k: v for k, v in to_cpu(first.state_dict()).items() if not first.is_tracked(k)}
             write_atomic(trunk, save(state))
-        models = [
-            self._build(job, job.seed).to(device) for device in find_devices(self.settings.device)
-        ]
+        models = [self._build(seed).to(device) for device in find_devices(self.settings.device)]
         for model in models:
             model.load(load_file(trunk))
-        return Replicas(models, self.config["threads"])
+        return models
 
     def _train_job(self, job: Job, deadline: float, on_round: OnRound | None) -> bool:
         """Train one model until its last round; return False if the time is up before."""
@@ -448,6 +555,11 @@ def copy_models(source: Path, target: Path, job: Job) -> None:
     for name in names:
         if name != "trunk.safetensors" or not (target / name).is_file():
             write_atomic(target / name, (source / name).read_bytes())
+
+
+def read_history(run: Path) -> pd.DataFrame:
+    """Read a run's `history.csv`; `client` is empty on the rows of aggregated models."""
+    return pd.read_csv(run / "history.csv", dtype={"client": str}).fillna({"client": ""})
 
 
 def best_rounds(history: pd.DataFrame) -> pd.DataFrame:

@@ -23,15 +23,25 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from safetensors.torch import load, load_file, save
 
-from .checkpoint import Progress, state_hash
+from .batchnorm import MEAN, VARIANCE
+from .checkpoint import Progress
 from .client import Client, Update, predict
-from .federation import Job, Replicas, Row, Training, arm_settings, fit_safely
+from .device import find_devices, set_up
+from .federation import (
+    Job,
+    Replicas,
+    Row,
+    Training,
+    arm_settings,
+    fit_safely,
+    measure_safely,
+)
 from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import auroc, log_loss
 from .model import ChestResNet, build_resnet34
-from .settings import TYPES, Settings, convert, find_devices, read_parameters
-from .weights import State
+from .settings import TYPES, Settings, convert, read_parameters
+from .weights import State, state_hash
 
 POLL = 0.5  # seconds between two looks for a reply
 
@@ -67,12 +77,13 @@ class Hospital:
 
     def model(self) -> ChestResNet:
         """Build the model; raise InputError where its frozen trunk is not the server's."""
-        torch.set_num_threads(self.threads)  # before a trunk is calibrated
-        how = self.settings.weights, self.settings.tracked, self.settings.batchnorm
-        model = build_resnet34(*how, self.settings.seed_list[0])
+        how, precision = self.settings, self.settings.precision
+        set_up(self.threads, precision)  # before a trunk is calibrated
+        built = how.weights, how.tracked, how.batchnorm, how.seed_list[0]
+        model = build_resnet34(*built, precision=precision)
         if trunk_hash(model) != self.order["trunk"]:
-            raise InputError(f"weights={self.settings.weights!r}: not the trunk of the server")
-        return model.to(find_devices(self.settings.device)[0])
+            raise InputError(f"weights={how.weights!r}: not the trunk of the server")
+        return model.to(find_devices(how.device)[0])
 
     def kept(self, round: int) -> Path:
         """Name the file of what the client keeps after a round, such as SCAFFOLD's variate."""
@@ -112,6 +123,12 @@ def train(message: Message, context: Context) -> Message:
     return answer(message, context, fit)
 
 
+@client_app.train("measure")
+def measure(message: Message, context: Context) -> Message:
+    """Measure BatchNorm of the new global model on this hospital's films."""
+    return answer(message, context, batchnorm)
+
+
 @client_app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Judge the aggregated model on this hospital's validation films."""
@@ -138,6 +155,16 @@ def fit(here: Hospital, sent: State) -> Answer:
         for old in set(path.parent.glob(f"s{seed}-*.safetensors")) - {path, here.kept(round)}:
             old.unlink()
     return {}, {"examples": update.examples, "train_loss": update.train_loss}, update.state
+
+
+def batchnorm(here: Hospital, sent: State) -> Answer:
+    """Return what BatchNorm sees here, as the simulation's clients measure it."""
+    client = Client(here.name, here.split("train"), here.settings, here.order["seed"])
+    measured, fault = measure_safely(client, here.model(), sent, here.order["round"])
+    if fault:
+        print(f"{here.name}, round {here.order['round']}: {fault}", flush=True)
+    words = {"status": "failed", "reason": fault.partition(":")[0]} if fault else {}
+    return words, {}, measured
 
 
 def validate(here: Hospital, sent: State) -> Answer:
@@ -202,6 +229,17 @@ class Network(Replicas):
             update = read_update(name, reply, sent)
             took = time.perf_counter() - began
             yield dataclasses.replace(update, seconds=took), {"round": torch.tensor(round)}
+
+    def measure(
+        self, clients: list[Client], state: State, round: int
+    ) -> Iterator[tuple[State, str]]:
+        """Let the hospitals measure BatchNorm; yield that, or why not, in the order given."""
+        orders = {c.name: {"seed": c.seed, "round": round} for c in clients}
+        wanted = {k: v for k, v in state.items() if k.endswith((MEAN, VARIANCE))}
+        for _, reply in self.ask("train.measure", orders, state):
+            words, _, measured = read_reply(reply)
+            fault = words["reason"] if words["status"] != "ok" else find_misfit(measured, wanted)
+            yield ({}, fault) if fault else (measured, "")
 
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
         """Return loss and mean AUROC over the validation films of the hospitals that answer."""
@@ -311,30 +349,38 @@ def read_reply(reply: Message | Fault) -> Answer:
         return {"status": "failed", "reason": f"reply of another kind: {error}"}, {}, {}
 
 
+def find_misfit(state: State, wanted: State) -> str:
+    """Tell why a state from a hospital cannot be used; empty if it can."""
+    found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
+    if found != expected:
+        return "its state does not fit what was sent"
+    finite = all(torch.isfinite(value).all() for value in state.values())
+    return "" if finite else "its state is not finite"
+
+
 def read_update(name: str, reply: Message | Fault, sent: State) -> Update:
     """Turn a reply into an update; whatever does not fit what was sent costs it, not the round."""
-    try:
-        words, numbers, state = read_reply(reply)
-        if words["status"] != "ok":
-            return Update(name, 0, status=words["status"], reason=words["reason"])
-        shapes = [{k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, sent)]
-        if shapes[0] != shapes[1] or not numbers["examples"] > 0:
-            return Update(name, 0, status="failed", reason="its state does not fit what was sent")
-        if not all(torch.isfinite(value).all() for value in state.values()):
-            return Update(name, 0, status="non-finite", reason="its state is not finite")
-        return Update(name, int(numbers["examples"]), state, float(numbers["train_loss"]))
-    except (KeyError, TypeError, ValueError) as error:
-        return Update(name, 0, status="failed", reason=f"reply of another kind: {error}")
+    words, numbers, state = read_reply(reply)
+    status, reason = words["status"], words["reason"]
+    examples, loss = (numbers.get(key, math.nan) for key in ("examples", "train_loss"))
+    if status == "ok" and (reason := find_misfit(state, sent)):
+        status = "failed"
+    elif status == "ok" and not (isinstance(examples, int) and examples > 0 < loss < math.inf):
+        status, reason = "failed", f"examples={examples} train_loss={loss}"
+    if status != "ok":
+        return Update(name, 0, status=status, reason=reason)
+    return Update(name, examples, state, float(loss))
 
 
 class NetworkTraining(Training):
     """The simulation's `Training`, whose clients are hospitals behind a Flower grid."""
 
     def __init__(self, settings: Settings, grid: Grid, seconds: float) -> None:
-        if settings.arm_list != ["federated"] or settings.batchnorm == "local":
+        local = settings.batchnorm == "local"
+        if settings.arm_list != ["federated"] or local or settings.cache_features:
             raise InputError(
-                f"arms={settings.arms} batchnorm={settings.batchnorm}: over a network only"
-                " arms=federated, and not batchnorm=local, whose models never leave the hospitals"
+                "over a network only arms=federated and cache_features=false, and not"
+                " batchnorm=local, whose models never leave the hospitals"
             )
         self.network, self.seconds = Network(grid, settings), seconds
         super().__init__(settings, None)

@@ -275,6 +275,7 @@ class ChestXrayDataset(torch.utils.data.Dataset):
 
     `dataset[i]` is a film, uint8 (1, H, W), and its labels, float32 (14,), NaN where unknown;
     `dataset.batch(positions)` reads many at once. `dataset.index` is the table of its films.
+    After `holding(features)` a film is what the model's frozen trunk made of it.
     """
 
     def __init__(self, prepared: Path, index: pd.DataFrame | None = None) -> None:
@@ -288,19 +289,29 @@ class ChestXrayDataset(torch.utils.data.Dataset):
         return len(self._rows)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        """Return one film, uint8 (1, H, W), and its labels, float32 (14,)."""
+        """Return one film, uint8 (1, H, W) or features (C, h, w), and its labels, float32 (14,)."""
         films, labels = self.batch([position])
         return films[0], labels[0]
 
     def batch(
         self, positions: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """Return films, uint8 (B, 1, H, W), and labels, float32 (B, 14), on a device."""
-        films = torch.from_numpy(self.store[self._rows[positions]])[:, None]
+        """Return films, uint8 (B, 1, H, W), and labels, float32 (B, 14), on a device.
+
+        Features are (B, C, h, w), channels last as they are stored.
+        """
+        films = torch.from_numpy(self.store[self._rows[positions]])
+        films = films[:, None] if films.ndim == 3 else films.permute(0, 3, 1, 2)
         labels = torch.from_numpy(self.labels[positions])
         if torch.device(device).type == "cuda":  # pinned, the copy overlaps with the last step
             films, labels = films.pin_memory(), labels.pin_memory()
         return films.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def holding(self, features: np.ndarray) -> "ChestXrayDataset":
+        """Return the same films as features (N, h, w, C), a row for each row of the store."""
+        part = self.where(np.full(len(self), True))
+        part.store = features
+        return part
 
     def where(self, keep: pd.Series | np.ndarray) -> "ChestXrayDataset":
         """Return the films for which the mask is true; the store is shared, not copied."""
@@ -319,9 +330,9 @@ def normalise(films: Tensor, rng: np.random.Generator | None = None) -> Tensor:
     grey = films.float().div_(255)
     if rng is not None:
         grey = _turn_and_shift(grey, rng)
-    mean = torch.tensor(IMAGENET_MEAN, device=grey.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=grey.device).view(1, 3, 1, 1)
-    return ((grey - mean) / std).contiguous(memory_format=torch.channels_last)
+    # With plain numbers, since a tensor made here would make a GPU wait for the CPU in every step.
+    channels = [(grey - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    return torch.cat(channels, dim=1).contiguous(memory_format=torch.channels_last)
 
 
 def _turn_and_shift(grey: Tensor, rng: np.random.Generator) -> Tensor:
@@ -329,6 +340,7 @@ def _turn_and_shift(grey: Tensor, rng: np.random.Generator) -> Tensor:
     angle = np.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE, len(grey)))
     shift = rng.uniform(-2 * MAX_SHIFT, 2 * MAX_SHIFT, (2, len(grey)))  # the grid spans -1 to 1
     rows = [[np.cos(angle), -np.sin(angle), shift[0]], [np.sin(angle), np.cos(angle), shift[1]]]
-    theta = torch.from_numpy(np.array(rows, np.float32).transpose(2, 0, 1)).to(grey.device)
+    theta = torch.from_numpy(np.array(rows, np.float32).transpose(2, 0, 1))
+    theta = theta.to(grey.device, non_blocking=True)
     grid = F.affine_grid(theta, list(grey.shape), align_corners=False)
     return F.grid_sample(grey, grid, padding_mode="border", align_corners=False)

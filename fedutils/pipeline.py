@@ -29,8 +29,10 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from . import nih
+from .federation import best_rounds, read_history
 from .findings import InputError
 from .images import write_atomic
+from .partition import check_splits
 from .settings import TYPES, Settings, convert, read_parameters
 
 NOTEBOOKS = ("01_explore", "02_preprocess", "03_federated_train", "04_evaluate")
@@ -41,11 +43,12 @@ FOLDER = PACKAGE.parent / "notebooks"
 # Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
 TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")
 PREPARED = ("prepared/report.json", "prepared/index.csv")
-INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, *TRAINED)), strict=True))
+BOXES = "prepared/boxes.csv"
+INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, BOXES, *TRAINED)), strict=True))
 OUTPUTS = {
-    "02_preprocess": (*PREPARED, "prepared/images.npy"),
+    "02_preprocess": (*PREPARED, BOXES, "prepared/images.npy"),
     "03_federated_train": TRAINED,
-    "04_evaluate": ("runs/{}/evaluation/*",),
+    "04_evaluate": ("runs/{}/evaluation/*", "runs/{}/MODEL_CARD.md"),
 }
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
 OPTIONS = ("profile", "data_dir", "work_dir", "name")  # have an option of their own
@@ -134,7 +137,7 @@ def run(
     """
     chosen = _choose(only)
     nodes = {stem: read_notebook(notebooks, stem) for stem in NOTEBOOKS}
-    settings, data = _resolve(values, nodes)
+    settings, data = resolve(values, nodes)
     jobs = [Job(stem, nodes[stem], settings, notebooks, identify(data)) for stem in chosen]
     _check_before(jobs, data, force)
     for job in jobs:
@@ -159,8 +162,9 @@ def sweep(
 
     A run that is finished is skipped, the films are prepared once, and equal models are shared.
     With a name given, a run is called NAME-VALUE-VALUE. The last run's notebook 04 lays all of them
-    side by side. A notebook that fails costs its run only: NotebookFailed is raised at the end.
-    Raises InputError, before any notebook starts, where `run` would for any combination.
+    side by side, and a table on validation films, to choose by, is printed. A notebook that fails
+    costs its run only: NotebookFailed is raised at the end. Raises InputError, before any notebook
+    starts, where `run` would for any combination.
     """
     nodes = {stem: read_notebook(notebooks, stem) for stem in NOTEBOOKS}
     prepares = {*OPTIONS, *declared(nodes[READ_FILMS[1]])}
@@ -173,7 +177,7 @@ def sweep(
     for row in itertools.product(*grid.values()):
         name = "-".join([values["name"], *row]) if values.get("name") else ""
         runs.append(dict(values) | dict(zip(grid, row, strict=True)) | {"name": name})
-    resolved = [_resolve(one, nodes)[0] for one in runs]
+    resolved = [resolve(one, nodes)[0] for one in runs]
     runs[-1]["compare"] = ",".join(settings.name for settings in resolved[:-1])
     stems, failures = _choose(only), []
     for number, one in enumerate(runs, start=1):
@@ -184,6 +188,7 @@ def sweep(
             run(one, ",".join(chosen), force, notebooks)
         except NotebookFailed as error:
             failures.append(f"{texts}: {error}")
+    _print_validation(runs, resolved, list(grid))
     if failures:
         raise NotebookFailed("; ".join(failures))
     return resolved
@@ -214,7 +219,9 @@ def identify(folder: Path | None) -> str:
     """Return a hash of a data folder: the content of its tables, the names of its films."""
     if folder is None:
         return "phantom"
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz")]
+    tables = [
+        path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz", ".toml")
+    ]
     names = sorted((here, sorted(files)) for here, _, files in os.walk(folder, followlinks=True))
     return _hash(json.dumps([[_digest(path) for path in tables], names]).encode())
 
@@ -309,7 +316,7 @@ def _choose(only: str) -> list[str]:
     return [stem for number, stem in numbers.items() if number in wanted]
 
 
-def _resolve(
+def resolve(
     values: Mapping[str, Any], nodes: Mapping[str, NotebookNode]
 ) -> tuple[Settings, Path | None]:
     """Check names and values, find the data, and return the resolved parameters and its folder."""
@@ -327,7 +334,9 @@ def _check_before(jobs: list[Job], data: Path | None, force: bool) -> None:
     """Raise InputError for a table or a work folder that would stop a notebook later."""
     # A finished notebook has read the same table already, which takes seconds for all films.
     if data and any(job.stem in READ_FILMS and (force or not job.is_unchanged()) for job in jobs):
-        nih.read_nih(data)
+        table = nih.read_nih(data).table
+        if {job.stem for job in jobs} != {NOTEBOOKS[0]}:
+            check_splits(table, jobs[0].settings.seed)
     _prepare(jobs[0].output.parent)
 
 
@@ -367,6 +376,22 @@ def _print_results(jobs: list[Job]) -> None:
     if jobs[-1].stem == NOTEBOOKS[-1] and path.is_file():
         print(f"Summary: {os.path.relpath(path)}\n")
         print("\n".join(json.loads(path.read_text()).get("headline", [])))
+
+
+def _print_validation(
+    runs: list[dict[str, Any]], resolved: list[Settings], keys: list[str]
+) -> None:
+    """Print what each run of a sweep reached on validation films, by arm, as a Markdown table."""
+    print(f"\n| {' | '.join(keys)} | run | arm | models | AUROC | loss | best round |")
+    print("|---" * (len(keys) + 6) + "|")
+    for one, settings in zip(runs, resolved, strict=True):
+        if not (settings.run / "history.csv").is_file():
+            continue  # notebook 03 was not among the chosen ones
+        for arm, rows in best_rounds(read_history(settings.run)).groupby("arm", sort=False):
+            cells = [str(one[key]) for key in keys] + [settings.name, arm, str(len(rows))]
+            mean = rows[["val_auroc", "val_loss", "round"]].mean()
+            cells += [f"{mean['val_auroc']:.3f}", f"{mean['val_loss']:.3f}", f"{mean['round']:.1f}"]
+            print(f"| {' | '.join(cells)} |")
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,11 +19,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedutils.findings import FINDINGS, NO_FINDING
-from fedutils.metrics import MEAN, auroc, average_precision, pr_points, roc_points
+from fedutils.calibration import calibration_error, reliability, rescale
+from fedutils.explain import ALL, CENTRE, ELSEWHERE, KINDS, UPPER
+from fedutils.findings import FINDINGS, NO_FINDING, no_finding
+from fedutils.metrics import (
+    ALL_FILMS,
+    LEAST_POSITIVES,
+    MEAN,
+    ONE_FILM,
+    SHOWN,
+    auroc,
+    average_precision,
+    pr_points,
+    roc_points,
+    undefined,
+)
 
 INK, GREY, PALE = "#222222", "#767676", "#eeeeee"
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+LIGHT = "#bbbbbb"
 ORANGE, PURPLE, SKY = "#E69F00", "#CC79A7", "#56B4E9"
 ARMS = {"federated": BLUE, "centralised": VERMILION, "local": GREEN}
 WIDTH, DPI, FONT = 8.8, 100, 9.5  # inches, pixels an inch, points
@@ -87,7 +102,8 @@ def _percent(share: float, digits: int = 0) -> str:
 def _counted(values: pd.Series, totals: float | pd.Series) -> list[str]:
     """Texts such as '2,303  (2.1 %)'."""
     shares = values / totals
-    return [f"{v:,.0f}  ({_percent(s, 1)})" for v, s in zip(values, shares, strict=True)]
+    texts = [f"{v:,.0f}  ({_percent(s, 1)})" for v, s in zip(values, shares, strict=True)]
+    return ["not labelled" if np.isnan(s) else t for t, s in zip(texts, shares, strict=True)]
 
 
 def _bars(
@@ -114,22 +130,30 @@ def prevalence(table: pd.DataFrame, title: str = "") -> Figure:
     `table` has one row a film and 14 columns of 0, 1 or NaN named as in FINDINGS.
     """
     labels = table[list(FINDINGS)]
-    counts = labels.sum()
-    counts[NO_FINDING] = (labels == 0).all(axis=1).sum()
-    counts = counts.sort_values(ascending=False, kind="stable")
-    known = labels.notna().sum().reindex(counts.index, fill_value=len(table))
+    labels = labels.assign(**{NO_FINDING: no_finding(labels)})
+    counts = labels.sum().sort_values(ascending=False, kind="stable")
+    known = labels.notna().sum()[counts.index]
     fig, (ax,) = _canvas("Films by finding (a film can have several)", title, 4.4)
     colours = [GREY if name == NO_FINDING else BLUE for name in counts.index]
     _bars(ax, counts, _counted(counts, known.where(known > 0)), "films", colours)
     return fig
 
 
-def _heat(ax: Axes, values: np.ndarray, texts: np.ndarray, rows: list[str], **style: Any) -> None:
-    """Draw an annotated heat map with the 14 findings along the x axis; NaN stays grey."""
+def _heat(
+    ax: Axes,
+    values: np.ndarray,
+    texts: np.ndarray,
+    rows: list[str],
+    columns: Sequence[str] = FINDINGS,
+    **style: Any,
+) -> None:
+    """Draw an annotated heat map, the findings along the x axis if not else; NaN stays grey."""
     ax.set_facecolor(PALE)
     look = {"fmt": "", "linewidths": 1, "linecolor": PALE, "annot_kws": {"size": 9}}
     sns.heatmap(values, annot=texts, ax=ax, **look, **style)
-    ax.set_xticklabels(FINDINGS, rotation=40, ha="right", rotation_mode="anchor")
+    few = len(columns) < 7
+    turn = {} if few else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, **({"rotation": 0} | turn))
     ax.set_yticks(np.arange(len(rows)) + 0.5, rows, rotation=0)
     ax.tick_params(length=0)
 
@@ -146,7 +170,11 @@ def cooccurrence(table: pd.DataFrame, title: str = "") -> Figure:
         share = (present.T @ present) / (present.T @ known)
     np.fill_diagonal(share, np.nan)
     texts = np.array([_percent(value)[:-2] for value in share.flat]).reshape(share.shape)
-    rows = [f"{f} ({n:,.0f})" for f, n in zip(FINDINGS, present.sum(axis=0), strict=True)]
+    counts = np.where(known.any(axis=0), present.sum(axis=0), np.nan)
+    rows = [
+        f"{f} (not labelled)" if np.isnan(n) else f"{f} ({n:,.0f})"
+        for f, n in zip(FINDINGS, counts, strict=True)
+    ]
     fig, (ax,) = _canvas("Of the films with the row's finding, % that also have …", title, 5.6)
     most = max(0.01, np.nan_to_num(share).max())
     blues = sns.blend_palette(["white", BLUE], as_cmap=True)
@@ -175,10 +203,13 @@ def _pyramid(ax: Axes, table: pd.DataFrame) -> None:
     """Ages of women to the left and of men to the right, in bins of 5 years."""
     edges = np.arange(0, 101, 5)
     shown = table[table["age"].between(0, 100) & table["sex"].isin(["F", "M"])]
-    for sex, name, sign, colour in (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE)):
+    sides = (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE))
+    if shown.empty:
+        _note(ax, "no film with\nage and sex")
+    for sex, name, sign, colour in sides if len(shown) else ():
         counts, _ = np.histogram(shown.loc[shown["sex"] == sex, "age"], edges)
         ax.barh(edges[:-1], sign * counts, 4.6, align="edge", color=colour)
-        text = f"{name} {_percent(counts.sum() / max(len(shown), 1))}"
+        text = f"{name} {_percent(counts.sum() / len(shown))}"
         place = {"ha": "right" if sign > 0 else "left", "va": "top", "transform": ax.transAxes}
         ax.text(sign * 0.48 + 0.5, 0.98, text, color=colour, **place)
     limit, hidden = max(np.abs(ax.get_xlim()).max(), 1), len(table) - len(shown)
@@ -192,19 +223,23 @@ def demographics(table: pd.DataFrame, title: str = "") -> Figure:
     """Age by sex, films by scanner, and view position by scanner, in three panels.
 
     `table` has one row a film with `age` (years), `sex` (F, M), `scanner` and `view` (AP, PA).
-    Films without a sex or an age of 0 to 100 are counted below the first panel.
+    Films without a sex or an age of 0 to 100 are counted below the first panel, an unknown view
+    is not counted, and a scanner without name or view is said to be unknown.
     """
-    scanner = table["scanner"].astype(str)
+    scanner = table["scanner"].astype(str).replace("", "unknown")
     films = scanner.value_counts()
-    views = 100 * table["view"].eq("AP").groupby(scanner).mean()[films.index]
+    known = table["view"].eq("AP").where(table["view"] != "").astype(float)
+    views = 100 * known.groupby(scanner).mean()[films.index]
     height = max(3.4, 1 + 0.23 * len(films))
     ratios = {"width_ratios": [1.25, 1, 1]}
     fig, axes = _canvas("Who was filmed, on what", title, height, columns=3, gridspec_kw=ratios)
     _pyramid(axes[0], table)
     _bars(axes[1], films, map(_percent, films / len(table)), "films")
     axes[1].set_ylabel("scanner")
-    _bars(axes[2], views, map(_percent, views / 100), "AP view (% of the scanner's films)", ORANGE)
+    texts = ["unknown" if np.isnan(view) else _percent(view / 100) for view in views]
+    _bars(axes[2], views.fillna(0), texts, "AP views (% of films)", ORANGE)
     axes[2].set(xlim=(0, 125), xticks=(0, 50, 100))
+    axes[2].tick_params(labelleft=False)  # the rows of the panel to its left
     return fig
 
 
@@ -384,11 +419,6 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
     return fig
 
 
-def _undefined(positives: float) -> str:
-    """Why a metric has no value."""
-    return f"not defined ({'0 negatives' if positives > 0 else '0 positives'})"
-
-
 def _curve_panels(
     truth: np.ndarray, probability: np.ndarray, title: str, draw: Callable[..., str], words: tuple
 ) -> Figure:
@@ -417,7 +447,7 @@ def _roc(ax: Axes, labels: np.ndarray, scores: np.ndarray) -> str:
     """Draw one ROC curve over the diagonal, which is chance."""
     value = auroc(labels, scores)
     if np.isnan(value):
-        return _undefined(np.nansum(labels))
+        return undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
     ax.plot([0, 1], [0, 1], ":", color=GREY)
     ax.plot(*roc_points(labels, scores), color=BLUE)
     return f"AUROC {value:.2f}"
@@ -427,7 +457,7 @@ def _pr(ax: Axes, labels: np.ndarray, scores: np.ndarray) -> str:
     """Draw one precision-recall curve over the prevalence, which is chance."""
     value = average_precision(labels, scores)
     if np.isnan(value):
-        return _undefined(np.nansum(labels))
+        return undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
     chance = np.nanmean(labels)
     ax.plot([0, 1], [chance, chance], ":", color=GREY)
     ax.plot(*pr_points(labels, scores), color=BLUE, drawstyle="steps-post")
@@ -452,29 +482,31 @@ def pr_curves(truth: np.ndarray, probability: np.ndarray, title: str = "") -> Fi
 def _with_interval(row: pd.Series) -> str:
     """Text such as '0.712 [0.690, 0.734]', or why there is no value."""
     if np.isnan(row["value"]):
-        return "not defined" if row["finding"] == MEAN else _undefined(row["positives"])
+        mean = row["finding"] == MEAN
+        return "not defined" if mean else undefined(row["positives"], row["n"])
     low, high = row["ci_low"], row["ci_high"]
     return f"{row['value']:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
 
-def _forest_arm(ax: Axes, rows: pd.DataFrame, shift: float, colour: str, name: str) -> None:
-    """Draw one arm in its lane, its mean written at the right; a lone arm has no name, but all.
+def _forest_arm(
+    ax: Axes, rows: pd.DataFrame, shift: float, colour: str, name: str, all_said: bool = False
+) -> None:
+    """Draw one arm in its lane of each row (`lane`), its mean written at the right, or every value.
 
     Models of single clients are small circles without an interval.
     """
-    lane = rows["finding"].map([MEAN, *FINDINGS].index) + shift
-    single = ~_blank(rows["client"])
+    lane, single = rows["lane"] + shift, ~_blank(rows["client"])
     ax.plot(rows["value"][single], lane[single], "o", ms=4, mfc="none", mec=colour, alpha=0.7)
-    ax.hlines(lane[~single], rows["ci_low"][~single], rows["ci_high"][~single], color=colour)
-    ax.plot(rows["value"][~single], lane[~single], "o", ms=5.5, color=colour)
-    said = (rows["finding"] == MEAN) | rows["value"].isna() | (name == "")
-    texts = {lane[index]: _with_interval(row) for index, row in rows[~single & said].iterrows()}
-    own = rows["value"][single & (rows["finding"] == MEAN)]
-    if len(own) and not texts:
-        texts = {shift: f"{own.min():.3f} to {own.max():.3f} by client"}
-    for y, text in texts.items():
-        place = {"va": "center", "transform": ax.get_yaxis_transform(), "fontsize": 9}
-        ax.text(1.01, y, f"{name} {text}".strip(), color=colour, **place)
+    for index, row in rows[~single].iterrows():
+        shade = LIGHT if row.get("few", False) else colour
+        ax.hlines(lane[index], row["ci_low"], row["ci_high"], color=shade)
+        ax.plot(row["value"], lane[index], "o", ms=5.5, color=shade)
+        if all_said or row["lane"] == 0 or np.isnan(row["value"]):
+            text = f"{name} {_with_interval(row)}".strip()
+            place = {"va": "center", "transform": ax.get_yaxis_transform(), "fontsize": 9}
+            ax.text(
+                1.01, lane[index], text, color=GREY if row.get("few", False) else colour, **place
+            )
 
 
 def _yardsticks(ax: Axes, yardsticks: dict[str, float], step: float) -> float:
@@ -499,24 +531,322 @@ def auroc_forest(
     ci_high, n, positives`. Shown are the rows of the test set `all`, of the mean over seeds
     (else of the first seed). `yardsticks` are published means, right only for that test set.
     """
-    whole = metrics[(metrics["metric"] == "auroc") & (metrics["test_set"] == "all")]
-    arms = _by_arm(whole)
-    lane, gap = 0.16, 0.2  # inches, of an arm and of a yardstick's name
-    pitch = max(0.26, lane * len(arms) + 0.06)
-    height = 15 * pitch + 1.0 + gap * len(yardsticks or {})
-    fig, (ax,) = _canvas("AUROC with 95 % interval over patients", title, height)
-    for k, (arm, colour, rows) in enumerate(arms):
-        mean = rows[_blank(rows["seed"])]
-        rows = mean if len(mean) else rows[rows["seed"] == rows["seed"].min()]
-        shift = (k - (len(arms) - 1) / 2) * lane / pitch
-        _forest_arm(ax, rows, shift, colour, arm if len(arms) > 1 else "")
-    for row in range(0, len(FINDINGS), 2):
-        ax.axhspan(row - 0.5, row + 0.5, color=PALE, zorder=0, linewidth=0)
-    top = _yardsticks(ax, yardsticks, gap / pitch) if yardsticks else 0.5
+    whole = metrics[(metrics["metric"] == "auroc") & (metrics["test_set"] == ALL_FILMS)]
+    whole = whole.assign(lane=whole["finding"].map([MEAN, *FINDINGS].index))
     means = whole.loc[whole["finding"] == MEAN, "positives"]
     names = [f"mean of {means.max():.0f}" if len(means) else MEAN, *FINDINGS]
+    lone = whole["arm"].nunique() == 1
+    return _forest("AUROC with 95 % interval over patients", title, whole, names, yardsticks, lone)
+
+
+def _forest(
+    heading: str,
+    title: str,
+    rows: pd.DataFrame,
+    names: Sequence[str],
+    yardsticks: dict[str, float] | None = None,
+    all_said: bool = True,
+) -> Figure:
+    """Draw points with intervals, a row a name and a lane an arm; `rows` has the column `lane`.
+
+    Of several seeds the rows of their mean are shown, else those of the first.
+    """
+    arms = _by_arm(rows.reset_index(drop=True))
+    height, gap = 0.16, 0.2  # inches, of an arm's lane and of a yardstick's name
+    pitch = max(0.26, height * len(arms) + 0.06)
+    size = len(names) * pitch + 1.0 + gap * len(yardsticks or {})
+    fig, (ax,) = _canvas(heading, title, size)
+    for k, (arm, colour, own) in enumerate(arms):
+        mean = own[_blank(own["seed"])]
+        own = mean if len(mean) else own[own["seed"] == own["seed"].min()]
+        shift = (k - (len(arms) - 1) / 2) * height / pitch
+        name = ("mean local" if arm == "local" else arm) if len(arms) > 1 else ""
+        _forest_arm(ax, own, shift, colour, name, all_said)
+    for row in range(0, len(names), 2):
+        ax.axhspan(row - 0.5, row + 0.5, color=PALE, zorder=0, linewidth=0)
+    top = _yardsticks(ax, yardsticks, gap / pitch) if yardsticks else 0.5
     ax.set_yticks(range(len(names)), names)
-    ax.set(ylim=(len(FINDINGS) + 0.5, -top), xlabel="AUROC (0.5 is chance)")
+    ax.set(ylim=(len(names) - 0.5, -top), xlabel="AUROC (0.5 is chance)")
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
+    return fig
+
+
+@_figure
+def subgroup_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """Mean AUROC of each subgroup with 95 % intervals, arms side by side; the rest as metrics.csv.
+
+    Subgroups with under 30 positive labels in all are grey: nothing is to be concluded from them.
+    """
+    whole = metrics[(metrics["metric"] == "auroc") & _blank(metrics["client"])]
+    names = [n for n in whole["test_set"].unique() if n in (ALL_FILMS, ONE_FILM) or "=" in n]
+    rows = whole[(whole["finding"] == MEAN) & whole["test_set"].isin(names)]
+    labels = whole[whole["finding"] != MEAN].drop_duplicates(["test_set", "finding"])
+    positives = labels.groupby("test_set")["positives"].sum()
+    rows = rows.assign(
+        lane=rows["test_set"].map(names.index),
+        few=rows["test_set"].map(positives) < LEAST_POSITIVES,
+    )
+    films = rows.drop_duplicates("test_set").set_index("test_set")["n"]
+    names = [f"{name} ({films[name]:,} films)" for name in names]
+    heading = f"Mean AUROC by subgroup (grey: under {LEAST_POSITIVES} positives)"
+    return _forest(heading, title, rows, names)
+
+
+@_figure
+def subgroup_heatmap(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """AUROC of the first arm by subgroup and finding; grey where there are under 30 positives."""
+    rows = metrics[(metrics["metric"] == "auroc") & (metrics["finding"] != MEAN)]
+    arm = rows["arm"].iloc[0]
+    rows = rows[(rows["arm"] == arm) & _blank(rows["seed"]) & _blank(rows["client"])]
+    names = [n for n in rows["test_set"].unique() if n in (ALL_FILMS, ONE_FILM) or "=" in n]
+    wide = rows.pivot(index="test_set", columns="finding", values=["value", "positives"])
+    value = wide["value"].loc[names, list(FINDINGS)].to_numpy(dtype=float)
+    count = wide["positives"].loc[names, list(FINDINGS)].to_numpy(dtype=float)
+    texts = np.where(np.isnan(value), "–", np.char.mod("%.2f", np.nan_to_num(value)))
+    heading = f"AUROC by subgroup, {arm} (grey: under {LEAST_POSITIVES} positives)"
+    fig, (ax,) = _canvas(heading, title, 1.9 + 0.28 * len(names))
+    cmap = sns.blend_palette([VERMILION, "white", BLUE], as_cmap=True)
+    shown = np.where(count < LEAST_POSITIVES, np.nan, value)
+    _heat(ax, shown, texts, names, cmap=cmap, vmin=0, vmax=1, cbar=False)
+    for (row, column), text in np.ndenumerate(texts):
+        if np.isnan(shown[row, column]):
+            ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", size=9, color=GREY)
+    return fig
+
+
+@_figure
+def client_matrix(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """Mean AUROC of every model (rows) on every client's test films (columns), as metrics.csv.
+
+    A frame marks a local model on the films of its own hospital.
+    """
+    rows = metrics[(metrics["metric"] == "auroc") & (metrics["finding"] == MEAN)]
+    rows = rows[_blank(rows["seed"]) & ~rows["test_set"].isin([ALL_FILMS, ONE_FILM])]
+    rows = rows[~rows["test_set"].str.contains("=")]
+    clients = list(rows["test_set"].unique())
+    arm = rows["arm"].replace("local", "mean local model")
+    rows = rows.assign(model=arm.where(_blank(rows["client"]), "local " + rows["client"]))
+    models = sorted(rows["model"].unique(), key=lambda name: name.startswith("local "))
+    wide = rows.set_index(["model", "test_set"]).reindex(
+        pd.MultiIndex.from_product([models, clients])
+    )
+    texts = np.array([_with_interval(row).replace(" ", "\n", 1) for _, row in wide.iterrows()])
+    shape = len(models), len(clients)
+    fig, (ax,) = _canvas(
+        "Mean AUROC of each model on each hospital’s films", title, 1.5 + 0.42 * len(models)
+    )
+    cmap = sns.blend_palette(["white", BLUE], as_cmap=True)
+    value = wide["value"].to_numpy(dtype=float).reshape(shape)
+    look = {"cmap": cmap, "cbar": False, "vmin": 0.5, "vmax": 1.1}
+    films = wide["n"].groupby(level=1).max()
+    columns = [f"{name}\n{films[name]:,.0f} films" for name in clients]
+    _heat(ax, value, texts.reshape(shape), models, columns, **look)
+    for row, model in enumerate(models):
+        if model.removeprefix("local ") in clients:
+            place = clients.index(model.removeprefix("local ")), row
+            ax.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor=INK, linewidth=2))
+    return fig
+
+
+@_figure
+def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
+    """Differences of AUROC with 95 % intervals: of the mean for each pair, then by finding.
+
+    `differences` is differences.csv; used are its rows on all test films. Filled: shown. Hollow: no
+    difference shown. Small lines: the training seeds' smallest and largest value.
+    """
+    rows = differences[(differences["metric"] == "auroc") & (differences["test_set"] == ALL_FILMS)]
+    first, pairs = rows["first"].iloc[0], list(rows["second"].unique())
+    main = [name for name in pairs if not name.startswith("local ")] or pairs
+    colours = dict(zip(main, [VERMILION, GREEN, PURPLE, ORANGE] + [INK] * len(main), strict=False))
+    lanes = [(MEAN, name, f"mean: − {name}") for name in pairs]
+    lanes += [(f, name, f if name == main[0] else "") for f in FINDINGS for name in main]
+    size = 0.2 * len(lanes) + 1.2
+    heading = f"AUROC of {first} minus others (filled: shown)"
+    fig, (ax,) = _canvas(heading, title, size)
+    table = rows.set_index(["finding", "second"])
+    for lane, (finding, name, _) in enumerate(lanes):
+        _difference(ax, table.loc[(finding, name)], lane, colours.get(name, GREY), finding == MEAN)
+    ax.axvline(0, color=INK, linewidth=0.8)
+    for start in range(len(pairs), len(lanes), 2 * len(main)):
+        ax.axhspan(start - 0.5, start + len(main) - 0.5, color=PALE, zorder=0, linewidth=0)
+    places = [
+        k + (len(main) - 1) / 2 * (k >= len(pairs)) for k, lane in enumerate(lanes) if lane[2]
+    ]
+    ax.set_yticks(places, [text for *_, text in lanes if text])
+    ax.set(ylim=(len(lanes) - 0.5, -0.5), xlabel=f"AUROC of {first} minus that of the other model")
+    ax.tick_params(axis="y", length=0)
+    for label, (_, name, _) in zip(ax.get_yticklabels(), lanes[: len(pairs)], strict=False):
+        label.set_color(colours.get(name, GREY))
+    ax.spines["left"].set_visible(False)
+    return fig
+
+
+def _reliability(ax: Axes, truth: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
+    """Draw observed shares against predictions of all findings, the area of a dot its films."""
+    ax.plot([0, 1], [0, 1], ":", color=GREY)
+    for scores, colour, face in ((before, GREY, "none"), (after, BLUE, BLUE)):
+        bins = reliability(truth, scores)
+        area = 12 + 150 * bins["films"] / max(bins["films"].sum(), 1)
+        ax.plot(bins["predicted"], bins["observed"], color=colour, linewidth=1.2)
+        ax.scatter(bins["predicted"], bins["observed"], area, face, edgecolors=colour, zorder=3)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    ax.set(xlabel="predicted probability", ylabel="share with the finding")
+
+
+@_figure
+def reliability_diagram(
+    truth: np.ndarray, probability: np.ndarray, temperature: float, title: str = ""
+) -> Figure:
+    """Reliability of all findings together, and calibration error by finding, before and after.
+
+    `truth` (n, 14) holds 0, 1 or NaN, `probability` is (n, 14); `temperature` was fitted on
+    validation. Grey is the model as trained, blue the model after temperature scaling.
+    """
+    scaled = rescale(probability, temperature)
+    fig, axes = _canvas("Calibration", title, 4.3, columns=2)
+    _reliability(axes[0], truth, probability, scaled)
+    axes[0].set_title("All findings, 15 bins (dotted: calibrated)")
+    axes[1].set_title(f"By finding (grey: as trained, blue: temperature {temperature:.2f})")
+    ax, rows = axes[1], np.arange(len(FINDINGS))
+    before, after = (
+        np.array([calibration_error(*pair) for pair in zip(truth.T, scores.T, strict=True)])
+        for scores in (np.asarray(probability), scaled)
+    )
+    ax.hlines(rows, before, after, color=GREY, linewidth=1)
+    ax.plot(before, rows, "o", mfc="white", mec=GREY)
+    ax.plot(after, rows, "o", color=BLUE)
+    for row in rows[np.isnan(after)]:
+        ax.text(0.02, row, "no labels", color=GREY, va="center", transform=ax.get_yaxis_transform())
+    ax.set_yticks(rows, FINDINGS)
+    most = np.nanmax([*before, *after, 0.01])
+    ax.set(xlim=(0, 1.08 * most), ylim=(len(rows) - 0.5, -0.5), xlabel="expected calibration error")
+    ax.tick_params(axis="y", length=0)
+    return fig
+
+
+@_figure
+def pointing(table: pd.DataFrame, title: str = "") -> Figure:
+    """Share of films whose hottest point lies in a box, beside points placed without a look.
+
+    `table` is pointing.csv: `method, arm, client, finding, hits, n, value, ci_low, ci_high`. Bars
+    are Wilson's 95 % intervals; a tick is what one point reaches that was fitted on these boxes.
+    """
+    names = [ALL, *(f for f in FINDINGS if f in set(table["finding"]))]
+    lanes = [(arm, colour, rows) for arm, colour, rows in _by_arm(table.dropna(subset=["arm"]))]
+    for method, colour in ((CENTRE, INK), (ELSEWHERE, GREY)):
+        lanes.append((method, colour, table[table["method"] == method]))
+    lane = 0.17  # inches
+    pitch = lane * len(lanes) + 0.12
+    fig, (ax,) = _canvas("Pointing game, 95 % interval", title, 1.2 + pitch * len(names))
+    for k, (name, colour, rows) in enumerate(lanes):
+        shift = (k - (len(lanes) - 1) / 2) * lane / pitch
+        y = rows["finding"].map(names.index) + shift
+        ax.hlines(y, rows["ci_low"], rows["ci_high"], color=colour)
+        ax.plot(rows["value"], y, "o", ms=5, color=colour)
+        for at, row in zip(y, rows.itertuples(), strict=True):
+            text = f"{row.hits:.0f} of {row.n:.0f}" + (f"  {name}" if row.finding == ALL else "")
+            place = {"va": "center", "transform": ax.get_yaxis_transform(), "fontsize": 9}
+            ax.text(1.01, at, text, color=colour, **place)
+    bound = table[table["method"] == UPPER]
+    y, shift = bound["finding"].map(names.index), (len(lanes) - 1) / 2 * lane / pitch
+    ax.vlines(bound["value"], y + shift - 0.1, y + shift + 0.1, color=ORANGE, linewidth=2.5)
+    for row in range(0, len(names), 2):
+        ax.axhspan(row - 0.5, row + 0.5, color=PALE, zorder=0, linewidth=0)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5))
+    ax.set_xlabel("share of points in a box (orange tick: a fixed point fitted on these films)")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    return fig
+
+
+def _difference(ax: Axes, row: pd.Series, lane: float, colour: str, said: bool) -> None:
+    """Draw one difference with its interval and the range of its seeds."""
+    shown = row["verdict"] == SHOWN
+    ax.hlines(lane, row["ci_low"], row["ci_high"], color=colour)
+    ax.vlines([row["seed_low"], row["seed_high"]], lane - 0.3, lane + 0.3, color=colour, lw=0.9)
+    ax.plot(row["value"], lane, "o", ms=5.5, mec=colour, mfc=colour if shown else "white")
+    text = "not defined"
+    if not np.isnan(row["value"]):
+        text = f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        text += (" shown" if shown else " not shown") if said else ""
+    place = {"va": "center", "transform": ax.get_yaxis_transform(), "fontsize": 9}
+    ax.text(1.01, lane, text, color=colour, **place)
+
+
+@_figure
+def cost_curves(cost: pd.DataFrame, title: str = "") -> Figure:
+    """Validation AUROC against gigabytes sent and against films seen, for each arm.
+
+    `cost` has columns `arm, seed, round, films_seen, gigabytes, val_auroc`. An arm that sends
+    nothing is a dotted line at its best AUROC in the left panel.
+    """
+    fig, axes = _canvas("What the AUROC on validation films costs", title, 3.6, columns=2)
+    units = {"gigabytes": "gigabytes of model states sent", "films_seen": "films trained on"}
+    for ax, (column, unit) in zip(axes, units.items(), strict=True):
+        ends = []
+        for arm, colour, rows in _by_arm(cost):
+            mean = rows.groupby("round")[[column, "val_auroc"]].mean().dropna()
+            name = "mean local" if arm == "local" else arm
+            if mean.empty:
+                continue
+            if column == "gigabytes" and not mean[column].any():
+                best = mean["val_auroc"].max()
+                ax.axhline(best, color=colour, linestyle=":")
+                ends.append((1.0, best, f"{name}\nsends nothing", colour))
+                continue
+            ax.plot(mean[column], mean["val_auroc"], "o-", color=colour, ms=4)
+            ends.append((*mean.iloc[-1], name, colour))
+        ax.set(xlabel=unit, xlim=(0, None))
+        right = ax.get_xlim()[1]
+        _end_labels(ax, [(right if e[2].endswith("nothing") else e[0], *e[1:]) for e in ends])
+    axes[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes[0].set_ylabel("AUROC, validation")
+    return fig
+
+
+@_figure
+def run_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """Mean AUROC of several runs with 95 % intervals, arms side by side.
+
+    `metrics` is that of `compare_runs`: metrics.csv with a first column `run`.
+    """
+    rows = metrics[(metrics["metric"] == "auroc") & (metrics["finding"] == MEAN)]
+    runs = list(rows["run"].unique())
+    rows = rows.assign(lane=rows["run"].map(runs.index))
+    return _forest("Mean AUROC by run, 95 % interval over patients", title, rows, runs)
+
+
+def _gallery_panel(ax: Axes, panel: dict[str, Any]) -> None:
+    """Show one film of the gallery with its heat map and boxes."""
+    _film(ax, panel["film"], "", panel["boxes"])
+    if panel["heat"] is not None:
+        side = panel["film"].shape[0]
+        heat = panel["heat"] / max(panel["heat"].max(), 1e-12)
+        paint = mcolors.LinearSegmentedColormap.from_list("heat", [SKY + "00", SKY + "c8"])
+        look = {"cmap": paint, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+        ax.imshow(heat, extent=(-0.5, side - 0.5, side - 0.5, -0.5), **look)
+    p = panel["probability"]
+    score = "" if p is None else " <0.01" if p < 0.005 else f" {p:.2f}"
+    ax.set_title(panel["kind"] + score, fontsize=9, loc="center", pad=3)
+
+
+@_figure
+def gallery(panels: Sequence[dict[str, Any]], title: str = "") -> Figure:
+    """Three films for each finding, with probability, heat map and boxes; two findings a row.
+
+    `panels` is what `explain.fill_gallery` returns, in its order: `finding, kind, probability,
+    film, boxes, heat`.
+    """
+    count = len(panels) // len(KINDS)
+    fig = plt.figure(figsize=(WIDTH, 0.5 + 1.95 * -(-count // 2)), layout="constrained")
+    fig.suptitle(f"Most confident, right and wrong · {title}".rstrip(" ·"), x=0.01, ha="left")
+    groups = np.ravel(fig.subfigures(-(-count // 2), 2, wspace=0.03))
+    for k, group in enumerate(groups[:count]):
+        own = panels[k * len(KINDS) : (k + 1) * len(KINDS)]
+        group.suptitle(own[0]["finding"], fontsize=10.5, x=0.01, ha="left")
+        for ax, panel in zip(group.subplots(1, len(KINDS)), own, strict=True):
+            _gallery_panel(ax, panel)
     return fig

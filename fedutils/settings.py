@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import re
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,9 @@ from typing import Any
 import torch
 import torchvision
 
+from .device import PRECISIONS, find_devices
 from .findings import InputError
-from .nih import find_data
+from .nih import KAGGLE, find_data, search_files
 from .partition import METHODS
 from .weights import find_weights, load_weights
 
@@ -24,11 +27,13 @@ __version__ = "0.1.0"
 ROOT_MARKER = "notebooks/01_explore.py"
 CHOICES = {
     "profile": ("auto", "demo", "kaggle"),
-    "batchnorm": ("average", "frozen", "local"),
+    "batchnorm": ("average", "precise", "frozen", "local"),
     "partition": METHODS,
     "strategy": ("fedavg", "fedavgm", "fedadam", "fedprox", "scaffold"),
     "aggregation": ("mean", "median", "trimmed"),
     "optimizer": ("adamw", "sgd"),
+    "precision": ("auto", *PRECISIONS),
+    "feature_dtype": ("fp16", "fp32"),
 }
 ARMS = ("federated", "centralised", "local")
 LAYERS = ("all", "conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
@@ -47,9 +52,13 @@ PROFILES: dict[str, dict[str, Any]] = {
     "demo": dict(image_size=64, weights="none", rounds=6, num_clients=3, batch_size=32),
     "kaggle": dict(image_size=224, weights="imagenet", rounds=15, num_clients=5, batch_size=64),
 }
-# A change of these continues a run; a change of any other parameter is another run.
+FEATURE_LAYERS = {"layer4", "fc"}  # what may be trained from cached features of conv1 to layer3
+# A change of these continues a run; a change of any other parameter is another run. The cache is
+# how a run computes, as the device is; what may change the result by more than rounding (precision,
+# augment, the dtype that features are stored in) is part of what it computes.
 NOT_IDENTITY = (
     "work_dir", "name", "profile", "rounds", "device", "max_hours", "min_clients", "compare",
+    "cache_features",
 )  # fmt: skip
 
 
@@ -66,7 +75,7 @@ class Settings:
     max_films: int = 0
     weights: str = ""
     tracked: str = ""
-    batchnorm: str = "average"
+    batchnorm: str = "precise"
     partition: str = "iid"
     num_clients: int = 0
     alpha: float = 0.5
@@ -88,6 +97,10 @@ class Settings:
     lr_local: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    augment: bool = True
+    cache_features: bool = False
+    feature_dtype: str = "fp16"
+    precision: str = "auto"
     arms: str = "federated"
     seeds: str = "0"
     device: str = "auto"
@@ -107,8 +120,11 @@ class Settings:
 
     @property
     def prepared(self) -> Path:
-        """The folder that notebook 02 writes."""
-        return Path(self.work_dir) / "prepared"
+        """The prepared films to read: of this work folder, else of an attached kernel's output."""
+        here, report = Path(self.work_dir) / "prepared", "prepared/report.json"
+        if (here / "report.json").is_file():
+            return here
+        return next((found.parent for found in search_files(KAGGLE / "input", report)), here)
 
     @property
     def run(self) -> Path:
@@ -141,6 +157,10 @@ def convert(name: str, value: Any) -> Any:
     if name not in TYPES:
         raise InputError(f"unknown parameter {name!r}; known: {', '.join(TYPES)}")
     kind = TYPES[name]
+    if kind is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise InputError(f"{name}={value!r}: expected true or false")
+        return str(value).lower() == "true"
     if (kind is int and isinstance(value, float)) or isinstance(value, bool):
         raise InputError(f"{name}={value!r}: expected {kind.__name__}")
     try:
@@ -187,6 +207,7 @@ def _check(settings: Settings) -> None:
     plain_sgd = settings.optimizer == "sgd" and settings.momentum == settings.weight_decay == 0
     if settings.strategy == "scaffold" and not plain_sgd:
         raise InputError("strategy=scaffold wants optimizer=sgd momentum=0 weight_decay=0")
+    _check_cache(settings)
     for name in ("name", "compare"):
         names = getattr(settings, name).split(",") if name == "compare" else [settings.name]
         if not all(re.fullmatch(r"(\w[\w.-]*)?", part.strip()) for part in names):
@@ -196,19 +217,70 @@ def _check(settings: Settings) -> None:
         find_weights(settings.weights)
 
 
-def read_run(work_dir: str = "", name: str = "", device: str = "auto") -> Settings:
+def _check_cache(settings: Settings) -> None:
+    """Raise InputError where features of the trunk cannot stand for the films."""
+    if not settings.cache_features:
+        return
+    if settings.augment:
+        raise InputError(
+            "cache_features=true wants augment=false: features are computed once, of films as they"
+            " are stored"
+        )
+    if not {part.strip() for part in settings.tracked.split(",")} <= FEATURE_LAYERS:
+        raise InputError(
+            f"cache_features=true wants tracked=layer4,fc, not {settings.tracked!r}: only a trunk"
+            " that stays frozen can be computed once"
+        )
+
+
+def read_run(
+    work_dir: str = "", name: str = "", device: str = "auto", cache_features: bool = False
+) -> Settings:
     """Return the settings of a run that notebook 03 began; without a name that of the latest.
 
-    Raises InputError where there is none.
+    Raises InputError where there is none, here or attached.
     """
     work = Path(work_dir).resolve() if work_dir else find_root() / "work"
+    fetch_runs(work)
     found = sorted(work.glob(f"runs/{name or '*'}/config.json"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise InputError(f"no run in {work / 'runs' / name}: run notebook 03_federated_train first")
+        attached = f" and none in {KAGGLE / 'input'}" if KAGGLE.is_dir() else ""
+        raise InputError(
+            f"no run in {work / 'runs' / name}{attached}: run notebook 03_federated_train first"
+        )
     config = json.loads(found[-1].read_text())
     given = {key: config[key] for key in TYPES if key in config}
     here = {"work_dir": str(work), "name": found[-1].parent.name, "device": device}
-    return dataclasses.replace(Settings(**given), **here)
+    settings = dataclasses.replace(Settings(**given), **here)
+    # A run may have been trained without a cache: then there is none to be used.
+    return dataclasses.replace(settings, cache_features=cache_features and not settings.augment)
+
+
+def fetch_runs(work_dir: str | Path) -> None:
+    """Copy the runs that are attached on Kaggle to the work folder, where it does not have them.
+
+    The output of another kernel, or of an earlier version of the same one, can only be read.
+    Copied, notebook 03 goes on with a run or shares its models, and notebook 04 writes beside it.
+    """
+    found = search_files(KAGGLE / "input", "runs/*/config.json")
+    latest_last = sorted(found, key=lambda path: path.stat().st_mtime)
+    for name, config in {path.parent.name: path for path in latest_last}.items():
+        if not Path(work_dir, "runs", name, "config.json").is_file():
+            _copy_run(config.parent, Path(work_dir))
+
+
+def _copy_run(source: Path, work: Path) -> None:
+    """Copy a run folder, but for its lock, under `work`; a kill leaves no half of it there."""
+    half, whole = work / f"fetching-{source.name}", work / "runs" / source.name
+    shutil.rmtree(half, ignore_errors=True)
+    for file in (path for path in source.rglob("*") if path.is_file() and path.name != "run.lock"):
+        target = half / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)  # without its mode: what is attached may not be written to
+        os.utime(target, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    shutil.rmtree(whole, ignore_errors=True)  # without config.json nothing was trained there
+    whole.parent.mkdir(exist_ok=True)
+    half.rename(whole)
 
 
 def _short_hash(settings: Settings) -> str:
@@ -218,70 +290,33 @@ def _short_hash(settings: Settings) -> str:
 
 
 def find_profile() -> str:
-    """Return 'kaggle' where there is a usable GPU and ImageNet weights, else 'demo'."""
-    if find_devices("auto")[0].type == "cpu":
-        return "demo"
-    try:
-        return "kaggle" if find_weights("imagenet") or load_weights("imagenet") else "demo"
-    except InputError:
-        return "demo"
+    """Return 'kaggle' where there is a usable GPU and ImageNet weights, else 'demo'.
+
+    Warns where somebody who has a GPU, or who is on Kaggle, gets the demo.
+    """
+    problem = "there is no GPU" if (KAGGLE / "working").is_dir() else ""
+    if find_devices("auto")[0].type != "cpu":
+        try:
+            if find_weights("imagenet") or load_weights("imagenet"):
+                return "kaggle"
+        except InputError as error:
+            problem = f"there is a GPU, but {error}"
+    if problem:
+        warnings.warn(
+            f"profile=auto is the demo here (64 pixels, no ImageNet weights): {problem}. Attach a"
+            " data set with resnet34-b627a593.pth and set profile=kaggle in every notebook for 224"
+            " pixels; profile=demo says that the demo is meant",
+            stacklevel=2,
+        )
+    return "demo"
 
 
 def find_root() -> Path:
     """Return the project's folder, from wherever a notebook runs; on Kaggle the output folder."""
-    if Path("/kaggle/working").is_dir():
-        return Path("/kaggle/working")
+    if (KAGGLE / "working").is_dir():
+        return KAGGLE / "working"
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / ROOT_MARKER).is_file()), here)
-
-
-def find_devices(device: str) -> list[torch.device]:
-    """Turn 'auto', 'cpu', 'cuda:0,cuda:1' or 'cpu,cpu' into one device for each model replica.
-
-    Raises InputError for a device that is unknown or not there, and for a GPU whose code the
-    installed torch does not hold, which would fail at its first operation.
-    """
-    if device == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
-    else:
-        names = [name.strip() for name in device.split(",")]
-    try:
-        devices = [torch.device(name) for name in names]
-    except RuntimeError as error:
-        raise InputError(f"device={device!r}: expected auto, cpu, cuda:0 or a list") from error
-    for found in devices:
-        _check_device(found)
-    return devices
-
-
-def _check_device(device: torch.device) -> None:
-    """Raise InputError where the device cannot be used."""
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device={str(device)!r}: expected cpu or cuda")
-    if device.type == "cpu":
-        return
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device={str(device)!r} is not there; use device=cpu or auto")
-    major, minor = torch.cuda.get_device_capability(device)
-    arches = torch.cuda.get_arch_list()
-    if str(major) not in {re.sub(r"\D", "", arch)[:-1] for arch in arches}:
-        raise InputError(
-            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is not among the GPUs that"
-            f" this torch was built for ({' '.join(arches)}); on Kaggle choose GPU T4 x2"
-        )
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs that have it, float16 on older ones such as the T4, float32 on the CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Return the autocast context of a device; on the CPU it changes nothing."""
-    return torch.autocast(device.type, precision(device), enabled=device.type == "cuda")
 
 
 def environment() -> dict[str, Any]:
@@ -299,5 +334,17 @@ def environment() -> dict[str, Any]:
 
 
 def print_environment() -> None:
-    """Print versions and device in one line, the first output of each notebook."""
-    print(" · ".join(f"{name} {value}" for name, value in environment().items()))
+    """Print versions and device in one line, and which copy of fedutils this is."""
+    about = environment()
+    about["fedutils"] += f" ({find_copy()})"
+    print(" · ".join(f"{name} {value}" for name, value in about.items()))
+
+
+def find_copy() -> str:
+    """Say where this fedutils lies: beside the notebooks, attached on Kaggle, or installed."""
+    here = Path(__file__).resolve().parent
+    if here.is_relative_to((KAGGLE / "input").resolve()):
+        return f"attached, {here}"
+    beside = (here.parent / ROOT_MARKER).is_file()
+    beside |= here.parent in (Path.cwd(), *Path.cwd().parents)
+    return "beside the notebooks" if beside else "installed"

@@ -33,7 +33,7 @@ image_size: int = 0  # side of the stored films in pixels; 0: 64 in the demo, 22
 max_films: int = 0  # as in notebook 02
 weights: str = ""  # imagenet, none or a file; empty: none in the demo, imagenet on Kaggle
 tracked: str = ""  # layers that are trained and sent: layer4,fc or all; empty: all if weights=none
-batchnorm: str = "average"  # of the tracked layers: average, frozen or local
+batchnorm: str = "precise"  # of the tracked layers: precise, average, frozen or local
 partition: str = "iid"  # of patients to clients: iid, dirichlet or scanner
 num_clients: int = 0  # hospitals; 0: 3 in the demo, 5 on Kaggle
 alpha: float = 0.5  # dirichlet: small is skewed
@@ -55,6 +55,10 @@ lr_centralised: float = 0.0  # learning rate of the centralised arm; 0: as lr
 lr_local: float = 0.0  # learning rate of the local arm; 0: as lr
 momentum: float = 0.9  # sgd
 weight_decay: float = 0.0001  # of the local optimiser
+augment: bool = True  # turn and shift training films a little, anew in each epoch
+cache_features: bool = False  # run the frozen trunk once and train from its output; wants augment=False
+feature_dtype: str = "fp16"  # of that output on disk: fp16 or fp32
+precision: str = "auto"  # fp32, bf16 or fp16; auto: fp32 on the CPU, bf16 on GPUs that have it, else fp16
 arms: str = "federated"  # what to train: federated,centralised,local
 seeds: str = "0"  # training seeds, such as 0,1,2
 device: str = "auto"  # auto, cpu, cuda:0 or several such as cuda:0,cuda:1
@@ -62,29 +66,31 @@ threads: int = 0  # CPU threads a model replica; 0: the cores divided among the 
 max_hours: float = 0.0  # stop cleanly at a round boundary before this; 0: never
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
-# first line of output says which versions ran.
+# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
+# first of these that there is. The line below says which copy ran, and the versions.
 
 # %%
+import os
 import sys
 from pathlib import Path
-
-places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
-
-import fedutils
 from IPython.display import HTML, Markdown, display
-
+kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
+attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
+places = [Path.cwd(), *Path.cwd().parents, *attached]
+sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import fedutils
 fedutils.print_environment()
 
 # %% [markdown]
 # ## The films, and which hospital has them
 #
 # Patients, never films, are placed at clients; test patients too, so that each hospital has test films
-# of its own.
+# of its own. On Kaggle the films come from the output of notebook 02, and runs from the output of an
+# earlier version of this notebook, where they are attached: a run goes on from there.
 
 # %%
 settings = fedutils.read_parameters(globals())
+fedutils.fetch_runs(settings.work_dir)
 report = fedutils.read_report(settings.prepared)
 index = fedutils.read_index(settings.prepared)
 how = settings.partition, settings.num_clients, settings.alpha, settings.seed
@@ -141,7 +147,8 @@ display(Markdown(
 # %%
 training = fedutils.Training(settings, films)
 estimate = training.estimate_seconds()
-display(Markdown(f"Training will take about **{estimate / 60:.1f} minutes** on this device."))
+cache = training.features.describe() if training.features else ""
+display(Markdown(f"Training will take about **{estimate / 60:.1f} minutes** on this device. {cache}"))
 
 # %% [markdown]
 # ## The rounds
@@ -161,16 +168,24 @@ def show(row, history):
           f"AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s", flush=True)
 
 
-history = training.train(show)
-live.update(Markdown("All rounds are done; the curves stand below."))
+def show_features(done, total):
+    live.update(Markdown(f"the frozen trunk: {done:,} of {total:,} films"))
+
+
+history = training.train(show, show_features)
+done = (settings.run / "finished.json").is_file()
+live.update(Markdown("All rounds are done; the curves stand below." if done else (
+    "**Stopped at `max_hours`, after a whole round.** Run this notebook again to go on; on Kaggle, attach"
+    " the output of this version to the next one first.")))
 
 # %% [markdown]
 # ## Learning curves
 #
 # Left: loss, on training films (as the clients saw them while they learned) and on validation films
 # (the aggregated model). Right: the mean AUROC on validation films; its best round is the one kept.
-# A validation loss that jumps while the AUROC rises is the mark of BatchNorm: in early rounds the
-# averaged statistics lag behind the averaged weights.
+# Models of the arm `local` are judged on their own hospital's validation films. With
+# `batchnorm="average"` the validation loss jumps in early rounds, since averaged statistics lag
+# behind averaged weights; `precise` measures those of the aggregated model.
 
 # %%
 fedutils.plots.learning_curves(history, title)
@@ -194,16 +209,17 @@ last = per_round[per_round["round"] == per_round["round"].max()]
 HTML(last[shown].to_html(index=False, float_format="{:.3f}".format))
 
 # %% [markdown]
-# Faults over all rounds, and what the federation sent in all:
+# Faults over all rounds, what the federation sent in all, and how far off the estimate was:
 
 # %%
-took = history[(history["client"] == "") | (history["arm"] == "local")]["seconds"].sum()
+off = training.seconds / estimate - 1 if estimate else 0
+said = f", {abs(off):.0%} {'more' if off > 0 else 'less'} than estimated" if estimate else ""
 faults = history[~history["status"].isin(["ok"])]
 sent_gb = per_round[["bytes_up", "bytes_down"]].to_numpy().sum() / 1e9
 display(faults[["round", "client", "status", "reason"]] if len(faults) else Markdown("No client failed."))
 display(Markdown(
-    f"**{sent_gb:.2f} GB** travelled in all. Training took {took / 60:.1f} minutes, "
-    f"all sessions together; {estimate / 60:.1f} were estimated for this one."
+    f"**{sent_gb:.2f} GB** travelled in all. This session trained for "
+    f"**{training.seconds / 60:.1f} minutes**{said}."
 ))
 
 # %% [markdown]

@@ -18,28 +18,31 @@
 # reports AUROC and average precision for all 14 findings with 95 % intervals over patients.
 #
 # **Reads** `work/prepared/` and `work/runs/NAME/`. **Writes** `work/runs/NAME/evaluation/`:
-# `predictions.csv.gz`, `metrics.csv`, `summary.json` and the figures. **Takes** seconds for the demo.
+# `predictions.csv.gz`, `metrics.csv`, `differences.csv`, `summary.json`, tables of calibration, operating
+# points and pointing, and the figures; beside it `MODEL_CARD.md`. **Takes** seconds for the demo,
+# minutes for 20 models on all of NIH's test films.
 
 # %% tags=["parameters"]
 work_dir: str = ""  # where results are; empty: work/ beside the notebooks
 name: str = ""  # of the run; empty: the latest
 device: str = "auto"  # auto, cpu or cuda:0
+cache_features: bool = False  # read the trunk's output from notebook 03's store, where it is there
 compare: str = ""  # names of other runs, such as A,B, to lay beside this one
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
-# first line of output says which versions ran.
+# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
+# first of these that there is. The line below says which copy ran, and the versions.
 
 # %%
+import os
 import sys
 from pathlib import Path
-
-places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
-
-import fedutils
 from IPython.display import HTML, Markdown, display
-
+kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
+attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
+places = [Path.cwd(), *Path.cwd().parents, *attached]
+sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import fedutils
 fedutils.print_environment()
 
 # %% [markdown]
@@ -49,7 +52,7 @@ fedutils.print_environment()
 # here and says so.
 
 # %%
-settings = fedutils.read_run(work_dir, name, device)
+settings = fedutils.read_run(work_dir, name, device, cache_features)
 report = fedutils.read_report(settings.prepared)
 fedutils.check_fingerprint(settings, report)
 title = f"{report['release']} data, {settings.partition}"
@@ -75,33 +78,44 @@ predictions = fedutils.write_predictions(predicted, folder / "predictions.csv.gz
 predictions.iloc[:3, :9]
 
 # %% [markdown]
-# ## AUROC and average precision
+# ## In words
 #
-# Patients, not films, are drawn in the bootstrap, since films of a patient resemble one another. The
-# mean is taken over the findings with at least ten positive test patients.
+# Patients, not films, are drawn in the bootstrap, since films of a patient resemble one another, and the
+# same 1,000 draws serve all models, so that differences are paired. Every sentence is computed from the
+# tables below.
 
 # %%
-metrics = fedutils.evaluate_models(predictions, films, settings.seed)
-summary = fedutils.write_summary(settings, metrics, title)
+result = fedutils.evaluate_models(predictions, films, settings.seed)
+summary = fedutils.write_summary(settings, result, title)
 display(Markdown("\n".join(f"- {line}" for line in summary["headline"])))
 
 # %% [markdown]
-# The first model's figures by finding:
+# The primary figure is the mean over one fixed set of findings, those with at least ten positive test
+# patients. Labels alone decide, no model. Here they are:
 
 # %%
-first = metrics.merge(metrics[["arm", "seed", "client"]].head(1))
-HTML(fedutils.tabulate(first).to_html())
+display(Markdown(f"**{len(result.mean_over)} findings:** {', '.join(result.mean_over) or 'none'}."))
+
+# %% [markdown]
+# ## The table: every arm, every finding
+#
+# AUROC and average precision, as means over the training seeds, with 95 % intervals over patients. The
+# *mean local model* is what a hospital gets on average if each trains alone.
+
+# %%
+HTML(fedutils.tabulate(result.metrics).to_html())
 
 # %% [markdown]
 # ## The same as a picture
 #
-# A point is the AUROC, the bar its 95 % interval over patients; 0.5 is guessing. Published figures
-# appear only if these are NIH's own films with NIH's own test list: other splits do not compare.
+# A point is the AUROC, the bar its 95 % interval over patients; 0.5 is guessing. Small circles are the
+# models of single hospitals. Published figures appear only if these are NIH's own films with NIH's own
+# test list: other splits do not compare.
 
 # %%
 official = report["lists"] == ["train_val", "test"] and report["release"] in ("2017", "2020")
 yardsticks = fedutils.YARDSTICKS_OFFICIAL if official and report["films"] > 100_000 else None
-figure = fedutils.plots.auroc_forest(metrics, yardsticks, title)
+figure = fedutils.plots.auroc_forest(result.metrics, yardsticks, title)
 figure.savefig(folder / "auroc.png")
 figure
 
@@ -116,12 +130,13 @@ display(Markdown(note))
 # %% [markdown]
 # ## ROC curves
 #
-# Sensitivity against the share of false alarms, one panel for each finding. The dotted diagonal is
-# guessing.
+# Sensitivity against the share of false alarms, one panel for each finding, of the first model of the
+# run. The dotted diagonal is guessing.
 
 # %%
 test = films.where(films.index["split"] == "test")
-scores = predictions.merge(first[["arm", "seed", "client"]].head(1))[list(fedutils.FINDINGS)].to_numpy()
+first = predictions[["arm", "seed", "client"]].head(1)
+scores = predictions.merge(first)[list(fedutils.FINDINGS)].to_numpy()
 figure = fedutils.plots.roc_curves(test.labels, scores, title)
 figure.savefig(folder / "roc.png")
 figure
@@ -138,14 +153,253 @@ figure.savefig(folder / "precision_recall.png")
 figure
 
 # %% [markdown]
+# ## Differences between the arms
+#
+# The federated model minus each other one, on the same draws of patients. A difference counts as *shown*
+# when its interval excludes 0 and every training seed has its sign; for single findings its p, adjusted
+# for 14 of them (Holm), must be below 0.05 as well. Otherwise no difference is shown, which does not say
+# that there is none.
+
+# %%
+alone = f"Only one arm was trained ({settings.arms}): nothing to compare it with."
+differences = fedutils.tabulate_differences_text(result.differences)
+HTML(differences.to_html(index=False)) if len(differences) else Markdown(alone)
+
+# %% [markdown]
+# The same as a picture, by finding too. Filled points are shown differences, hollow ones are not; the
+# short upright lines are the smallest and the largest value over the training seeds.
+
+# %%
+if len(result.differences):
+    figure = fedutils.plots.difference_forest(result.differences, title)
+    figure.savefig(folder / "differences.png")
+    display(figure)
+
+# %% [markdown]
+# ## Fairness between hospitals
+#
+# Every model on every hospital's own test films, over the findings that all hospitals have enough of. A
+# frame marks a local model at home: does federation give that hospital more than it had?
+
+# %%
+figure = fedutils.plots.client_matrix(result.metrics, title)
+figure.savefig(folder / "hospitals.png")
+figure
+
+# %% [markdown]
+# The hospital for which the first arm does least, and what its interval allows to say:
+
+# %%
+at_hospitals = fedutils.hospitals(result.metrics, settings.arm_list[0]).sort_values("value")
+shown = ["arm", "test_set", "value", "ci_low", "ci_high", "n"]
+HTML(at_hospitals[shown].to_html(index=False, float_format="{:.3f}".format))
+
+# %% [markdown]
+# ## Subgroups
+#
+# Mean AUROC by sex, age, view position and scanner, each family over the findings that all its groups
+# have enough of. Grey groups hold under 30 positive labels: nothing is to be concluded from them. The
+# last line takes one film a patient, the first, so that no patient counts more than another.
+
+# %%
+figure = fedutils.plots.subgroup_forest(result.metrics, title)
+figure.savefig(folder / "subgroups.png")
+figure
+
+# %% [markdown]
+# The first arm by subgroup and finding. A cell is grey where under 30 films are positive.
+
+# %%
+figure = fedutils.plots.subgroup_heatmap(result.metrics, title)
+figure.savefig(folder / "subgroups_by_finding.png")
+figure
+
+# %% [markdown]
+# ## What it cost
+#
+# The AUROC on validation films after each round, against the gigabytes that travelled until then and the
+# films that were trained on. Only federation sends models; centralised training sends the films.
+
+# %%
+history = fedutils.read_history(settings.run)
+cost = fedutils.training_cost(history, settings.local_epochs)
+figure = fedutils.plots.cost_curves(cost, title)
+figure.savefig(folder / "cost.png")
+figure
+
+# %% [markdown]
+# What each arm had spent when it was best on validation, the mean over seeds:
+
+# %%
+known = cost.dropna(subset="val_auroc")
+best = known.loc[known.groupby(["arm", "seed"], sort=False)["val_auroc"].idxmax()]
+best = best.groupby("arm", sort=False)[["round", "films_seen", "gigabytes", "val_auroc"]].mean()
+HTML(best.to_html(float_format="{:,.3f}".format))
+
+# %% [markdown]
+# ## Beside other runs
+#
+# `compare` names runs on the same films, such as other partitions; a sweep names them by itself. Their
+# federated models are compared on the same draws of patients.
+
+# %%
+others = [fedutils.read_run(work_dir, other.strip(), device) for other in compare.split(",") if other]
+beside = fedutils.compare_runs([*others, settings]) if others else None
+none = Markdown("No other run was named.")
+none if beside is None else HTML(fedutils.tabulate_differences_text(beside.differences).to_html(index=False))
+
+# %% [markdown]
+# Every arm of these runs, with the intervals of its mean AUROC:
+
+# %%
+if beside is not None:
+    figure = fedutils.plots.run_forest(beside.metrics, report["release"])
+    figure.savefig(folder / "compare.png")
+    display(figure)
+
+# %% [markdown]
+# ## Calibration
+#
+# Is a finding there in 20 % of the films that are given 0.20? Temperature scaling divides all logits
+# of a model by one number, fitted on validation films (Guo et al. 2017); the order of films, and so
+# AUROC, stays. A local model is given its own hospital's validation films only.
+
+# %%
+seen = fedutils.predict_films(settings, films, "val")
+validation = fedutils.write_predictions(seen, folder / "validation.csv.gz")
+calibration = fedutils.calibrate(validation, predictions, films.index)
+calibration.to_csv(folder / "calibration.csv", index=False)
+
+# %% [markdown]
+# Means over the findings, before and after (`scaled`). Brier: mean squared error of the probability.
+# ECE: the gap between predicted and observed in 15 bins of equal width, weighted by films. Always
+# giving the prevalence is perfectly calibrated and worthless: read them beside AUROC.
+
+# %%
+means = calibration[calibration["finding"] == "mean"].set_index("arm")
+means[["seed", "client", "temperature", "brier", "brier_scaled", "ece", "ece_scaled"]].round(4)
+
+# %% [markdown]
+# As a picture, for the federated model of the first seed (without that arm: the first model). Left,
+# on the dotted line a prediction means what it says; the larger the dot, the more films. Of rare
+# findings nearly all films are in the first bin, so few films make the dots at the right.
+
+# %%
+main = fedutils.main_model(calibration)
+mine, test = predictions.merge(main), films.where(films.index["split"] == "test")
+chances = mine[list(fedutils.FINDINGS)].to_numpy()
+heat = calibration.merge(main)["temperature"].iloc[0]
+figure = fedutils.plots.reliability_diagram(test.labels, chances, heat, title)
+figure.savefig(folder / "calibration.png")
+figure
+
+# %% [markdown]
+# ## Operating points
+#
+# Where to cut a probability is chosen on validation films, and judged on test films: *Youden* makes
+# sensitivity + specificity largest, the other cut is the highest that still finds 90 % of the
+# validation films with the finding; on test films that can be more or less.
+
+# %%
+points = fedutils.operating_points(validation, predictions, films.index)
+points.to_csv(folder / "operating_points.csv", index=False)
+
+# %% [markdown]
+# The same model's. PPV, the share of alarms that are right, and NPV hold **at the prevalence that
+# stands beside them**: where a finding is rarer, more alarms are false. *No cut*: validation lacks
+# films with the finding, or without it.
+
+# %%
+HTML(fedutils.tabulate_points(points.merge(main)).to_html())
+
+# %% [markdown]
+# ## Where it looks
+#
+# Grad-CAM on `layer4` marks what raises a finding's score. In the *pointing game* its hottest cell
+# must lie in a box that was drawn for that finding on that film: no tolerance, and with several boxes
+# any of them counts. Position alone can win it, so two points stand beside the model that never look:
+# the image centre, and the best fixed point *fitted on other patients' films* (a finding that only one
+# patient has boxes of has none).
+
+# %%
+pointing = fedutils.pointing_game(settings, films)
+pointing.to_csv(folder / "pointing.csv", index=False)
+display(Markdown(fedutils.pointing_words(pointing, settings.image_size)))
+
+# %% [markdown]
+# As a picture, where it could be played. Bars are Wilson's 95 % intervals; the orange tick is the
+# upper bound of a fixed point, since it was fitted on these very boxes.
+
+# %%
+if len(pointing):
+    figure = fedutils.plots.pointing(pointing, title)
+    figure.savefig(folder / "pointing.png")
+    display(figure)
+
+# %% [markdown]
+# The films by a fixed rule: for each finding the true positive and the false positive with the highest
+# probability, and the missed film with the lowest, cut at *Youden*. Boxes are orange; the more blue,
+# the more the place raised the score (from 224 pixels on). *No film*: there is none of that kind, or
+# validation gave no cut. An empty box list of a film does not mean that nothing is there.
+
+# %%
+panels = fedutils.pick_gallery(mine, points.merge(main), films.index)
+panels = fedutils.fill_gallery(settings, test, panels, main)
+figure = fedutils.plots.gallery(panels, title)
+figure.savefig(folder / "gallery.png")
+figure
+
+# %% [markdown]
+# ## The model leaves
+#
+# `global_model.safetensors` needs nothing of this project: torchvision loads it, and a film needs only
+# to be grey, of the run's size, and normalised as for ImageNet.
+
+# %%
+import torch
+from safetensors.torch import load_file
+from torchvision.models import resnet34
+
+
+def predict_alone(path, film):
+    model = resnet34(num_classes=14)
+    model.load_state_dict(load_file(path))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    with torch.no_grad():
+        return model.eval()((film / 255 - mean)[None] / std).sigmoid()[0].numpy()
+
+# %% [markdown]
+# One test film, and what the run itself said of it:
+
+# %%
+path, said = settings.run / "global_model.safetensors", "No federated arm, so no global model leaves."
+if path.is_file():
+    gap = abs(predict_alone(path, test[0][0]) - chances[0]).max()
+    same = "the same" if gap < 1e-5 else "not the same (half precision, or local BatchNorm)"
+    name = test.index["image_index"][0]
+    said = f"Film {name}: torchvision alone and the run differ by at most {gap:.1e}, which is {same}."
+display(Markdown(said))
+
+# %% [markdown]
+# The model card goes with it, as `MODEL_CARD.md` in the run's folder. What was written since the
+# summary is added to the hashes there.
+
+# %%
+card = fedutils.write_card(settings)
+tables = ("validation.csv.gz", "calibration.csv", "operating_points.csv", "pointing.csv")
+fedutils.record_files(settings, "MODEL_CARD.md", *(f"evaluation/{table}" for table in tables))
+display(Markdown("> " + card.replace("\n", "\n> ")))
+
+# %% [markdown]
 # ## What this is, and what it is not
 #
 # NIH's labels were mined from reports by text, not given by radiologists. Films stayed with their
 # client, but updates can leak: federated is not yet private. Not for clinical use.
 
 # %%
-warning = "**Phantom films are synthetic: nothing here is evidence about patients.**"
-display(Markdown(warning if report["release"] == "phantom" else "Labels were mined from reports by text."))
+notes = {"phantom": "**Phantom films are synthetic: nothing here is evidence about patients.**",
+         "own": "Labels are those of your own table; a finding that is not labelled was not trained either."}
+display(Markdown(notes.get(report["release"], "Labels were mined from reports by text.")))
 
 # %% [markdown]
 # `summary.json` holds what it takes to repeat this run: parameters, versions, threads, device, the

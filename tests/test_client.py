@@ -27,15 +27,14 @@ def start_state(model):
 def test_one_client_equals_an_independent_training_loop_bit_for_bit(tmp_path, films):
     """The loop below is written from the textbook and shares only the batches with ours."""
     torch.set_num_threads(1)
-    settings = tiny_settings(tmp_path, local_epochs=2, tracked="all")
+    settings = tiny_settings(tmp_path, local_epochs=2, tracked="all", augment=False)
     client = Client("client-1", films, settings, seed=3)
-    client.augment = False
     model = build_resnet34("none", "all", seed=3)
     update, _ = client.fit(model, start_state(model), {}, round=1)
 
     plain = build_resnet34("none", "all", seed=3)
     plain.train()
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     rng = generator(3, "shuffle", 1, "client-1")
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     losses = []
@@ -110,10 +109,9 @@ def test_fedprox_step_equals_a_hand_computed_one(tmp_path, films):
     """SGD, one batch and one earlier step: w2 = w1 - lr (g1 + mu (w1 - w0))."""
     values = dict(strategy="fedprox", optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
     settings = tiny_settings(
-        tmp_path, tracked="fc", mu=0.5, local_epochs=2, batch_size=64, **values
+        tmp_path, tracked="fc", mu=0.5, local_epochs=2, batch_size=64, augment=False, **values
     )
     client = Client("a", films, settings, 0)
-    client.augment = False
     model = build_resnet34("none", "fc")
     sent = start_state(model)
     got = client.fit(model, sent, {}, 1)[0].state["fc.bias"]
@@ -188,3 +186,22 @@ def test_optimisers_are_the_named_ones(tmp_path):
     assert isinstance(make_optimizer(parameter, tiny_settings(tmp_path)), torch.optim.AdamW)
     sgd = make_optimizer(parameter, tiny_settings(tmp_path, optimizer="sgd", momentum=0.5))
     assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains_close_to_float32_and_leaves_float32_weights(
+    tmp_path, films, precision
+):
+    """In fp16 through the GradScaler, as on a T4; here on the CPU."""
+    settings = tiny_settings(tmp_path, tracked="fc", precision=precision, augment=False)
+    model = build_resnet34("none", "fc", precision=precision)
+    sent = start_state(model)
+    update, _ = Client("a", films, settings, 0).fit(model, sent, {}, 1)
+    full = build_resnet34("none", "fc", precision="fp32")
+    full.load(model.state_dict() | sent)
+    plain = tiny_settings(tmp_path, tracked="fc", precision="fp32", augment=False)
+    expected, _ = Client("a", films, plain, 0).fit(full, sent, {}, 1)
+    assert update.state["fc.weight"].dtype is torch.float32
+    assert not torch.equal(update.state["fc.weight"], expected.state["fc.weight"])
+    assert update.train_loss == pytest.approx(expected.train_loss, rel=0.02)
+    assert np.allclose(predict(model, films), predict(full, films), atol=0.2)

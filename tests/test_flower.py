@@ -29,10 +29,12 @@ SECRET = "Mueller-Luedenscheidt"
 def one_process():
     """In earnest each message is a process of its own; here all share one task and one model."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 2, 3
-    built = functools.cache(lambda *how: (m := build_resnet34(*how), to_cpu(m.state_dict())))
+    built = functools.cache(
+        lambda *how, **more: (m := build_resnet34(*how, **more), to_cpu(m.state_dict()))
+    )
 
-    def build(*how):
-        model, fresh = built(*how)
+    def build(*how, **more):
+        model, fresh = built(*how, **more)
         model.load(fresh)
         return model.train()
 
@@ -115,9 +117,12 @@ def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
     _films, *_, grid = both
     model = build_resnet34("none", "layer1,fc", "average")
     shapes = {name: (tuple(v.shape), v.dtype) for name, v in model.tracked_state().items()}
+    measured = {k: v for k, v in shapes.items() if k.endswith(("running_mean", "running_var"))}
     numbers = {"films", "examples", "train_loss", "loss", "labels", "pairs", "ordered"}
     replies = [(name, reply) for name, reply, _ in grid.wire if name != "down"]
-    assert len(replies) == 3 * (1 + 2 * 2)  # a query, then training and validation in two rounds
+    assert len(replies) == 3 * (
+        1 + 2 * 3
+    )  # a query, then train, measure and validate in two rounds
     for name, reply in replies:
         assert set(reply.content) == {"words", "numbers", "state"}
         words = dict(reply.content["words"])
@@ -126,7 +131,7 @@ def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
         for value in reply.content["numbers"].values():
             assert isinstance(value, int | float) or len(value) == len(FINDINGS)
         state = flower.unpack(reply)
-        assert {k: (tuple(v.shape), v.dtype) for k, v in state.items()} in ({}, shapes)
+        assert {k: (tuple(v.shape), v.dtype) for k, v in state.items()} in ({}, shapes, measured)
 
 
 def test_no_film_no_patient_and_no_path_stands_in_any_message(both):

@@ -17,7 +17,7 @@ from fedutils.partition import partition_patients, split_patients
 from fedutils.phantom import write_phantom
 from fedutils.pipeline import NotebookFailed
 
-GIVEN = ("profile", "image_size", "num_clients", "tracked", "batch_size", "rounds", "threads", "device")  # fmt: skip
+GIVEN = ("profile", "image_size", "num_clients", "tracked", "batch_size", "rounds", "threads", "device", "batchnorm")  # fmt: skip
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def rows(work):
 
 def test_over_tls_the_run_is_the_simulation_and_an_unknown_node_is_refused(flwr, tmp_path):
     films, keys = tiny_films(tmp_path, clients=2), tmp_path / "keys"
-    settings = tiny_settings(tmp_path, num_clients=2, rounds=1)
+    settings = tiny_settings(tmp_path, num_clients=2, rounds=1, batchnorm="average")
     expected = Training(settings, films).train()["state_sha256"].iloc[-1]
     homes = tiny_homes(tmp_path / "homes", films)
     network.make_certificate(keys, "127.0.0.1")
@@ -49,7 +49,7 @@ def test_over_tls_the_run_is_the_simulation_and_an_unknown_node_is_refused(flwr,
             network.register(keys / f"{name}.key.pub", flower.environment)
             flower.join(name, home)
         flower.join("stranger", homes["client-1"])
-        network.train(values(settings, tmp_path / "server"), flower.environment, 400, 200)
+        network.train(values(settings, tmp_path / "server"), flower.environment, 600, 300)
         processes = dict(flower.processes)
     assert rows(tmp_path / "server")["state_sha256"].iloc[-1] == expected
     assert "Failed to activate SuperNode" in (tmp_path / "flower/stranger.log").read_text()

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import jupytext
 import pytest
@@ -55,7 +56,9 @@ print("films explored")
 for number in range(1, rounds + 1):
     print("round", number)
 (run / "config.json").write_text(f'{{"lr": {lr}}}')
-(run / "history.csv").write_text(f"{rounds} {lr}" + (work / "prepared/report.json").read_text())
+(run / "history.csv").write_text("arm,seed,client,round,val_loss,val_auroc,data\\n" + "".join(
+    f"federated,{s},,{rounds},0.5,{lr + s},{(work / 'prepared/report.json').stat().st_size}\\n"
+    for s in (0, 1)))
 (run / "models/federated.safetensors").write_text("weights")
 (run / "finished.json").write_text("") if not max_hours else (run / "finished.json").unlink(True)
 """,
@@ -195,6 +198,16 @@ def test_a_sweep_without_a_name_names_each_run_by_its_parameters(project, execut
     assert len(list((project / "work/runs").iterdir())) == 2
 
 
+def test_a_sweep_ends_with_what_each_run_reached_on_validation(project, executed, capsys):
+    assert sweep("lr=0.1|0.2", "--name", "S") == 0
+    table = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+    assert table[0] == "| lr | run | arm | models | AUROC | loss | best round |"
+    assert table[2:] == [
+        "| 0.1 | S-0.1 | federated | 2 | 0.600 | 0.500 | 6.0 |",
+        "| 0.2 | S-0.2 | federated | 2 | 0.700 | 0.500 | 6.0 |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -275,7 +288,8 @@ def test_changed_data_repeats_what_reads_films(project, executed, monkeypatch):
     films = project / "films"
     (films / "images").mkdir(parents=True)
     (films / "Data_Entry_2017.csv").write_text("one")
-    monkeypatch.setattr(pipeline.nih, "read_nih", lambda folder: None)
+    monkeypatch.setattr(pipeline.nih, "read_nih", lambda folder: SimpleNamespace(table=None))
+    monkeypatch.setattr(pipeline, "check_splits", lambda table, seed: None)
     again(executed, "--data", "films")
     assert again(executed, "--data", "films") == []
     (films / "Data_Entry_2017.csv").write_text("two")

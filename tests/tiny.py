@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from fedutils.findings import FINDINGS
 from fedutils.images import INDEX_COLUMNS, ChestXrayDataset, read_index
@@ -68,3 +69,12 @@ def tiny_homes(folder: Path, films: ChestXrayDataset) -> dict[str, Path]:
         about = {"seed": 0, "image_size": films.store.shape[1], "fingerprint": name}
         (prepared / "report.json").write_text(json.dumps(about))
     return homes
+
+
+def fake_gpus(monkeypatch, count, capability=(7, 5), arches=("sm_70", "sm_75", "sm_80")) -> None:
+    """Let torch tell of GPUs that are not there; nothing can run on them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(arches))
