@@ -90,13 +90,14 @@ def main() -> None:
     """Run everything, resuming where it was; write work/evidence/evidence.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="auto", help="auto, or bf16 where the CPU has it")
+    parser.add_argument("--threads", default="0", help="of a run; 0: all cores")
     parser.add_argument("--only", choices=("phantom", "nih64"), help="one data set")
     options = parser.parse_args()
     root = find_root() / "work" / "evidence"
-    common = {"profile": "demo", "precision": options.precision}
+    common = {"profile": "demo", "precision": options.precision, "threads": options.threads}
     parts = []
     if options.only != "nih64":
-        tuned = {"weights": train_trunk(root), "tracked": "layer4,fc", "rounds": "10"}
+        tuned = {"weights": train_trunk(root), "tracked": "layer4,fc", "rounds": "6"}
         tuned |= {"cache_features": "true", "augment": "false"}
         parts.append(evidence("phantom", "Phantom, layer4 and fc", common | tuned, root))
     real = os.environ.get("NIH_TEST_DATA")
