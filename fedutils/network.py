@@ -55,12 +55,14 @@ def command(tool: str) -> str:
     return str(Path(sys.executable).parent / tool)
 
 
-def superlink(host: str, port: int, keys: Path | None) -> list[str]:
+def superlink(host: str, port: int, folder: Path, keys: Path | None) -> list[str]:
     """Return the command of the server's SuperLink; without keys anyone may connect, unencrypted.
 
-    With `keys`, as `make_certificate` wrote them, it speaks TLS and knows only registered nodes.
+    With `keys`, as `make_certificate` wrote them, it speaks TLS and knows only registered nodes. It
+    remembers them in `folder`: SuperNodes give up at a SuperLink that has forgotten them.
     """
     begin = [command("flower-superlink"), "--host", host, "--port", str(port)]
+    begin += ["--database", str(folder / "superlink.db")]
     begin.append("--disable-runtime-dependency-installation")
     if keys is None:
         return [*begin, "--insecure"]
@@ -107,7 +109,7 @@ class Flower:
 
     def __enter__(self) -> "Flower":
         """Start the SuperLink."""
-        self.start("superlink", superlink("127.0.0.1", self.port, self.keys))
+        self.start("superlink", superlink("127.0.0.1", self.port, self.folder, self.keys))
         try:
             self.wait_for_superlink(60)
         except BaseException:
@@ -190,9 +192,10 @@ def train(
         raise NotebookFailed(f"Flower did not start the run: {output[-1000:]}")
     call = [command("flwr"), "list", "--run-id", found[1], "here", "--format", "json"]
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
-    if done.returncode:
+    listed = json.loads(done.stdout or "{}")
+    if not listed.get("runs"):  # even then `flwr list` may end with status 0
         raise NotebookFailed(f"run {found[1]}: its status is unknown: {done.stdout}{done.stderr}")
-    run = json.loads(done.stdout)["runs"][0]
+    run = listed["runs"][0]
     if run["status"] != "finished:completed":
         raise NotebookFailed(f"run {found[1]} {run['status']}: {run['status-details']}")
     return run
@@ -262,7 +265,7 @@ def do(step: str, name: str, server: str, keys: Path | None, values: Mapping[str
     if step == "train":
         train(values, environment)
         return None
-    call = superlink(host, int(port), keys)
+    call = superlink(host, int(port), work / "flower", keys)
     if step == "hospital":
         call = supernode(name, work, server, free_port(), keys)
     os.execve(call[0], call, environment)
