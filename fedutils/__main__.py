@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, evaluation, kaggle, pipeline
+from . import __version__, evaluation, kaggle, network, pipeline
 from .findings import InputError
 from .pipeline import NotebookFailed
 
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check a run folder: hashes, data, metrics")
     verify.add_argument("folder", type=Path, metavar="RUN", help="such as work/runs/NAME")
     verify.set_defaults(do=verify_run)
+    add_flower(commands.add_parser("flower", help="train over a real network"))
     kit = commands.add_parser("kaggle", help="write folders for the `kaggle` command to send")
     kit.add_argument("--user", required=True, metavar="NAME", help="your name on Kaggle")
     kit.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
@@ -66,6 +67,36 @@ def add_pairs(command: argparse.ArgumentParser) -> None:
     """Add the option that sets any parameter."""
     command.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
                          help="a parameter, such as -p rounds=20; may be repeated")  # fmt: skip
+
+
+def add_flower(command: argparse.ArgumentParser) -> None:
+    """Add the steps of a federation over a network; `--keys` is the folder of this side's keys."""
+    steps = command.add_subparsers(metavar="STEP", required=True)
+    texts = {
+        "certificate": "write the server's certificate, for the NAME that hospitals reach it by",
+        "key": "write the key of the hospital NAME",
+        "server": "run the SuperLink, to which hospitals connect",
+        "register": "let the hospital with the public key NAME connect",
+        "hospital": "run the SuperNode of the hospital NAME",
+        "train": "train with the hospitals that are connected",
+        "demo": "all of it on this machine, compared with the simulation",
+    }
+    for step, text in texts.items():
+        part = steps.add_parser(step, help=text)
+        if step in ("certificate", "key", "register", "hospital"):
+            part.add_argument("flower_name", metavar="NAME")
+        part.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT")
+        part.add_argument("--keys", type=Path, metavar="DIR", help="none: no TLS, one machine only")
+        part.add_argument("--work", default="work", help="this side's work folder")
+        add_pairs(part)
+        part.set_defaults(do=run_flower, step=step)
+
+
+def run_flower(options: argparse.Namespace) -> None:
+    """Do one step of a federation over a network."""
+    values = split_pairs(options.pairs, "-p") | {"work_dir": str(Path(options.work).resolve())}
+    name = getattr(options, "flower_name", "")
+    network.do(options.step, name, options.server, options.keys, values)
 
 
 def run_notebooks(options: argparse.Namespace) -> None:

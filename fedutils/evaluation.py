@@ -622,9 +622,12 @@ def _sha256(path: Path) -> str:
 
 
 def check_fingerprint(settings: Settings, report: dict[str, Any]) -> None:
-    """Raise InputError where the prepared data are not those that the run was trained on."""
+    """Raise InputError where the prepared data are not those that the run was trained on.
+
+    A run over a network has no fingerprint: its films never left the hospitals.
+    """
     trained = json.loads((settings.run / "config.json").read_text())["fingerprint"]
-    if report["fingerprint"] != trained:
+    if trained and report["fingerprint"] != trained:
         raise InputError(
             f"run {settings.name} was trained on data {trained[:16]}, but {settings.prepared} holds"
             f" {report['fingerprint'][:16]}: run notebook 02 again with that run's parameters"

@@ -168,6 +168,12 @@ class Replicas:
         with ThreadPoolExecutor(len(self.models), "replica", *start) as pool:
             yield from pool.map(work, clients)
 
+    def validate(self, job: Job, now: Progress) -> tuple[float, float]:
+        """Return loss and mean AUROC of the aggregated model on the job's validation films."""
+        labels = job.validation.labels
+        logits = predict_with(self.models[0], job.validation, now.state, now.clients)
+        return log_loss(labels, logits), mean_auroc(labels, logits)
+
 
 def fit_safely(
     client: Client, model: ChestResNet, sent: State, kept: State, round: int
@@ -269,18 +275,18 @@ def count_bytes(state: State) -> int:
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
-def aggregate_row(job: Job, now: Progress, rows: list[Row], model: ChestResNet) -> Row:
+def aggregate_row(job: Job, now: Progress, rows: list[Row], replicas: Replicas) -> Row:
     """Return the row of the aggregated model: its own validation, and sums over the clients."""
     good = pd.DataFrame([row for row in rows if row["status"] in ("ok", UNMEASURED)])
-    logits = predict_with(model, job.validation, now.state, now.clients)
+    loss, auroc = replicas.validate(job, now)
     return {
         "arm": job.arm,
         "seed": job.seed,
         "round": now.round,
         "client": job.owner,
         "train_loss": float(np.average(good["train_loss"], weights=good["examples"])),
-        "val_loss": log_loss(job.validation.labels, logits),
-        "val_auroc": mean_auroc(job.validation.labels, logits),
+        "val_loss": loss,
+        "val_auroc": auroc,
         "examples": int(good["examples"].sum()),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
@@ -325,11 +331,11 @@ class Training:
         self, settings: Settings, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
         self.settings, self.run, self.films = settings, settings.run, films
-        self.jobs = plan(settings, films)
         self.strategy = strategy or STRATEGIES[settings.strategy]
-        self.config = open_run(settings, self.strategy)
+        self.config = open_run(settings, self.strategy, self._fingerprint())
         # Before a model is built, whose calibration depends on the threads in its last bits.
         set_up(self.config["threads"], settings.precision)
+        self.jobs = self._plan(films)
         self.seconds = 0.0  # that train() took in this session
         self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
         self._models: list[ChestResNet] = []
@@ -409,6 +415,20 @@ class Training:
         films = sum(len(c.films) for c in job.clients) * self.settings.client_fraction
         train = films * self.settings.local_epochs / side_by_side
         return max(0, rounds) * np.array([train, len(job.validation), 1.0])
+
+    def _plan(self, films: ChestXrayDataset) -> list[Job]:
+        return plan(self.settings, films)
+
+    def _fingerprint(self) -> str:
+        """Return that of the prepared films; raise InputError where they have another size."""
+        prepared, wanted = self.settings.prepared, self.settings.image_size
+        report = read_report(prepared)
+        if (size := report.get("image_size", wanted)) != wanted:
+            raise InputError(
+                f"{prepared} holds films of {size} pixels, but image_size is {wanted}: give the"
+                " same profile or image_size to notebooks 02 and 03"
+            )
+        return report["fingerprint"]
 
     def _identity(self, job: Job) -> str:
         """Return a hash of all that a job's model depends on, and of nothing else."""
@@ -497,7 +517,7 @@ class Training:
         except FederationError as error:
             self._write_history(job, now.rows + error.rows)
             raise
-        row = aggregate_row(job, now, rows, replicas.models[0])
+        row = aggregate_row(job, now, rows, replicas)
         row["seconds"] = time.perf_counter() - began
         # A single client's row says the same as that of its model.
         now.rows += [*rows, row] if job.arm == "federated" else [row]
@@ -553,7 +573,7 @@ def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
     return order.groupby(["arm", "seed", "client"]).head(1).drop(columns="score").sort_index()
 
 
-def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:
+def open_run(settings: Settings, strategy: type[FedAvg], fingerprint: str) -> dict[str, Any]:
     """Write `config.json` for a new run, or check that the one there is the same; return it.
 
     Threads a replica belong to a run: where the settings leave them open, a run that goes on keeps
@@ -562,16 +582,10 @@ def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:
     path = settings.run / "config.json"
     old = json.loads(path.read_text()) if path.is_file() else {}
     share = max(1, (os.cpu_count() or 1) // len(find_devices(settings.device)))
-    report = read_report(settings.prepared)
-    if (size := report.get("image_size", settings.image_size)) != settings.image_size:
-        raise InputError(
-            f"{settings.prepared} holds films of {size} pixels, but image_size is"
-            f" {settings.image_size}: give the same profile or image_size to notebooks 02 and 03"
-        )
     config = settings.identity() | {
         "threads": settings.threads or old.get("threads") or share,
         "server": strategy.__name__,
-        "fingerprint": report["fingerprint"],
+        "fingerprint": fingerprint,
     }
     for key in [key for key in config if old and old.get(key) != config[key]]:
         raise InputError(

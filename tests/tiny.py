@@ -57,6 +57,20 @@ def tiny_films(work: Path, films: int = 60, clients: int = 3, size: int = 32) ->
     return ChestXrayDataset(prepared, index)
 
 
+def tiny_homes(folder: Path, films: ChestXrayDataset) -> dict[str, Path]:
+    """A work folder for each client, in which its own films alone are prepared."""
+    homes = {}
+    for name, index in films.index.groupby("client"):
+        homes[name], prepared = folder / name, folder / name / "prepared"
+        prepared.mkdir(parents=True)
+        np.save(prepared / "images.npy", films.store[index["row"]])
+        own = index.drop(columns="client").assign(row=np.arange(len(index)))
+        own.to_csv(prepared / "index.csv", index=False)
+        about = {"seed": 0, "image_size": films.store.shape[1], "fingerprint": name}
+        (prepared / "report.json").write_text(json.dumps(about))
+    return homes
+
+
 def fake_gpus(monkeypatch, count, capability=(7, 5), arches=("sm_70", "sm_75", "sm_80")) -> None:
     """Let torch tell of GPUs that are not there; nothing can run on them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)

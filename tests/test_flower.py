@@ -1,0 +1,254 @@
+"""Over Flower's messages the run is the simulation's, bit for bit, and no film leaves a hospital."""
+
+import dataclasses
+import functools
+import json
+
+import pytest
+import torch
+from tiny import tiny_films, tiny_homes, tiny_settings
+
+pytest.importorskip("flwr", reason="the extra `flower` is not installed: make flower installs it")
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedutils import federation, flower
+from fedutils.federation import FederationError, Training
+from fedutils.findings import FINDINGS, InputError
+from fedutils.flower import NetworkTraining, client_app
+from fedutils.model import build_resnet34, to_cpu
+
+SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.05}
+SECRET = "Mueller-Luedenscheidt"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process():
+    """In earnest each message is a process of its own; here all share one task and one model."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 2, 3
+    built = functools.cache(
+        lambda *how, **more: (m := build_resnet34(*how, **more), to_cpu(m.state_dict()))
+    )
+
+    def build(*how, **more):
+        model, fresh = built(*how, **more)
+        model.load(fresh)
+        return model.train()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(federation, "build_resnet34", build)
+        patch.setattr(flower, "build_resnet34", build)
+        patch.setattr(flower, "trunk_hash", lambda model: "trunk")
+        yield
+
+
+def over_the_wire(message):
+    """Serialise a message to its objects and back, as Flower does; return it and the bytes."""
+    message.metadata.__dict__["_message_id"] = message.object_id
+    parts = {key: part.deflate() for key, part in get_all_nested_objects(message).items()}
+    return inflate_object_from_contents(message.object_id, dict(parts)), b"".join(parts.values())
+
+
+class Grid:
+    """A SuperLink in memory: hospitals answer at once, in the reverse order of asking."""
+
+    def __init__(self, homes):
+        self.nodes = {number: name for number, name in enumerate(homes, 11)}
+        self.homes, self.replies, self.wire, self.dead = homes, {}, [], set()
+
+    def get_node_ids(self):
+        return [node for node, name in self.nodes.items() if name not in self.dead]
+
+    def push_messages(self, messages):
+        ids = []
+        for message in reversed(messages):
+            name = self.nodes[message.metadata.dst_node_id]
+            message.metadata.__dict__["_src_node_id"] = 1
+            arrived, content = over_the_wire(message)
+            arrived.metadata.__dict__["_message_id"] = message.object_id
+            config = {"name": name, "work_dir": str(self.homes[name])}
+            context = Context(1, message.metadata.dst_node_id, config, RecordDict(), {})
+            reply, answer = over_the_wire(client_app(arrived, context))
+            self.replies[message.object_id] = reply
+            self.wire += [("down", message, content), (name, reply, answer)]
+            ids.insert(0, message.object_id)
+        return ids
+
+    def pull_messages(self, ids):
+        return [self.replies.pop(key) for key in ids if key in self.replies]
+
+
+def over_flower(work, grid, **changes):
+    return NetworkTraining(tiny_settings(work / "server", **changes), grid, 1).train()
+
+
+def hashes(history):
+    return history[history["client"] == ""]["state_sha256"].tolist()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """One run simulated and over Flower: films, the two histories, and the grid that saw it all."""
+    work = tmp_path_factory.mktemp("both")
+    films = tiny_films(work)
+    simulated = Training(tiny_settings(work), films).train()
+    grid = Grid(tiny_homes(work / SECRET, films))
+    return films, simulated, over_flower(work, grid), grid
+
+
+def test_every_round_has_the_bits_of_the_simulation(both):
+    _, simulated, history, _ = both
+    assert hashes(history) == hashes(simulated) and len(hashes(history)) == 2
+    same = ["client", "round", "train_loss", "examples", "bytes_up", "bytes_down", "status"]
+    assert history[same].equals(simulated[same])
+
+
+def test_the_validation_is_that_of_all_hospitals_films(both):
+    _, simulated, history, _ = both
+    last, expected = history.iloc[-1], simulated.iloc[-1]
+    assert last["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-6)
+    assert last["val_auroc"] == pytest.approx(expected["val_auroc"], abs=0.2)  # within hospitals
+
+
+def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
+    _films, *_, grid = both
+    model = build_resnet34("none", "layer1,fc", "average")
+    shapes = {name: (tuple(v.shape), v.dtype) for name, v in model.tracked_state().items()}
+    measured = {k: v for k, v in shapes.items() if k.endswith(("running_mean", "running_var"))}
+    numbers = {"films", "examples", "train_loss", "loss", "labels", "pairs", "ordered"}
+    replies = [(name, reply) for name, reply, _ in grid.wire if name != "down"]
+    assert len(replies) == 3 * (
+        1 + 2 * 3
+    )  # a query, then train, measure and validate in two rounds
+    for name, reply in replies:
+        assert set(reply.content) == {"words", "numbers", "state"}
+        words = dict(reply.content["words"])
+        assert words.pop("name", name) == name and words == {"status": "ok", "reason": ""}
+        assert set(reply.content["numbers"]) <= numbers
+        for value in reply.content["numbers"].values():
+            assert isinstance(value, int | float) or len(value) == len(FINDINGS)
+        state = flower.unpack(reply)
+        assert {k: (tuple(v.shape), v.dtype) for k, v in state.items()} in ({}, shapes, measured)
+
+
+def test_no_film_no_patient_and_no_path_stands_in_any_message(both):
+    films, *_, grid = both
+    everything = b"".join(content for *_, content in grid.wire)
+    assert len(everything) > 1e6 and SECRET.encode() not in everything
+    for name, film in zip(films.index["image_index"], films.store, strict=True):
+        assert name.encode() not in everything
+        assert film[5].tobytes() not in everything  # a line of its pixels
+
+
+@pytest.mark.parametrize("changes", [
+    {"batchnorm": "frozen", "aggregation": "median", "client_fraction": 0.6, "strategy": "fedavgm"},
+], ids=["frozen-median-fraction"])  # fmt: skip
+def test_other_settings_too_have_the_bits_of_the_simulation(tmp_path, changes):
+    films = tiny_films(tmp_path)
+    expected = hashes(Training(tiny_settings(tmp_path, **changes), films).train())
+    assert (
+        hashes(over_flower(tmp_path, Grid(tiny_homes(tmp_path / SECRET, films)), **changes))
+        == expected
+    )
+
+
+def test_a_killed_server_goes_on_from_the_last_finished_round(tmp_path):
+    """With SCAFFOLD, whose variates the hospitals keep: that of the lost round must not count."""
+    films, changes = tiny_films(tmp_path), {"strategy": "scaffold"} | SGD
+    expected = hashes(Training(tiny_settings(tmp_path, **changes), films).train())
+    homes = tiny_homes(tmp_path / SECRET, films)
+    over_flower(tmp_path, Grid(homes), rounds=1, **changes)
+
+    class Killed(Grid):
+        def pull_messages(self, ids):
+            replies = super().pull_messages(ids)
+            if any(reply.metadata.message_type == "train" for reply in replies):
+                raise KeyboardInterrupt  # the hospitals have trained round 2 and kept theirs
+            return replies
+
+    with pytest.raises(KeyboardInterrupt):
+        over_flower(tmp_path, Killed(homes), **changes)
+    assert hashes(over_flower(tmp_path, Grid(homes), **changes)) == expected
+
+
+def test_an_error_in_a_hospital_names_it_and_its_text_stays_there(tmp_path, capfd):
+    films = tiny_films(tmp_path)
+    homes = tiny_homes(tmp_path / SECRET, films)
+
+    class Breaks(Grid):
+        def push_messages(self, messages):
+            if messages and messages[0].metadata.message_type == "train":
+                (homes["client-2"] / "prepared/images.npy").unlink()
+            return super().push_messages(messages)
+
+    grid = Breaks(homes)
+    history = over_flower(tmp_path, grid, rounds=1)
+    assert history["status"].tolist() == ["ok", "failed", "ok", "ok"]
+    assert history["reason"][1] == "FileNotFoundError; see the hospital's log"
+    assert SECRET in capfd.readouterr().err
+    assert SECRET.encode() not in b"".join(content for *_, content in grid.wire)
+
+
+def test_a_hospital_that_vanishes_is_named_and_takes_part_again(tmp_path):
+    films = tiny_films(tmp_path)
+    grid = Grid(tiny_homes(tmp_path / SECRET, films))
+    over_flower(tmp_path, grid, rounds=1)
+    grid.dead.add("client-1")
+    with pytest.raises(FederationError, match=r"client-1 failed \(not connected\)"):
+        over_flower(tmp_path, grid, rounds=2, min_clients=3)
+    history = over_flower(tmp_path, grid, rounds=2)
+    assert history[history["round"] == 2]["status"].tolist() == ["failed", "ok", "ok", "ok"]
+    grid.dead.clear()
+    grid.nodes = {number + 100: name for number, name in grid.nodes.items()}  # all start again
+    history = over_flower(tmp_path, grid, rounds=3)
+    assert history[history["round"] == 3]["status"].tolist() == ["ok"] * 4
+
+
+def test_a_run_does_not_begin_without_its_hospitals(tmp_path, capfd):
+    """One is missing, one was prepared at another size; its own log says so."""
+    homes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))
+    (homes["client-3"] / "prepared/report.json").write_text('{"seed": 0, "image_size": 64}')
+    grid = Grid(homes)
+    grid.dead.add("client-2")
+    with pytest.raises(InputError, match=r"num_clients=3: in 1 s these connected: client-1$"):
+        over_flower(tmp_path, grid)
+    assert "image_size=64" in capfd.readouterr().err
+
+
+def test_another_trunk_than_the_servers_is_refused(tmp_path):
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    config = dataclasses.asdict(tiny_settings(tmp_path)) | {"threads": 1}
+    order = {"config": json.dumps(config), "run": "run", "trunk": "another"}
+    with pytest.raises(InputError, match="not the trunk of the server"):
+        flower.Hospital(order, {"work_dir": str(home), "name": "client-1"}).model()
+
+
+SPOILT = {
+    "shape": {"w": torch.zeros(2)},
+    "dtype": {"w": torch.zeros(3).double()},
+    "missing": {},
+    "one more": {"w": torch.zeros(3), "film": torch.zeros(3)},
+    "infinite": {"w": torch.tensor([0, 0, torch.inf])},
+}
+
+
+@pytest.mark.parametrize("state", SPOILT.values(), ids=SPOILT)
+def test_what_does_not_fit_costs_its_update_not_the_round(state):
+    good = {"w": torch.ones(3)}
+    numbers = MetricRecord({"examples": 5, "train_loss": 0.5})
+    ask = Message(RecordDict({}), 11, "train")
+    for tensors, status in ((good, {"ok"}), (state, {"failed", "non-finite"})):
+        words = ConfigRecord({"status": "ok", "reason": ""})
+        content = {"words": words, "numbers": numbers, "state": flower.pack(tensors)}
+        update = flower.read_update("a", Message(RecordDict(content), reply_to=ask), good)
+        assert update.status in status
+    assert flower.read_update("a", Message(RecordDict({}), reply_to=ask), good).status == "failed"
+
+
+def test_local_models_and_other_arms_are_refused(tmp_path):
+    for changes in ({"batchnorm": "local"}, {"arms": "federated,local"}):
+        with pytest.raises(InputError, match="over a network only"):
+            over_flower(tmp_path, Grid({}), **changes)

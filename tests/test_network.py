@@ -1,0 +1,205 @@
+"""A real Flower network on 127.0.0.1, bounded in time: bits, keys, quiet, and honest failures."""
+
+import contextlib
+import json
+import sys
+import threading
+import time
+
+import pandas as pd
+import pytest
+from tiny import tiny_films, tiny_homes, tiny_settings
+
+from fedutils import network
+from fedutils.federation import Training
+from fedutils.findings import InputError
+from fedutils.nih import read_nih
+from fedutils.partition import partition_patients, split_patients
+from fedutils.phantom import write_phantom
+from fedutils.pipeline import NotebookFailed
+
+GIVEN = ("profile", "image_size", "num_clients", "tracked", "batch_size", "rounds", "threads", "device", "batchnorm")  # fmt: skip
+
+
+@pytest.fixture
+def flwr():
+    pytest.importorskip("flwr", reason="the extra `flower` is not installed: make flower-test")
+
+
+def values(settings, work):
+    return {key: getattr(settings, key) for key in GIVEN} | {"work_dir": work, "name": "run"}
+
+
+def rows(work):
+    path = work / "runs/run/history.csv"
+    return (
+        pd.read_csv(path, keep_default_na=False) if path.is_file() else pd.DataFrame({"round": []})
+    )
+
+
+def test_over_tls_the_run_is_the_simulation_and_an_unknown_node_is_refused(flwr, tmp_path):
+    films, keys = tiny_films(tmp_path, clients=2), tmp_path / "keys"
+    settings = tiny_settings(tmp_path, num_clients=2, rounds=1, batchnorm="average")
+    expected = Training(settings, films).train()["state_sha256"].iloc[-1]
+    homes = tiny_homes(tmp_path / "homes", films)
+    network.make_certificate(keys, "127.0.0.1")
+    for name in (*homes, "stranger"):
+        network.make_key(keys, name)
+    with network.Flower(tmp_path / "flower", keys) as flower:
+        for name, home in homes.items():
+            network.register(keys / f"{name}.key.pub", flower.environment)
+            flower.join(name, home)
+        flower.join("stranger", homes["client-1"])
+        network.train(values(settings, tmp_path / "server"), flower.environment, 600, 300)
+        processes = dict(flower.processes)
+    assert rows(tmp_path / "server")["state_sha256"].iloc[-1] == expected
+    assert "Failed to activate SuperNode" in (tmp_path / "flower/stranger.log").read_text()
+    assert all(process.poll() is not None for process in processes.values())
+
+
+@pytest.mark.slow
+def test_killed_nodes_and_a_killed_server_cost_rounds_not_the_run(flwr, tmp_path):
+    films = tiny_films(tmp_path, clients=2)
+    settings = tiny_settings(tmp_path, num_clients=2, rounds=5)
+    homes, work = tiny_homes(tmp_path / "homes", films), tmp_path / "server"
+
+    def wait_for(seen):
+        end = time.monotonic() + 400
+        while not seen(rows(work)):
+            assert time.monotonic() < end, rows(work)
+            time.sleep(0.5)
+
+    def start():
+        how = values(settings, work), flower.environment, 900, 200
+        threading.Thread(target=run, args=how, daemon=True).start()
+
+    def run(*how):
+        with contextlib.suppress(NotebookFailed):  # its server will be killed
+            network.train(*how)
+
+    def kill(name):
+        flower.processes[name].kill()
+        flower.stop(name)
+
+    with network.Flower(tmp_path / "flower") as flower:
+        for name, home in homes.items():
+            flower.join(name, home)
+        start()
+        wait_for(lambda table: (table["round"] == 1).any())
+        kill("client-2")
+        wait_for(lambda table: len(table) and (table["status"] == "failed").any())
+        flower.join("client-2", homes["client-2"])
+        lost = rows(work).query("status == 'failed'")
+        assert set(lost["client"]) == {"client-2"}
+        wait_for(
+            lambda table: table.query("client == 'client-2' and status == 'ok'")["round"].max() > 2
+        )
+        kill("superlink")
+        before = int(rows(work)["round"].max())
+        flower.start("superlink", network.superlink("127.0.0.1", flower.port, flower.folder, None))
+        flower.wait_for_superlink(60)
+        settings = tiny_settings(tmp_path, num_clients=2, rounds=before + 1)
+        network.train(values(settings, work), flower.environment, 400, 200)
+    models = rows(work).query("client == ''")["round"].tolist()
+    assert models == list(range(1, before + 2))
+
+
+def fake(tmp_path, monkeypatch, run, status):
+    """Commands in place of Flower's: `flwr run` says `run` and ends with 0, `flwr list` a status."""
+    listed = {"runs": [{"status": status, "status-details": "films of another size"}]}
+    tool = tmp_path / "flwr"
+    tool.write_text(
+        f"#!{sys.executable}\nimport sys, time\n"
+        f"print({json.dumps(listed)!r} if 'list' in sys.argv else {run!r}, flush=True)\n"
+        "time.sleep(60 if 'slow' in sys.argv[-2] else 0)\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(network, "command", lambda name: str(tool))
+
+
+def test_a_failed_run_is_reported_as_failed_though_the_command_ends_well(tmp_path, monkeypatch):
+    fake(tmp_path, monkeypatch, "Successfully started run 7", "finished:failed")
+    with pytest.raises(NotebookFailed, match="run 7 finished:failed: films of another size"):
+        network.train({}, {})
+    fake(tmp_path, monkeypatch, "no app here", "finished:completed")
+    with pytest.raises(NotebookFailed, match="did not start the run: no app here"):
+        network.train({}, {})
+    fake(tmp_path, monkeypatch, "Successfully started run 7", "finished:completed")
+    assert network.train({}, {})["status"] == "finished:completed"
+
+
+def test_a_command_that_hangs_is_stopped(capsys):
+    began = time.monotonic()
+    call = [sys.executable, "-uc", "import time; print('here'); time.sleep(60)"]
+    assert network.show(call, {}, 3) == "here\n" and time.monotonic() - began < 30
+
+
+def test_a_missing_or_other_flower_is_named(monkeypatch):
+    monkeypatch.setattr(network, "version", lambda name: "1.40.1")
+    with pytest.raises(
+        InputError, match=r"flwr 1.40.1 is installed, 1.42 is supported: pip install"
+    ):
+        network.check_flower()
+
+    def missing(name):
+        raise network.PackageNotFoundError(name)
+
+    monkeypatch.setattr(network, "version", missing)
+    with pytest.raises(
+        InputError, match=r"Flower is not installed, the extra `flower`: pip install"
+    ):
+        network.check_flower()
+
+
+def test_flower_is_quiet_and_installs_nothing(tmp_path):
+    environment = network.flower_environment(tmp_path, "127.0.0.1:1", None)
+    assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
+    assert environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+    assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
+    assert "--disable-runtime-dependency-installation" in network.superlink(
+        "127.0.0.1", 1, tmp_path, None
+    )
+    assert environment["FLWR_HOME"] == str(tmp_path)  # nothing in the user's own
+
+
+def test_keys_are_private_and_never_overwritten(tmp_path):
+    network.make_key(tmp_path, "a")
+    network.make_certificate(tmp_path, "server.example.org")
+    for name in ("a.key", "server.key"):
+        assert (tmp_path / name).stat().st_mode & 0o077 == 0
+    with pytest.raises(InputError, match=r"a.key is there already"):
+        network.make_key(tmp_path, "a")
+
+
+def test_each_hospital_gets_its_own_patients_and_no_others(tmp_path):
+    data = read_nih(write_phantom(tmp_path / "phantom", patients=60, size=64))
+    table = data.table.assign(split=split_patients(data.table, 0))
+    clients = partition_patients(table, "scanner", 3, 0.5, 0)
+    homes = network.scatter(data, clients, tmp_path / "hospitals")
+    own = {name: read_nih(home / "films") for name, home in homes.items()}
+    assert sum(len(part.table) for part in own.values()) == len(data.table)
+    for name, part in own.items():
+        patients = set(clients[clients["client"] == name]["patient_id"])
+        assert set(part.table["patient_id"]) == patients and part.release == "phantom"
+        assert part.films_present == len(part.table)
+        same = split_patients(part.table, 0).to_numpy()
+        there = table.set_index("image_index")["split"]
+        assert (there.loc[part.table["image_index"]].to_numpy() == same).all()
+
+
+def test_both_hashes_are_printed_and_compared(tmp_path, capsys):
+    for name, state in (("simulation", "a" * 64), ("flower", "a" * 64), ("other", "b" * 64)):
+        (tmp_path / name).mkdir()
+        table = {
+            "arm": "federated",
+            "client": ["x", ""],
+            "state_sha256": ["", state],
+            "seconds": 1.5,
+        }
+        pd.DataFrame(table).to_csv(tmp_path / name / "history.csv", index=False)
+    about = {"network-traffic": {"total-bytes": 3e6}}
+    network.compare(tmp_path / "simulation", tmp_path / "flower", about)
+    printed = capsys.readouterr().out
+    assert printed.count("a" * 64) == 2 and printed.endswith("identical\n")
+    with pytest.raises(NotebookFailed, match="differ"):
+        network.compare(tmp_path / "simulation", tmp_path / "other", about)
