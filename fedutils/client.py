@@ -30,12 +30,13 @@ class Update:
     seconds: float = 0.0
     status: str = "ok"
     reason: str = ""
+    epsilon: float = math.nan
 
 
 class Client:
     """A hospital: its name, its training films, and the settings that all clients share."""
 
-    augment = True
+    augment, reports_loss = True, True
 
     def __init__(self, name: str, films: ChestXrayDataset, settings: Settings, seed: int) -> None:
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
