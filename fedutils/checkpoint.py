@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 
 from .findings import InputError
@@ -36,15 +35,6 @@ class Progress:
     best: list[float] = field(default_factory=lambda: [-math.inf, -math.inf])
     best_round: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
-
-
-def state_hash(state: State) -> str:
-    """Return the SHA-256 of a state: names, dtypes, shapes and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def save_progress(folder: Path, progress: Progress, identity: str) -> Path:

@@ -24,16 +24,18 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save
 
-from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress, state_hash
+from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress
 from .client import Client, Update, predict
+from .device import find_devices
+from .features import FeatureStore
 from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import log_loss, mean_auroc
 from .model import ChestResNet, build_resnet34, to_cpu
 from .rng import generator
-from .settings import Settings, find_devices
-from .weights import State
+from .settings import Settings
+from .weights import State, state_hash
 
 HISTORY = [
     "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
@@ -47,6 +49,7 @@ FEDERATED_ONLY = (
 PARTITIONED = ("partition", "num_clients", "alpha")
 Row = dict[str, Any]
 OnRound = Callable[[Row, pd.DataFrame], None]
+OnFeatures = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -270,23 +273,36 @@ class Training:
     def __init__(
         self, settings: Settings, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
-        self.settings, self.run, self.jobs = settings, settings.run, plan(settings, films)
+        self.settings, self.run, self.films = settings, settings.run, films
+        self.jobs = plan(settings, films)
         self.strategy = strategy or STRATEGIES[settings.strategy]
         self.config = open_run(settings, self.strategy)
         # Before a model is built, whose calibration depends on the threads in its last bits.
         torch.set_num_threads(self.config["threads"])
         self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
+        self._models: list[ChestResNet] = []
+        self._start: dict[int, State] = {}
+        self.features = None
+        if settings.cache_features:
+            model = self._replicas(self.jobs[0]).models[0]
+            self.features = FeatureStore(model, films, settings, self.config["fingerprint"])
+            self.features.check_disk()
 
-    def train(self, on_round: OnRound | None = None) -> pd.DataFrame:
+    def train(
+        self, on_round: OnRound | None = None, on_features: OnFeatures = lambda done, total: None
+    ) -> pd.DataFrame:
         """Train every model to its last round, from wherever it stands; return the history.
 
-        `on_round` gets the row of the aggregated model and the history so far. Stops at a round
-        boundary when the next round would end after `max_hours`. Raises FederationError when too
-        few clients answer, and InputError when another process writes this run.
+        `on_round` gets the row of the aggregated model and the history so far; `on_features` the
+        number of films whose features are there, and of all. Stops at a round boundary when the
+        next round would end after `max_hours`. Raises FederationError when too few clients answer,
+        and InputError when another process writes this run, or features would take too long.
         """
         with run_lock(self.run):
             (self.run / "finished.json").unlink(missing_ok=True)
             deadline = time.monotonic() + (self.settings.max_hours or math.inf) * 3600
+            if self.features:
+                self._compute_features(on_features)
             if all([self._train_job(job, deadline, on_round) for job in self.jobs]):
                 self._write_global_model()
                 write_atomic(self.run / "finished.json", json.dumps(self.config).encode())
@@ -301,14 +317,28 @@ class Training:
         """Estimate the time for the rounds that are left, from a few batches on this device."""
         largest = max((c for job in self.jobs for c in job.clients), key=lambda c: len(c.films))
         some = np.arange(len(largest.films)) < 3 * self.settings.batch_size
-        trial = Client("trial", largest.films.where(some), self.settings, seed=0)
+        films, ahead = largest.films.where(some), 0.0
+        if self.features:
+            films, ahead = films.holding(self.features.stand_in()), self.features.seconds_left()
+        trial = Client("trial", films, self.settings, seed=0)
         model = self._replicas(self.jobs[0]).models[0]
         sent = self.strategy(self.settings, set()).download(to_cpu(model.tracked_state()), {})
         train = [trial.fit(model, sent, {}, round)[0].seconds for round in (1, 2)][-1]
         began = time.perf_counter()
         predict(model, trial.films)
         each = np.array([train, time.perf_counter() - began]) / len(trial.films)
-        return float(sum(each @ self._films_left(job) for job in self.jobs))
+        rounds = float(sum(each @ self._films_left(job) for job in self.jobs))
+        return ahead + rounds if rounds else 0.0
+
+    def _compute_features(self, progress: OnFeatures) -> None:
+        """Let the frozen trunk run once, where its output is not there yet, and train from that."""
+        hours = self.features.seconds_left() / 3600
+        if hours > (self.settings.max_hours or math.inf):
+            raise InputError(
+                f"max_hours={self.settings.max_hours:g}: features alone take about {hours:.2f} h"
+                " here; give more, choose fewer films or cache_features=false"
+            )
+        self.jobs = plan(self.settings, self.films.holding(self.features.fill(progress)))
 
     def _films_left(self, job: Job) -> np.ndarray:
         """Count the films that are still to be trained on and validated, on one device."""
@@ -347,23 +377,31 @@ class Training:
                 return now
         return None
 
-    def _build(self, job: Job, seed: int) -> ChestResNet:
-        how = job.settings.weights, job.settings.tracked, job.settings.batchnorm
-        return build_resnet34(*how, seed)
-
     def _replicas(self, job: Job) -> Replicas:
+        """Return one model a device as a job starts from it; built once for all arms of a seed."""
+        if job.seed not in self._start:
+            self._models = self._build_replicas(job.seed)
+            self._start = {job.seed: to_cpu(self._models[0].state_dict())}
+        for model in self._models:
+            model.load(self._start[job.seed])
+            model.batchnorm = job.settings.batchnorm
+        return Replicas(self._models, self.config["threads"])
+
+    def _build(self, seed: int) -> ChestResNet:
+        how = self.settings.weights, self.settings.tracked, self.settings.batchnorm
+        return build_resnet34(*how, seed, precision=self.settings.precision)
+
+    def _build_replicas(self, seed: int) -> list[ChestResNet]:
         """Build one model a device; all seeds share the first one's trunk."""
         trunk = self.run / "models" / "trunk.safetensors"
         if not trunk.is_file():
-            first = self._build(job, self.settings.seed_list[0])
+            first = self._build(self.settings.seed_list[0])
             state = {k: v for k, v in to_cpu(first.state_dict()).items() if not first.is_tracked(k)}
             write_atomic(trunk, save(state))
-        models = [
-            self._build(job, job.seed).to(device) for device in find_devices(self.settings.device)
-        ]
+        models = [self._build(seed).to(device) for device in find_devices(self.settings.device)]
         for model in models:
             model.load(load_file(trunk))
-        return Replicas(models, self.config["threads"])
+        return models
 
     def _train_job(self, job: Job, deadline: float, on_round: OnRound | None) -> bool:
         """Train one model until its last round; return False if the time is up before."""

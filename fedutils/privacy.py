@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from .client import Client, Update, make_optimizer
 from .findings import InputError
-from .images import ChestXrayDataset, normalise
+from .images import ChestXrayDataset
 from .model import ChestResNet, is_batchnorm
 from .rng import generator
 from .settings import Settings
@@ -133,7 +133,8 @@ class PrivateClient(Client):
         optimizer = make_optimizer(list(trained.values()), settings)
         seeded = generator(self.seed, "privacy", round, self.name)
         draw = SystemRandomness() if settings.secure else seeded
-        rng = generator(self.seed, "augment", round, self.name) if self.augment else None
+        augment = generator(self.seed, "augment", round, self.name)
+        rng = augment if settings.augment else None
         expected = self.rate * len(self.patients)
         with per_patient_gradients(model) as hooked:
             for _ in range(self.steps):
@@ -175,8 +176,12 @@ def draw_films(
 
 
 @contextmanager
-def per_patient_gradients(model: nn.Module) -> Iterator[nn.Module]:
-    """Let Opacus (Yousefpour et al., 2021) keep each film's gradient; take its hooks off again."""
+def per_patient_gradients(model: ChestResNet) -> Iterator[nn.Module]:
+    """Let Opacus (Yousefpour et al., 2021) keep each film's gradient; take its hooks off again.
+
+    All is computed in float32: what is clipped must be the gradient, neither scaled nor rounded.
+    """
+    wanted, model.precision = model.precision, "fp32"
     hooked = _opacus("grad_sample").GradSampleModule(model, loss_reduction="sum")
     # Opacus' own takes each film for contiguous: of channels_last it makes noise, and no error.
     hooked.GRAD_SAMPLERS = hooked.GRAD_SAMPLERS | {nn.Conv2d: convolution_gradients}
@@ -184,6 +189,7 @@ def per_patient_gradients(model: nn.Module) -> Iterator[nn.Module]:
         yield hooked
     finally:
         hooked.to_standard_module()
+        model.precision = wanted
 
 
 def convolution_gradients(
@@ -214,7 +220,7 @@ def clipped_sum(
     for start in range(0, len(positions), size):
         chosen = positions[start : start + size]
         batch, labels = films.batch(chosen, sums[0].device)
-        patient_losses(hooked(normalise(batch, rng)), labels).sum().backward()
+        patient_losses(hooked(batch, rng), labels).sum().backward()
         parts = clip_each([p.grad_sample for p in trained], clip)
         sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)]
         for parameter in trained:

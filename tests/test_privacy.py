@@ -218,8 +218,9 @@ def test_with_a_huge_clip_and_no_noise_a_step_is_plain_sgd_on_the_same_batch(
     tmp_path, films, monkeypatch
 ):
     monkeypatch.setattr(privacy, "gaussian", lambda like, deviation, draw: torch.zeros_like(like))
-    client = private_client(tmp_path, films, clip=1e9, tracked="layer1,layer2,fc", **SGD)
-    client.augment = False
+    client = private_client(
+        tmp_path, films, clip=1e9, tracked="layer1,layer2,fc", augment="false", **SGD
+    )
     model = build("layer1,layer2,fc")
     sent = to_cpu(model.tracked_state())
     update, _ = client.fit(model, sent, {}, 1)
