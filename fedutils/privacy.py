@@ -64,10 +64,9 @@ class PrivateClient(Client):
     from the system instead: no repeatable bits, and what a hospital would run.
     """
 
-    weight, reports_loss = 1, False
-
     def __init__(self, name: str, films: ChestXrayDataset, settings: Settings, seed: int) -> None:
         super().__init__(name, films, settings, seed)
+        self.weight = 1
         positions = films.index.groupby("patient_id", sort=True).indices
         self.patients = [positions[patient] for patient in sorted(positions)]
         self.rate = min(1.0, settings.batch_size / max(1, len(self.patients)))
@@ -93,7 +92,7 @@ class PrivateClient(Client):
         steps = int(kept.get(STEPS, 0)) + more * self.steps
         spent = epsilon(self.noise, self.rate, steps, self.settings.delta)
         return {
-            "owner": self.name,
+            "hospital": self.name,
             "patients": len(self.patients),
             "sampling_rate": self.rate,
             "noise_multiplier": self.noise,
@@ -124,7 +123,7 @@ class PrivateClient(Client):
         keep[STEPS] = kept.get(STEPS, torch.tensor(0)) + self.steps
         state = {name: value for name, value in update.state.items() if name in trained}
         spent = self.account(keep)["epsilon"]
-        return replace(update, state=state, examples=self.weight, epsilon=spent), keep
+        return replace(update, state=state, epsilon=spent), keep
 
     def _train(self, model: ChestResNet, start: State, c: State, round: int) -> tuple[float, int]:
         """Take the round's steps; return no loss, which would tell of patients, and the steps."""

@@ -3,13 +3,15 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import integrate, stats
 from tiny import tiny_films, tiny_settings
 
-from fedutils import privacy
-from fedutils.client import make_optimizer
+from fedutils import federation, privacy
+from fedutils.client import Client, make_optimizer
+from fedutils.federation import Training
 from fedutils.images import normalise
 from fedutils.model import build_resnet34, to_cpu
 from fedutils.rng import generator
@@ -305,3 +307,123 @@ def test_batchnorm_that_is_not_frozen_is_refused(tmp_path, films):
 def test_a_delta_of_one_in_the_number_of_patients_is_refused(tmp_path, films):
     with pytest.raises(privacy.InputError, match="delta"):
         private_client(tmp_path, many_films(tmp_path, 240), delta=0.01)
+
+
+# Rounds.
+
+
+def train(work, **changes):
+    return Training(tiny_settings(work, **DP | changes), many_films(work)).train()
+
+
+def last_of(history):
+    return history[history["client"] == ""].iloc[-1]
+
+
+def test_a_private_run_withholds_losses_weighs_alike_and_shows_epsilon_each_round(tmp_path):
+    history = train(tmp_path, tracked="layer1,fc")
+    clients, model = history[history["client"] != ""], history[history["client"] == ""]
+    assert (history["status"] == "ok").all() and history["train_loss"].isna().all()
+    assert (clients["examples"] == 1).all() and model["val_auroc"].notna().all()
+    worst = clients.groupby("round")["epsilon"].max().tolist()
+    assert model["epsilon"].tolist() == worst and worst[0] < worst[1]
+    kernels = 4 * (6 * 64 * 64 * 9 + 14 * 513)  # neither BatchNorm's weights nor its buffers
+    assert (clients["bytes_up"] == kernels).all()
+
+
+def test_the_aggregate_is_the_plain_mean_whatever_the_number_of_films(tmp_path, monkeypatch):
+    sent, fit = [], Client.fit
+
+    def spy(self, *args):
+        update, kept = fit(self, *args)
+        sent.append(update.state["fc.bias"])
+        return update, kept
+
+    monkeypatch.setattr(Client, "fit", spy)
+    films = many_films(tmp_path)
+    films.index.loc[films.index["client"] == "client-3", "split"] = "test"
+    films.index.loc[films.index.index[-3:], ["client", "split"]] = ["client-3", "train"]
+    Training(tiny_settings(tmp_path, rounds=1, **DP), films).train()
+    state = federation.load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
+    assert len(sent) == 3 and torch.allclose(state["fc.bias"], torch.stack(sent).mean(0), atol=1e-7)
+
+
+def test_a_resumed_run_keeps_its_budget_exactly(tmp_path):
+    straight = train(tmp_path, rounds=3, name="straight")
+    train(tmp_path, rounds=1, name="parts")
+    resumed = train(tmp_path, rounds=3, name="parts")
+    assert resumed.drop(columns="seconds").equals(straight.drop(columns="seconds"))
+    tables = [(tmp_path / f"runs/{name}/privacy.csv").read_text() for name in ("straight", "parts")]
+    assert tables[0] == tables[1]
+
+
+def test_anyone_can_compute_epsilon_again_from_what_the_run_wrote(tmp_path):
+    history = train(tmp_path, arms="federated,centralised,local")
+    table = pd.read_csv(tmp_path / "runs/run/privacy.csv").fillna({"client": ""})
+    assert len(table) == 3 + 1 + 3
+    for row in table.itertuples():
+        again = privacy.epsilon(row.noise_multiplier, row.sampling_rate, row.steps, row.delta)
+        assert again == pytest.approx(row.epsilon, rel=1e-12)
+    written = table.groupby("arm")["epsilon"].max()
+    assert written.to_dict() == history.groupby("arm")["epsilon"].max().to_dict()
+    assert written["centralised"] < written["federated"]  # the more patients, the rarer is each
+
+
+def test_a_run_stops_before_the_round_that_would_exceed_its_budget(tmp_path, capsys):
+    free = train(tmp_path, rounds=3, name="free")
+    second, third = free[free["client"] == ""]["epsilon"].iloc[1:]
+    target = (second + third) / 2
+    history = train(tmp_path, rounds=9, name="capped", target_epsilon=target)
+    row = last_of(history)
+    assert row["round"] == 2 and row["epsilon"] == second < target
+    assert (
+        f"beyond target_epsilon={target:g}" in row["reason"]
+        and row["reason"] in capsys.readouterr().out
+    )
+    assert (tmp_path / "runs/capped/finished.json").is_file()
+    again = train(tmp_path, rounds=12, name="capped", target_epsilon=target)
+    assert again.equals(history)
+
+
+def test_a_budget_too_small_for_one_round_is_refused(tmp_path):
+    with pytest.raises(privacy.InputError, match="not even one round"):
+        train(tmp_path, target_epsilon=0.01)
+
+
+def test_a_target_alone_sets_the_noise_so_that_all_rounds_fit(tmp_path):
+    history = train(tmp_path, noise_multiplier=0.0, target_epsilon=6.0, batch_size=64)
+    assert 5.9 < last_of(history)["epsilon"] <= 6.0 and last_of(history)["round"] == 2
+    with pytest.raises(privacy.InputError, match="rounds=2"):  # the noise was chosen for two rounds
+        train(tmp_path, noise_multiplier=0.0, target_epsilon=6.0, batch_size=64, rounds=3)
+
+
+def test_an_update_that_is_left_out_is_paid_for_all_the_same(tmp_path, monkeypatch):
+    fit = privacy.PrivateClient.fit
+
+    def late(self, *args):
+        update, kept = fit(self, *args)
+        object.__setattr__(update, "seconds", 999.0 if self.name == "client-2" else 0.0)
+        return update, kept
+
+    monkeypatch.setattr(privacy.PrivateClient, "fit", late)
+    history = train(tmp_path, client_seconds=500.0)
+    row = history[history["client"] == "client-2"]
+    assert row["status"].tolist() == ["late", "late"] and row["epsilon"].is_monotonic_increasing
+    table = pd.read_csv(tmp_path / "runs/run/privacy.csv").set_index("hospital")
+    assert table["steps"]["client-2"] == 2 * table["steps"]["client-1"] / 2 > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batchnorm": "average"}, "dp=patient wants batchnorm=frozen, not 'average'"),
+        ({"noise_multiplier": 0.0}, "target_epsilon or noise_multiplier"),
+        ({"dp": "off"}, "noise_multiplier=1.0 means nothing without dp=patient"),
+        ({"dp": "film"}, "allowed are off, patient"),
+        ({"strategy": "scaffold"} | SGD, "scaffold"),
+        ({"secure": "yes"}, "expected true or false"),
+    ],
+)
+def test_a_run_that_would_be_less_private_than_it_says_is_refused(tmp_path, changes, message):
+    with pytest.raises(privacy.InputError, match=message):
+        tiny_settings(tmp_path, **DP | changes)
