@@ -32,6 +32,7 @@ from . import nih
 from .federation import best_rounds, read_history
 from .findings import InputError
 from .images import write_atomic
+from .partition import check_splits
 from .settings import TYPES, Settings, convert, read_parameters
 
 NOTEBOOKS = ("01_explore", "02_preprocess", "03_federated_train", "04_evaluate")
@@ -42,11 +43,12 @@ FOLDER = PACKAGE.parent / "notebooks"
 # Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
 TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")
 PREPARED = ("prepared/report.json", "prepared/index.csv")
-INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, *TRAINED)), strict=True))
+BOXES = "prepared/boxes.csv"
+INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, BOXES, *TRAINED)), strict=True))
 OUTPUTS = {
-    "02_preprocess": (*PREPARED, "prepared/images.npy"),
+    "02_preprocess": (*PREPARED, BOXES, "prepared/images.npy"),
     "03_federated_train": TRAINED,
-    "04_evaluate": ("runs/{}/evaluation/*",),
+    "04_evaluate": ("runs/{}/evaluation/*", "runs/{}/MODEL_CARD.md"),
 }
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
 OPTIONS = ("profile", "data_dir", "work_dir", "name")  # have an option of their own
@@ -135,7 +137,7 @@ def run(
     """
     chosen = _choose(only)
     nodes = {stem: read_notebook(notebooks, stem) for stem in NOTEBOOKS}
-    settings, data = _resolve(values, nodes)
+    settings, data = resolve(values, nodes)
     jobs = [Job(stem, nodes[stem], settings, notebooks, identify(data)) for stem in chosen]
     _check_before(jobs, data, force)
     for job in jobs:
@@ -175,7 +177,7 @@ def sweep(
     for row in itertools.product(*grid.values()):
         name = "-".join([values["name"], *row]) if values.get("name") else ""
         runs.append(dict(values) | dict(zip(grid, row, strict=True)) | {"name": name})
-    resolved = [_resolve(one, nodes)[0] for one in runs]
+    resolved = [resolve(one, nodes)[0] for one in runs]
     runs[-1]["compare"] = ",".join(settings.name for settings in resolved[:-1])
     stems, failures = _choose(only), []
     for number, one in enumerate(runs, start=1):
@@ -217,7 +219,9 @@ def identify(folder: Path | None) -> str:
     """Return a hash of a data folder: the content of its tables, the names of its films."""
     if folder is None:
         return "phantom"
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz")]
+    tables = [
+        path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz", ".toml")
+    ]
     names = sorted((here, sorted(files)) for here, _, files in os.walk(folder, followlinks=True))
     return _hash(json.dumps([[_digest(path) for path in tables], names]).encode())
 
@@ -312,7 +316,7 @@ def _choose(only: str) -> list[str]:
     return [stem for number, stem in numbers.items() if number in wanted]
 
 
-def _resolve(
+def resolve(
     values: Mapping[str, Any], nodes: Mapping[str, NotebookNode]
 ) -> tuple[Settings, Path | None]:
     """Check names and values, find the data, and return the resolved parameters and its folder."""
@@ -330,7 +334,9 @@ def _check_before(jobs: list[Job], data: Path | None, force: bool) -> None:
     """Raise InputError for a table or a work folder that would stop a notebook later."""
     # A finished notebook has read the same table already, which takes seconds for all films.
     if data and any(job.stem in READ_FILMS and (force or not job.is_unchanged()) for job in jobs):
-        nih.read_nih(data)
+        table = nih.read_nih(data).table
+        if {job.stem for job in jobs} != {NOTEBOOKS[0]}:
+            check_splits(table, jobs[0].settings.seed)
     _prepare(jobs[0].output.parent)
 
 

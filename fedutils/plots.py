@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,8 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedutils.findings import FINDINGS, NO_FINDING
-from fedutils.metrics import MEAN, auroc, average_precision, pr_points, roc_points
+from fedutils.calibration import calibration_error, reliability, rescale
+from fedutils.explain import ALL, CENTRE, ELSEWHERE, KINDS, UPPER
+from fedutils.findings import FINDINGS, NO_FINDING, no_finding
+from fedutils.metrics import MEAN, auroc, average_precision, pr_points, roc_points, undefined
 
 INK, GREY, PALE = "#222222", "#767676", "#eeeeee"
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -87,7 +90,8 @@ def _percent(share: float, digits: int = 0) -> str:
 def _counted(values: pd.Series, totals: float | pd.Series) -> list[str]:
     """Texts such as '2,303  (2.1 %)'."""
     shares = values / totals
-    return [f"{v:,.0f}  ({_percent(s, 1)})" for v, s in zip(values, shares, strict=True)]
+    texts = [f"{v:,.0f}  ({_percent(s, 1)})" for v, s in zip(values, shares, strict=True)]
+    return ["not labelled" if np.isnan(s) else t for t, s in zip(texts, shares, strict=True)]
 
 
 def _bars(
@@ -114,10 +118,9 @@ def prevalence(table: pd.DataFrame, title: str = "") -> Figure:
     `table` has one row a film and 14 columns of 0, 1 or NaN named as in FINDINGS.
     """
     labels = table[list(FINDINGS)]
-    counts = labels.sum()
-    counts[NO_FINDING] = (labels == 0).all(axis=1).sum()
-    counts = counts.sort_values(ascending=False, kind="stable")
-    known = labels.notna().sum().reindex(counts.index, fill_value=len(table))
+    labels = labels.assign(**{NO_FINDING: no_finding(labels)})
+    counts = labels.sum().sort_values(ascending=False, kind="stable")
+    known = labels.notna().sum()[counts.index]
     fig, (ax,) = _canvas("Films by finding (a film can have several)", title, 4.4)
     colours = [GREY if name == NO_FINDING else BLUE for name in counts.index]
     _bars(ax, counts, _counted(counts, known.where(known > 0)), "films", colours)
@@ -146,7 +149,11 @@ def cooccurrence(table: pd.DataFrame, title: str = "") -> Figure:
         share = (present.T @ present) / (present.T @ known)
     np.fill_diagonal(share, np.nan)
     texts = np.array([_percent(value)[:-2] for value in share.flat]).reshape(share.shape)
-    rows = [f"{f} ({n:,.0f})" for f, n in zip(FINDINGS, present.sum(axis=0), strict=True)]
+    counts = np.where(known.any(axis=0), present.sum(axis=0), np.nan)
+    rows = [
+        f"{f} (not labelled)" if np.isnan(n) else f"{f} ({n:,.0f})"
+        for f, n in zip(FINDINGS, counts, strict=True)
+    ]
     fig, (ax,) = _canvas("Of the films with the row's finding, % that also have …", title, 5.6)
     most = max(0.01, np.nan_to_num(share).max())
     blues = sns.blend_palette(["white", BLUE], as_cmap=True)
@@ -175,10 +182,13 @@ def _pyramid(ax: Axes, table: pd.DataFrame) -> None:
     """Ages of women to the left and of men to the right, in bins of 5 years."""
     edges = np.arange(0, 101, 5)
     shown = table[table["age"].between(0, 100) & table["sex"].isin(["F", "M"])]
-    for sex, name, sign, colour in (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE)):
+    sides = (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE))
+    if shown.empty:
+        _note(ax, "no film with\nage and sex")
+    for sex, name, sign, colour in sides if len(shown) else ():
         counts, _ = np.histogram(shown.loc[shown["sex"] == sex, "age"], edges)
         ax.barh(edges[:-1], sign * counts, 4.6, align="edge", color=colour)
-        text = f"{name} {_percent(counts.sum() / max(len(shown), 1))}"
+        text = f"{name} {_percent(counts.sum() / len(shown))}"
         place = {"ha": "right" if sign > 0 else "left", "va": "top", "transform": ax.transAxes}
         ax.text(sign * 0.48 + 0.5, 0.98, text, color=colour, **place)
     limit, hidden = max(np.abs(ax.get_xlim()).max(), 1), len(table) - len(shown)
@@ -192,19 +202,23 @@ def demographics(table: pd.DataFrame, title: str = "") -> Figure:
     """Age by sex, films by scanner, and view position by scanner, in three panels.
 
     `table` has one row a film with `age` (years), `sex` (F, M), `scanner` and `view` (AP, PA).
-    Films without a sex or an age of 0 to 100 are counted below the first panel.
+    Films without a sex or an age of 0 to 100 are counted below the first panel, an unknown view
+    is not counted, and a scanner without name or view is said to be unknown.
     """
-    scanner = table["scanner"].astype(str)
+    scanner = table["scanner"].astype(str).replace("", "unknown")
     films = scanner.value_counts()
-    views = 100 * table["view"].eq("AP").groupby(scanner).mean()[films.index]
+    known = table["view"].eq("AP").where(table["view"] != "").astype(float)
+    views = 100 * known.groupby(scanner).mean()[films.index]
     height = max(3.4, 1 + 0.23 * len(films))
     ratios = {"width_ratios": [1.25, 1, 1]}
     fig, axes = _canvas("Who was filmed, on what", title, height, columns=3, gridspec_kw=ratios)
     _pyramid(axes[0], table)
     _bars(axes[1], films, map(_percent, films / len(table)), "films")
     axes[1].set_ylabel("scanner")
-    _bars(axes[2], views, map(_percent, views / 100), "AP view (% of the scanner's films)", ORANGE)
+    texts = ["unknown" if np.isnan(view) else _percent(view / 100) for view in views]
+    _bars(axes[2], views.fillna(0), texts, "AP views (% of films)", ORANGE)
     axes[2].set(xlim=(0, 125), xticks=(0, 50, 100))
+    axes[2].tick_params(labelleft=False)  # the rows of the panel to its left
     return fig
 
 
@@ -384,11 +398,6 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
     return fig
 
 
-def _undefined(positives: float) -> str:
-    """Why a metric has no value."""
-    return f"not defined ({'0 negatives' if positives > 0 else '0 positives'})"
-
-
 def _curve_panels(
     truth: np.ndarray, probability: np.ndarray, title: str, draw: Callable[..., str], words: tuple
 ) -> Figure:
@@ -417,7 +426,7 @@ def _roc(ax: Axes, labels: np.ndarray, scores: np.ndarray) -> str:
     """Draw one ROC curve over the diagonal, which is chance."""
     value = auroc(labels, scores)
     if np.isnan(value):
-        return _undefined(np.nansum(labels))
+        return undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
     ax.plot([0, 1], [0, 1], ":", color=GREY)
     ax.plot(*roc_points(labels, scores), color=BLUE)
     return f"AUROC {value:.2f}"
@@ -427,7 +436,7 @@ def _pr(ax: Axes, labels: np.ndarray, scores: np.ndarray) -> str:
     """Draw one precision-recall curve over the prevalence, which is chance."""
     value = average_precision(labels, scores)
     if np.isnan(value):
-        return _undefined(np.nansum(labels))
+        return undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
     chance = np.nanmean(labels)
     ax.plot([0, 1], [chance, chance], ":", color=GREY)
     ax.plot(*pr_points(labels, scores), color=BLUE, drawstyle="steps-post")
@@ -452,7 +461,8 @@ def pr_curves(truth: np.ndarray, probability: np.ndarray, title: str = "") -> Fi
 def _with_interval(row: pd.Series) -> str:
     """Text such as '0.712 [0.690, 0.734]', or why there is no value."""
     if np.isnan(row["value"]):
-        return "not defined" if row["finding"] == MEAN else _undefined(row["positives"])
+        mean = row["finding"] == MEAN
+        return "not defined" if mean else undefined(row["positives"], row["n"])
     low, high = row["ci_low"], row["ci_high"]
     return f"{row['value']:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
@@ -519,4 +529,116 @@ def auroc_forest(
     ax.set(ylim=(len(FINDINGS) + 0.5, -top), xlabel="AUROC (0.5 is chance)")
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
+    return fig
+
+
+def _reliability(ax: Axes, truth: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
+    """Draw observed shares against predictions of all findings, the area of a dot its films."""
+    ax.plot([0, 1], [0, 1], ":", color=GREY)
+    for scores, colour, face in ((before, GREY, "none"), (after, BLUE, BLUE)):
+        bins = reliability(truth, scores)
+        area = 12 + 150 * bins["films"] / max(bins["films"].sum(), 1)
+        ax.plot(bins["predicted"], bins["observed"], color=colour, linewidth=1.2)
+        ax.scatter(bins["predicted"], bins["observed"], area, face, edgecolors=colour, zorder=3)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    ax.set(xlabel="predicted probability", ylabel="share with the finding")
+
+
+@_figure
+def reliability_diagram(
+    truth: np.ndarray, probability: np.ndarray, temperature: float, title: str = ""
+) -> Figure:
+    """Reliability of all findings together, and calibration error by finding, before and after.
+
+    `truth` (n, 14) holds 0, 1 or NaN, `probability` is (n, 14); `temperature` was fitted on
+    validation. Grey is the model as trained, blue the model after temperature scaling.
+    """
+    scaled = rescale(probability, temperature)
+    fig, axes = _canvas("Calibration", title, 4.3, columns=2)
+    _reliability(axes[0], truth, probability, scaled)
+    axes[0].set_title("All findings, 15 bins (dotted: calibrated)")
+    axes[1].set_title(f"By finding (grey: as trained, blue: temperature {temperature:.2f})")
+    ax, rows = axes[1], np.arange(len(FINDINGS))
+    before, after = (
+        np.array([calibration_error(*pair) for pair in zip(truth.T, scores.T, strict=True)])
+        for scores in (np.asarray(probability), scaled)
+    )
+    ax.hlines(rows, before, after, color=GREY, linewidth=1)
+    ax.plot(before, rows, "o", mfc="white", mec=GREY)
+    ax.plot(after, rows, "o", color=BLUE)
+    for row in rows[np.isnan(after)]:
+        ax.text(0.02, row, "no labels", color=GREY, va="center", transform=ax.get_yaxis_transform())
+    ax.set_yticks(rows, FINDINGS)
+    most = np.nanmax([*before, *after, 0.01])
+    ax.set(xlim=(0, 1.08 * most), ylim=(len(rows) - 0.5, -0.5), xlabel="expected calibration error")
+    ax.tick_params(axis="y", length=0)
+    return fig
+
+
+@_figure
+def pointing(table: pd.DataFrame, title: str = "") -> Figure:
+    """Share of films whose hottest point lies in a box, beside points placed without a look.
+
+    `table` is pointing.csv: `method, arm, client, finding, hits, n, value, ci_low, ci_high`. Bars
+    are Wilson's 95 % intervals; a tick is what one point reaches that was fitted on these boxes.
+    """
+    names = [ALL, *(f for f in FINDINGS if f in set(table["finding"]))]
+    lanes = [(arm, colour, rows) for arm, colour, rows in _by_arm(table.dropna(subset=["arm"]))]
+    for method, colour in ((CENTRE, INK), (ELSEWHERE, GREY)):
+        lanes.append((method, colour, table[table["method"] == method]))
+    lane = 0.17  # inches
+    pitch = lane * len(lanes) + 0.12
+    fig, (ax,) = _canvas("Pointing game, 95 % interval", title, 1.2 + pitch * len(names))
+    for k, (name, colour, rows) in enumerate(lanes):
+        shift = (k - (len(lanes) - 1) / 2) * lane / pitch
+        y = rows["finding"].map(names.index) + shift
+        ax.hlines(y, rows["ci_low"], rows["ci_high"], color=colour)
+        ax.plot(rows["value"], y, "o", ms=5, color=colour)
+        for at, row in zip(y, rows.itertuples(), strict=True):
+            text = f"{row.hits:.0f} of {row.n:.0f}" + (f"  {name}" if row.finding == ALL else "")
+            place = {"va": "center", "transform": ax.get_yaxis_transform(), "fontsize": 9}
+            ax.text(1.01, at, text, color=colour, **place)
+    bound = table[table["method"] == UPPER]
+    y, shift = bound["finding"].map(names.index), (len(lanes) - 1) / 2 * lane / pitch
+    ax.vlines(bound["value"], y + shift - 0.1, y + shift + 0.1, color=ORANGE, linewidth=2.5)
+    for row in range(0, len(names), 2):
+        ax.axhspan(row - 0.5, row + 0.5, color=PALE, zorder=0, linewidth=0)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5))
+    ax.set_xlabel("share of points in a box (orange tick: a fixed point fitted on these films)")
+    ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    return fig
+
+
+def _gallery_panel(ax: Axes, panel: dict[str, Any]) -> None:
+    """Show one film of the gallery with its heat map and boxes."""
+    _film(ax, panel["film"], "", panel["boxes"])
+    if panel["heat"] is not None:
+        side = panel["film"].shape[0]
+        heat = panel["heat"] / max(panel["heat"].max(), 1e-12)
+        paint = mcolors.LinearSegmentedColormap.from_list("heat", [SKY + "00", SKY + "c8"])
+        look = {"cmap": paint, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+        ax.imshow(heat, extent=(-0.5, side - 0.5, side - 0.5, -0.5), **look)
+    p = panel["probability"]
+    score = "" if p is None else " <0.01" if p < 0.005 else f" {p:.2f}"
+    ax.set_title(panel["kind"] + score, fontsize=9, loc="center", pad=3)
+
+
+@_figure
+def gallery(panels: Sequence[dict[str, Any]], title: str = "") -> Figure:
+    """Three films for each finding, with probability, heat map and boxes; two findings a row.
+
+    `panels` is what `explain.fill_gallery` returns, in its order: `finding, kind, probability,
+    film, boxes, heat`.
+    """
+    count = len(panels) // len(KINDS)
+    fig = plt.figure(figsize=(WIDTH, 0.5 + 1.95 * -(-count // 2)), layout="constrained")
+    fig.suptitle(f"Most confident, right and wrong · {title}".rstrip(" ·"), x=0.01, ha="left")
+    groups = np.ravel(fig.subfigures(-(-count // 2), 2, wspace=0.03))
+    for k, group in enumerate(groups[:count]):
+        own = panels[k * len(KINDS) : (k + 1) * len(KINDS)]
+        group.suptitle(own[0]["finding"], fontsize=10.5, x=0.01, ha="left")
+        for ax, panel in zip(group.subplots(1, len(KINDS)), own, strict=True):
+            _gallery_panel(ax, panel)
     return fig
