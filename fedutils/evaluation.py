@@ -17,6 +17,7 @@ from .findings import FINDINGS, InputError
 from .images import ChestXrayDataset, read_index, read_report, write_atomic
 from .metrics import evaluate, undefined
 from .model import build_resnet34
+from .privacy import read_budget
 from .settings import Settings, environment, read_run
 from .weights import state_hash
 
@@ -127,6 +128,7 @@ def write_summary(settings: Settings, metrics: pd.DataFrame, source: str) -> dic
             {"-".join(filter(None, [r["arm"], f"s{r['seed']}", r["client"]])) for r in rows}
         ),
         "settings": json.loads((settings.run / "config.json").read_text()),
+        "privacy": read_budget(settings.run).to_dict("records"),
         "fingerprint": read_report(settings.prepared)["fingerprint"],
         "environment": environment(),
         "git_revision": git_revision(),

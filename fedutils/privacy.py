@@ -18,9 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,8 +37,6 @@ from .weights import State
 
 STEPS = "privacy/steps"  # in what a client keeps: the steps whose result it has sent, its budget
 GRADIENT_BYTES = 2 << 30  # of gradients by patient at a time; twice that in work fits a T4's 16 GB
-FEWEST = 300  # non-members below which a rate at 1 % false positives is not stated
-OWNER = ["arm", "seed", "client"]
 
 
 class SystemRandomness:
@@ -301,3 +301,38 @@ def calibrate(target: float, delta: float, rate: float, steps: int) -> float:
     how = {"target_delta": delta, "sample_rate": rate, "steps": steps, "accountant": "rdp"}
     search = _opacus("accountants.utils").get_noise_multiplier
     return search(target_epsilon=target, epsilon_tolerance=min(0.01, target / 100), **how)
+
+
+def read_budget(run: Path) -> pd.DataFrame:
+    """Read `privacy.csv` of a run: a row a model and hospital; empty without privacy."""
+    path = run / "privacy.csv"
+    if not path.is_file():
+        return pd.DataFrame()
+    return pd.read_csv(path, dtype={"client": str, "hospital": str}).fillna({"client": ""})
+
+
+def privacy_words(settings: Settings) -> list[str]:
+    """Say in sentences what a run promises its patients, from `privacy.csv` of the run."""
+    table = read_budget(settings.run)
+    if not len(table):
+        return ["No differential privacy: films stayed with their client, but updates can leak."]
+    worst = table.loc[table.groupby(["arm", "seed", "client"], sort=False)["epsilon"].idxmax()]
+    models = [
+        f"{' '.join(filter(None, [row.arm, row.client]))} (seed {row.seed}): epsilon"
+        f" {row.epsilon:.2f} at delta {row.delta:g} after {row.steps} steps of {row.hospital}"
+        f" ({row.patients:,} patients, sampling rate {row.sampling_rate:.3g}, noise multiplier"
+        f" {row.noise_multiplier:.3g}, clip {row.clip:g})."
+        for row in worst.itertuples()
+    ]
+    promise = (
+        "Differential privacy of each training patient, all films together, against anyone who sees"
+        " every update of every round (DP-SGD in each hospital, Rényi accountant, neighbours differ"
+        " by one patient). Patients of the validation and test splits are not protected."
+    )
+    noise = (
+        "The noise came from the system's randomness."
+        if settings.secure
+        else "The noise was drawn from a seed: a simulation, since who knows the seed can take it"
+        " off. A hospital would run secure=true."
+    )
+    return [promise, *models, noise]
