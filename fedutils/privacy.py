@@ -243,14 +243,16 @@ def patient_losses(logits: Tensor, labels: Tensor) -> Tensor:
 def clip_each(gradients: list[Tensor], clip: float) -> list[Tensor]:
     """Scale each patient's gradients, (B, ...) a parameter, to a joint norm of `clip`, and sum.
 
-    Numbers that are not finite count as zero: they, too, would tell that a patient was there.
+    A patient whose gradient is not finite counts as zero: that, too, would tell of the patient.
     """
-    gradients = [g.nan_to_num_(0.0, 0.0, 0.0) for g in gradients]
-    exact = {"dim": 1, "dtype": torch.float64}
-    norms = [torch.linalg.vector_norm(g.flatten(1), **exact) for g in gradients]
-    norms = torch.stack(norms).norm(dim=0)
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).double().norm(dim=0)
+    broken = ~norms.isfinite()
+    if broken.any():
+        norms[broken] = 0
+        for gradient in gradients:
+            gradient[broken] = 0
     factor = (clip / norms).clamp(max=1).float()
-    return [torch.einsum("i,i...->...", factor, g) for g in gradients]
+    return [(factor @ g.flatten(1)).view(g.shape[1:]) for g in gradients]
 
 
 def gaussian(
