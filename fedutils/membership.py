@@ -13,7 +13,7 @@ import pandas as pd
 
 from .findings import FINDINGS
 from .images import ChestXrayDataset
-from .metrics import auroc, bootstrap, interval, patient_resamples
+from .metrics import bootstrap, interval, patient_resamples
 from .rng import generator
 
 FEWEST = 300  # non-members below which the rate at 1 % false positives is not stated
@@ -82,17 +82,15 @@ def _attack(patients: pd.DataFrame, seed: int) -> list[dict[str, float | str]]:
     if not all(counts.values()):
         nothing = {"value": np.nan, "ci_low": np.nan, "ci_high": np.nan}
         return [{"metric": name} | nothing | counts for name in ("auroc", RATE)]
-    times = patient_resamples(np.arange(len(truth)), 1000, seed)
-    whole = np.ones((1, len(truth)), np.uint8)
-    values = {"auroc": (auroc(truth, score), bootstrap(truth, score, times)["auroc"])}
-    rates = [rate_at(truth, score, part) for part in (whole, times)]
-    enough = counts["non_members"] >= FEWEST
-    values[RATE] = (rates[0][0], rates[1]) if enough else (np.nan, np.full(1, np.nan))
+    resamples = patient_resamples(np.arange(len(truth)), 1000, seed)
+    areas = bootstrap(truth, score, resamples, wanted=["auroc"])[0]
+    rates = rate_at(truth, score, resamples.times.T)
+    rates *= 1 if counts["non_members"] >= FEWEST else np.nan
     return [
-        {"metric": name, "value": value}
-        | dict(zip(("ci_low", "ci_high"), interval(resampled), strict=True))
+        {"metric": name, "value": float(values[0])}
+        | dict(zip(("ci_low", "ci_high"), interval(values[1:]), strict=True))
         | counts
-        for name, (value, resampled) in values.items()
+        for name, values in (("auroc", areas), (RATE, rates))
     ]
 
 

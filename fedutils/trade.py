@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
-from .evaluation import read_films, read_predictions
-from .findings import FINDINGS, InputError
-from .metrics import bootstrap, evaluable_findings, interval, patient_resamples
+from .evaluation import read_table
+from .findings import InputError
+from .metrics import MEAN
 from .privacy import read_budget
 from .settings import Settings, read_run
 
-REPEATS = 400
 CHANCE = 0.5
 
 
@@ -28,9 +27,9 @@ def privacy_trade(work: Path) -> pd.DataFrame:
     `epsilon` (infinite without privacy) and `patients` of the hospital that spent most, and
     `wanted`: the patients it would take for the noise of a step, of norm noise x clip x sqrt(d) for
     d parameters, to be no longer than the sum of the gradients, at most clip x patients drawn.
-    Raises InputError where no run with predictions is private.
+    Raises InputError where no evaluated run is private.
     """
-    paths = sorted(work.glob("runs/*/evaluation/predictions.csv.gz"))
+    paths = sorted(work.glob("runs/*/evaluation/metrics.csv"))
     rows = [row for path in paths for row in _rows(read_run(str(work), path.parents[1].name))]
     table = pd.DataFrame(rows)
     if not len(table) or np.isinf(table["epsilon"]).all():
@@ -40,16 +39,15 @@ def privacy_trade(work: Path) -> pd.DataFrame:
 
 def _rows(settings: Settings) -> Iterator[dict[str, Any]]:
     """Yield the row of one run, if it has a federated arm."""
-    table = read_predictions(settings.run / "evaluation" / "predictions.csv.gz")
-    table = table[table["arm"] == "federated"]
-    if len(table):
-        index = read_films(settings).index.set_index("image_index")
-        draws, values = _mean_auroc(table, index, settings.seed)
-        low, high = interval(draws)
+    table = read_table(settings.run / "evaluation" / "metrics.csv")
+    same = {"arm": "federated", "finding": MEAN, "metric": "auroc", "test_set": "all"}
+    table = table[(table[list(same)] == pd.Series(same)).all(axis=1)]
+    seeds, whole = table[table["seed"] != ""], table[table["seed"] == ""]
+    for row in (whole if len(whole) else seeds).head(1).itertuples():
         yield {
-            "run": settings.name, "tracked": settings.tracked, "seeds": len(values),
-            "value": float(np.mean(values)), "ci_low": low, "ci_high": high,
-            "lowest": min(values), "highest": max(values),
+            "run": settings.name, "tracked": settings.tracked, "seeds": len(seeds),
+            "value": row.value, "ci_low": row.ci_low, "ci_high": row.ci_high,
+            "lowest": seeds["value"].min(), "highest": seeds["value"].max(),
         } | _spent(settings)  # fmt: skip
 
 
@@ -66,24 +64,6 @@ def _spent(settings: Settings) -> dict[str, float]:
     batch = worst["noise_multiplier"] * math.sqrt(trained)
     wanted = batch / worst["sampling_rate"]
     return {"epsilon": worst["epsilon"], "patients": worst["patients"], "wanted": wanted}
-
-
-def _mean_auroc(
-    table: pd.DataFrame, index: pd.DataFrame, seed: int
-) -> tuple[np.ndarray, list[float]]:
-    """Return the mean AUROC over findings and seeds in each resample of patients, and by seed."""
-    draws, values = [], []
-    for _, rows in table.groupby("seed"):
-        about = index.loc[rows["image_index"]]
-        patients = about["patient_id"].to_numpy()
-        times = patient_resamples(patients, REPEATS, seed)
-        times = np.concatenate([np.ones_like(times[:1]), times])  # first the films as they are
-        chosen = evaluable_findings(about[list(FINDINGS)].to_numpy(), patients)
-        areas = [bootstrap(about[f].to_numpy(), rows[f].to_numpy(), times)["auroc"] for f in chosen]
-        mean = np.mean(areas, axis=0)
-        draws.append(mean[1:])
-        values.append(float(mean[0]))
-    return np.mean(draws, axis=0), values
 
 
 def trade_words(table: pd.DataFrame) -> list[str]:
@@ -104,9 +84,11 @@ def _sentence(tracked: str, rows: pd.DataFrame) -> str:
     if not len(drowned):
         return text
     row = drowned.iloc[-1]
+    text += f" Up to epsilon {row['epsilon']:.2g} it is not told from guessing"
+    if not (free["ci_low"] > CHANCE).any():
+        return f"{text}; that it would be without noise is not shown here."
     return (
-        f"{text} Up to epsilon {row['epsilon']:.2g} it is not told from guessing: the gradient"
-        f" drowns in the noise. The smallest hospital has {row['patients']:,.0f} patients; it would"
+        f"{text}: the gradient drowns in the noise. The smallest hospital has {row['patients']:,.0f} patients; it would"
         f" take about {row['wanted']:,.0f} for the noise of a step to be no longer than the longest"
         " mean gradient that clipping allows, at this noise multiplier and sampling rate."
     )
