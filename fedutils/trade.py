@@ -88,9 +88,10 @@ def _sentence(tracked: str, rows: pd.DataFrame) -> str:
     if not (free["ci_low"] > CHANCE).any():
         return f"{text}; that it would be without noise is not shown here."
     return (
-        f"{text}: the gradient drowns in the noise. The smallest hospital has {row['patients']:,.0f} patients; it would"
-        f" take about {row['wanted']:,.0f} for the noise of a step to be no longer than the longest"
-        " mean gradient that clipping allows, at this noise multiplier and sampling rate."
+        f"{text}: the gradient drowns in the noise. The smallest hospital has"
+        f" {row['patients']:,.0f} patients; it would take about {row['wanted']:,.0f} for the noise"
+        " of a step to be no longer than the longest mean gradient that clipping allows, at this"
+        " noise multiplier and sampling rate."
     )
 
 
