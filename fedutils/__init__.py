@@ -33,6 +33,7 @@ from .images import (
     read_report,
     write_index,
 )
+from .membership import attack_films, membership, membership_words
 from .metrics import YARDSTICKS_OFFICIAL
 from .model import build_resnet34
 from .nih import check_table, open_data, summary
@@ -44,6 +45,7 @@ from .partition import (
     split_patients,
 )
 from .phantom import write_phantom
+from .privacy import privacy_words
 from .settings import (
     Settings,
     __version__,

@@ -14,6 +14,7 @@ from .findings import FINDINGS
 from .images import read_report, write_atomic
 from .metrics import MEAN
 from .partition import SPLITS
+from .privacy import privacy_words
 from .settings import Settings
 
 PHANTOM = (
@@ -155,7 +156,7 @@ def _limits(settings: Settings, release: str) -> list[str]:
         "One source of data: nothing is known of other hospitals, scanners or populations.",
         "PPV and NPV hold at the prevalence that stands beside them, and at no other.",
         "Temperature and cuts were fitted on validation films; for rare findings these are few.",
-        "Films stayed with their client, but updates can leak: this is not privacy.",
+        *privacy_words(settings),
     ]
     if settings.batchnorm == "local":
         lines.append(

@@ -31,6 +31,7 @@ class Update:
     seconds: float = 0.0
     status: str = "ok"
     reason: str = ""
+    epsilon: float = math.nan
 
 
 class Client:
@@ -38,6 +39,7 @@ class Client:
 
     def __init__(self, name: str, films: ChestXrayDataset, settings: Settings, seed: int) -> None:
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
+        self.weight = len(films)  # what its update counts in the mean
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
         """Train `model` in place from what the server sent; return the update and what is kept.
@@ -58,7 +60,7 @@ class Client:
         update |= {k: v - kept.get(k, 0) for k, v in variate.items()}
         keep = {k: v for k, v in final.items() if k in local} | variate
         took = time.perf_counter() - began
-        return Update(self.name, len(self.films), update, loss, took), keep
+        return Update(self.name, self.weight, update, loss, took), keep
 
     def _start(self, model: ChestResNet) -> State:
         """Copy the parameters before training, for the strategies that look back at them."""

@@ -35,6 +35,7 @@ from .metrics import (
     with_mean,
 )
 from .model import build_resnet34
+from .privacy import read_budget
 from .settings import Settings, environment, read_run
 from .weights import state_hash
 
@@ -453,6 +454,7 @@ def write_summary(settings: Settings, result: Evaluation, source: str) -> dict[s
         "mean_over": result.mean_over,
         "means": means.astype(object).where(means.notna(), None).to_dict("records"),
         "settings": json.loads((settings.run / "config.json").read_text()),
+        "privacy": read_budget(settings.run).to_dict("records"),
         "fingerprint": read_report(settings.prepared)["fingerprint"],
         "environment": environment(),
         "git_revision": git_revision(),

@@ -35,6 +35,7 @@ from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import log_loss, mean_auroc
 from .model import ChestResNet, build_resnet34, to_cpu
+from .privacy import STEPS, PrivateClient
 from .rng import generator
 from .settings import Settings
 from .weights import State, state_hash
@@ -111,13 +112,13 @@ def plan(settings: Settings, films: ChestXrayDataset) -> list[Job]:
     names = sorted(films.index["client"].unique())
     parts = {name: train.where(train.index["client"] == name) for name in names}
     own = {name: val.where(val.index["client"] == name) for name in names}
-    jobs = []
+    jobs, kind = [], PrivateClient if settings.dp == "patient" else Client
     for seed, arm in itertools.product(settings.seed_list, settings.arm_list):
         how = arm_settings(settings, arm), seed
         if arm == "centralised":
-            jobs.append(Job(arm, seed, [Client("all", train, *how)], val))
+            jobs.append(Job(arm, seed, [kind("all", train, *how)], val))
             continue
-        hospitals = [Client(name, part, *how) for name, part in parts.items()]
+        hospitals = [kind(name, part, *how) for name, part in parts.items()]
         if arm == "federated":
             jobs.append(Job(arm, seed, hospitals, val))
         else:
@@ -186,13 +187,16 @@ def fit_safely(
         return Update(client.name, 0, status="failed", reason=reason), kept
     bad = [name for name, value in update.state.items() if not torch.isfinite(value).all()]
     limit = client.settings.client_seconds
-    if bad or not math.isfinite(update.train_loss):
+    withheld = isinstance(client, PrivateClient)
+    if bad or not (withheld or math.isfinite(update.train_loss)):
         status, reason = "non-finite", f"{(bad or ['training loss'])[0]} is not finite"
     elif limit and update.seconds > limit:
         status, reason = "late", f"took {update.seconds:.1f} s, client_seconds is {limit:g}"
     else:
         return update, keep
-    return dataclasses.replace(update, status=status, reason=reason), kept
+    # The server has seen an update that it leaves out: what it cost is spent.
+    spent = {name: value for name, value in keep.items() if name == STEPS}
+    return dataclasses.replace(update, status=status, reason=reason), kept | spent
 
 
 def measure_safely(
@@ -228,11 +232,13 @@ def run_round(job: Job, now: Progress, replicas: Replicas, strategy: FedAvg) -> 
         rows.append(client_row(job, now.round + 1, update, sent))
         if update.status == "ok":
             aggregator.add(update.state, update.examples)
+        if kept:
             now.clients[update.client] = kept
     if aggregator.count < min(strategy.settings.min_clients, len(job.clients)):
         raise FederationError(job, rows)
-    share = aggregator.weight / sum(len(client.films) for client in job.clients)
-    now.state, now.server = strategy.step(now.state, aggregator.result(), now.server, share)
+    share = aggregator.weight / sum(client.weight for client in job.clients)
+    moved, now.server = strategy.step(now.state, aggregator.result(), now.server, share)
+    now.state = now.state | moved  # what no client sends stays as it is
     now.round += 1
     if strategy.settings.batchnorm == "precise":
         refresh_batchnorm(job, now, replicas, rows)
@@ -292,8 +298,27 @@ def aggregate_row(job: Job, now: Progress, rows: list[Row], replicas: Replicas) 
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "status": "ok",
         "reason": "",
+        "epsilon": max([row["epsilon"] for row in budget(job, now)], default=math.nan),
         "state_sha256": state_hash(now.state),
     }
+
+
+def budget(job: Job, now: Progress) -> list[Row]:
+    """Return what each hospital of a model has spent; empty without differential privacy.
+
+    Hospitals share no patient, so the model has spent what its worst hospital has.
+    """
+    about = {"arm": job.arm, "seed": job.seed, "client": job.owner}
+    private = [client for client in job.clients if isinstance(client, PrivateClient)]
+    return [about | client.account(now.clients.get(client.name, {})) for client in private]
+
+
+def over_budget(job: Job, now: Progress, settings: Settings) -> str:
+    """Say which client's budget the next round would exceed; empty where it may begin."""
+    drawn = sample_clients(job, settings, now.round + 1)
+    private = [client for client in drawn if isinstance(client, PrivateClient)]
+    reasons = [client.over_budget(now.clients.get(client.name, {})) for client in private]
+    return next(filter(None, reasons), "")
 
 
 def predict_with(
@@ -337,7 +362,9 @@ class Training:
         set_up(self.config["threads"], settings.precision)
         self.jobs = self._plan(films)
         self.seconds = 0.0  # that train() took in this session
-        self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
+        there = [(job, now) for job in self.jobs if (now := self._load(job))]
+        self.rows = {job.name: now.rows for job, now in there}
+        self.spent = {job.name: budget(job, now) for job, now in there}
         self._models: list[ChestResNet] = []
         self._start: dict[int, State] = {}
         self.features = None
@@ -380,7 +407,7 @@ class Training:
         films, ahead = largest.films.where(some), 0.0
         if self.features:
             films, ahead = films.holding(self.features.stand_in()), self.features.seconds_left()
-        trial = Client("trial", films, self.settings, seed=0)
+        trial = type(largest)("trial", films, self.settings, seed=0)
         model = self._replicas(self.jobs[0]).models[0]
         sent = self.strategy(self.settings, set()).download(to_cpu(model.tracked_state()), {})
         train = [trial.fit(model, sent, {}, round)[0].seconds for round in (1, 2)][-1]
@@ -501,13 +528,29 @@ class Training:
             began = time.monotonic()
             if began + seconds > deadline:
                 return False
+            if reason := over_budget(job, now, strategy.settings):
+                self._stop(job, now, reason)
+                return True
             self._one_round(job, now, replicas, strategy)
-            save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
-            self._write_history(job, now.rows)
+            self._save(job, now)
             seconds = time.monotonic() - began
             if on_round:
                 on_round(now.rows[-1], self.history())
         return True
+
+    def _save(self, job: Job, now: Progress) -> None:
+        """Write a round boundary: the checkpoint, the history, and the budgets."""
+        save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
+        self.spent[job.name] = budget(job, now)
+        self._write_history(job, now.rows)
+
+    def _stop(self, job: Job, now: Progress, reason: str) -> None:
+        """End a model before its last round, name the reason in the history, and say so."""
+        if not now.rows:
+            raise InputError(f"{job.name} {reason}: not even one round is possible")
+        now.rows[-1]["reason"] = reason
+        self._save(job, now)
+        print(f"{job.name} {reason}", flush=True)
 
     def _one_round(self, job: Job, now: Progress, replicas: Replicas, strategy: FedAvg) -> None:
         """Train, aggregate, validate the aggregated model, and keep it if it is the best so far."""
@@ -529,6 +572,9 @@ class Training:
     def _write_history(self, job: Job, rows: list[Row]) -> None:
         self.rows[job.name] = rows
         write_atomic(self.run / "history.csv", self.history().to_csv(index=False).encode())
+        spent = [row for job in self.jobs for row in self.spent.get(job.name, [])]
+        if spent:
+            write_atomic(self.run / "privacy.csv", pd.DataFrame(spent).to_csv(index=False).encode())
 
     def _write_models(self, job: Job, now: Progress, local: set[str]) -> None:
         """Write the tracked state, and each client's own BatchNorm beside it where it is local."""

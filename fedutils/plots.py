@@ -378,7 +378,10 @@ def _loss_panel(ax: Axes, arms: list[tuple[str, str, pd.DataFrame]]) -> None:
         named = {"training": training, "validation": validation} if lone else {arm: validation}
         for text, mean in named.items():
             ends += [(mean.index[-1], mean.iloc[-1], text, colour)] if len(mean) else []
-    ax.set_title("Loss (solid: validation, dashed: training)")
+    withheld = not any(rows["train_loss"].notna().any() for *_, rows in arms)
+    ax.set_title(
+        f"Loss (solid: validation; {'training: withheld' if withheld else 'dashed: training'})"
+    )
     _end_labels(ax, ends)
 
 
@@ -392,6 +395,8 @@ def _auroc_panel(ax: Axes, arms: list[tuple[str, str, pd.DataFrame]]) -> None:
             ring = {"mfc": "white", "mec": colour, "mew": 2, "clip_on": False, "zorder": 3}
             ax.plot(best, mean[best], "o", markersize=8, **ring)
             text = f"{arm}\nbest {mean[best]:.3f}, round {best}"
+            spent = rows["epsilon"].max() if "epsilon" in rows else np.nan
+            text += "" if np.isnan(spent) else f"\nepsilon {spent:.3g} in all"
             ends.append((mean.index[-1], mean.iloc[-1], text, colour))
     ax.set_title("Validation AUROC (circle: best round)")
     _end_labels(ax, ends)
@@ -853,4 +858,44 @@ def gallery(panels: Sequence[dict[str, Any]], title: str = "") -> Figure:
         group.suptitle(own[0]["finding"], fontsize=10.5, x=0.01, ha="left")
         for ax, panel in zip(group.subplots(1, len(KINDS)), own, strict=True):
             _gallery_panel(ax, panel)
+    return fig
+
+
+def _trade_line(ax: Axes, rows: pd.DataFrame, places: pd.Series, colour: str, name: str) -> None:
+    """Draw one line of the trade: the mean, its interval, and the seeds' range as thin marks."""
+    x = places[rows["epsilon"]].to_numpy(float) + 0.06 * (colour == VERMILION)
+    ax.vlines(x, rows["ci_low"], rows["ci_high"], color=colour, linewidth=2)
+    for end in ("lowest", "highest"):
+        ax.plot(x, rows[end], "_", color=colour, markersize=9)
+    private = np.isfinite(rows["epsilon"]).to_numpy()
+    ax.plot(x[private], rows["value"][private], "-o", color=colour)
+    ax.plot(x[~private], rows["value"][~private], "o", mfc="white", color=colour)
+
+
+@_figure
+def privacy_trade(table: pd.DataFrame, title: str = "") -> Figure:
+    """Mean test AUROC against epsilon, a line for each choice of tracked layers.
+
+    `table` is what `trade.privacy_trade` returns. Bars are 95 % intervals over patients, dashes the
+    lowest and the highest seed; a run without privacy stands at the right, hollow.
+    """
+    fig, (ax,) = _canvas("What privacy costs (bar: 95 % interval, dashes: seeds)", title, 3.8)
+    values = np.sort(table["epsilon"].round(1).unique())
+    table = table.assign(epsilon=table["epsilon"].round(1))
+    places = pd.Series(np.arange(len(values)), index=values)
+    ends = []
+    colours = [BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY]
+    for (name, rows), colour in zip(table.groupby("tracked"), colours, strict=False):
+        _trade_line(ax, rows, places, colour, name)
+        ends.append((places[rows["epsilon"].iloc[-1]], rows["value"].iloc[-1], name, colour))
+    ax.axhline(0.5, color=GREY, linewidth=1, linestyle=":")
+    place = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": 9}
+    ax.text(0.995, 0.5, "guessing", color=GREY, **place)
+    names = ["no privacy" if np.isinf(v) else f"{v:.3g}" for v in values]
+    ax.set_xticks(range(len(values)), names)
+    ax.set(
+        xlim=(-0.35, len(values) - 0.6), xlabel="epsilon of the worst hospital (small is private)"
+    )
+    ax.set_ylabel("mean test AUROC")
+    _end_labels(ax, ends)
     return fig

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ CHOICES = {
     "strategy": ("fedavg", "fedavgm", "fedadam", "fedprox", "scaffold"),
     "aggregation": ("mean", "median", "trimmed"),
     "optimizer": ("adamw", "sgd"),
+    "dp": ("off", "patient"),
     "precision": ("auto", *PRECISIONS),
     "feature_dtype": ("fp16", "fp32"),
 }
@@ -46,6 +48,8 @@ RANGES = {
     "server_lr": (1e-12, math.inf), "server_momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf),
     "lr_centralised": (0.0, math.inf), "lr_local": (0.0, math.inf),
     "max_hours": (0.0, math.inf), "client_seconds": (0.0, math.inf), "alpha": (1e-12, math.inf),
+    "target_epsilon": (0.0, math.inf), "noise_multiplier": (0.0, math.inf), "delta": (1e-15, 0.01),
+    "clip": (1e-12, math.inf),
 }  # fmt: skip
 # What an empty parameter means: in seconds on two cores, or on a GPU with ImageNet weights.
 PROFILES: dict[str, dict[str, Any]] = {
@@ -97,6 +101,12 @@ class Settings:
     lr_local: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    dp: str = "off"
+    target_epsilon: float = 0.0
+    noise_multiplier: float = 0.0
+    delta: float = 1e-5
+    clip: float = 1.0
+    secure: bool = False
     augment: bool = True
     cache_features: bool = False
     feature_dtype: str = "fp16"
@@ -134,6 +144,9 @@ class Settings:
     def identity(self) -> dict[str, Any]:
         """Return the parameters that change the result; a moved data folder is the same data."""
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_IDENTITY}
+        # Noise that is chosen so that all rounds stay within a budget depends on their number.
+        calibrated = self.dp != "off" and not self.noise_multiplier
+        values |= {"rounds": self.rounds} if calibrated else {}
         return values | {"data_dir": Path(self.data_dir).name or "phantom"}
 
 
@@ -207,6 +220,7 @@ def _check(settings: Settings) -> None:
     plain_sgd = settings.optimizer == "sgd" and settings.momentum == settings.weight_decay == 0
     if settings.strategy == "scaffold" and not plain_sgd:
         raise InputError("strategy=scaffold wants optimizer=sgd momentum=0 weight_decay=0")
+    _check_privacy(settings)
     _check_cache(settings)
     for name in ("name", "compare"):
         names = getattr(settings, name).split(",") if name == "compare" else [settings.name]
@@ -215,6 +229,26 @@ def _check(settings: Settings) -> None:
     find_devices(settings.device)
     if settings.weights != "none":
         find_weights(settings.weights)
+
+
+def _check_privacy(settings: Settings) -> None:
+    """Raise InputError where a run would be less private than it says, or cannot be private."""
+    if settings.dp == "off":
+        asked = ("target_epsilon", "noise_multiplier", "secure")
+        for name in [name for name in asked if getattr(settings, name)]:
+            raise InputError(f"{name}={getattr(settings, name)!r} means nothing without dp=patient")
+        return
+    if not settings.target_epsilon and not settings.noise_multiplier:
+        raise InputError("dp=patient wants target_epsilon or noise_multiplier above 0")
+    if settings.batchnorm != "frozen":
+        raise InputError(
+            f"dp=patient wants batchnorm=frozen, not {settings.batchnorm!r}: BatchNorm mixes the"
+            " patients of a batch, and its statistics would leave the hospital without noise"
+        )
+    if settings.strategy == "scaffold":
+        raise InputError("dp=patient: strategy=scaffold is not supported; choose another one")
+    if not find_spec("opacus"):
+        raise InputError("dp=patient needs Opacus: pip install 'opacus>=1.5'")
 
 
 def _check_cache(settings: Settings) -> None:

@@ -59,6 +59,12 @@ augment: bool = True  # turn and shift training films a little, anew in each epo
 cache_features: bool = False  # run the frozen trunk once and train from its output; wants augment=False
 feature_dtype: str = "fp16"  # of that output on disk: fp16 or fp32
 precision: str = "auto"  # fp32, bf16 or fp16; auto: fp32 on the CPU, bf16 on GPUs that have it, else fp16
+dp: str = "off"  # off or patient: differential privacy of each training patient; wants batchnorm=frozen
+target_epsilon: float = 0.0  # stop before this; without noise_multiplier, noise so that all rounds fit
+noise_multiplier: float = 0.0  # deviation of the noise, in units of clip; 0: from target_epsilon
+delta: float = 0.00001  # chance that the promise of epsilon fails; well below one in the patients
+clip: float = 1.0  # largest norm of a patient's gradient
+secure: bool = False  # noise from the system, not from the seed: what a hospital runs; not repeatable
 arms: str = "federated"  # what to train: federated,centralised,local
 seeds: str = "0"  # training seeds, such as 0,1,2
 device: str = "auto"  # auto, cpu, cuda:0 or several such as cuda:0,cuda:1
@@ -163,8 +169,9 @@ live = display(Markdown("waiting for the first round ..."), display_id=True)
 
 def show(row, history):
     live.update(fedutils.plots.learning_curves(history, title))
-    print(f"{row['arm']} s{row['seed']} {row['client']} round {row['round']}: train loss "
-          f"{row['train_loss']:.4f}, validation loss {row['val_loss']:.4f}, "
+    seen = f"epsilon {row['epsilon']:.3f}" if settings.dp != "off" else f"train loss {row['train_loss']:.4f}"
+    print(f"{row['arm']} s{row['seed']} {row['client']} round {row['round']}: {seen}, "
+          f"validation loss {row['val_loss']:.4f}, "
           f"AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s", flush=True)
 
 
@@ -221,6 +228,12 @@ display(Markdown(
     f"**{sent_gb:.2f} GB** travelled in all. This session trained for "
     f"**{training.seconds / 60:.1f} minutes**{said}."
 ))
+
+# %% [markdown]
+# What the run promises the patients it learned from:
+
+# %%
+display(Markdown("\n".join(f"- {line}" for line in fedutils.privacy_words(settings))))
 
 # %% [markdown]
 # Next: `04_evaluate` looks at the test films, once.

@@ -391,10 +391,39 @@ fedutils.record_files(settings, "MODEL_CARD.md", *(f"evaluation/{table}" for tab
 display(Markdown("> " + card.replace("\n", "\n> ")))
 
 # %% [markdown]
+# ## What the model remembers
+#
+# An attack that anyone can run who has the model and a patient's films: is the loss on them lower
+# than on films that it never saw? Members are training patients, the others validation patients,
+# as many of each at each hospital.
+
+# %%
+drawn = fedutils.attack_films(films, settings.seed)
+seen = [fedutils.predict_films(settings, drawn, split) for split in ("train", "val")]
+attack = fedutils.membership(seen, films, settings.seed)
+attack.to_csv(folder / "membership.csv", index=False)
+fedutils.record_files(settings, "evaluation/membership.csv")
+
+# %% [markdown]
+# An area of 0.5 is guessing. The rate at 1 % false positives says how many members are found while
+# hardly anyone is accused wrongly; it takes 300 others to state it. Validation patients chose the
+# round, so they are not quite strangers to the model.
+
+# %%
+display(Markdown("\n".join(f"- {line}" for line in fedutils.membership_words(attack))))
+
+# %% [markdown]
+# What was promised to these patients in training. A weak attack that finds nothing proves nothing; an
+# epsilon holds against every attack.
+
+# %%
+display(Markdown("\n".join(f"- {line}" for line in fedutils.privacy_words(settings))))
+
+# %% [markdown]
 # ## What this is, and what it is not
 #
 # NIH's labels were mined from reports by text, not given by radiologists. Films stayed with their
-# client, but updates can leak: federated is not yet private. Not for clinical use.
+# client, but updates can leak unless `dp=patient` says otherwise. Not for clinical use.
 
 # %%
 notes = {"phantom": "**Phantom films are synthetic: nothing here is evidence about patients.**",

@@ -49,7 +49,7 @@ def test_the_card_says_what_the_run_was_and_what_it_reached(tmp_path):
         "3 clients, partition iid", "`global_model.safetensors`, of round 1;", "2 rounds",
         "| federated | – | 0 | 0.700 (0.600 to 0.800) | 13 |", "| local | client-2 | 0 | 0.700",
         "| Hernia | 0.100 | not defined |", "after temperature 1.50",
-        "not measurable at this size", "mined from reports by text", "not privacy", "Diagnosis",
+        "not measurable at this size", "mined from reports by text", "updates can leak", "Diagnosis",
     ):  # fmt: skip
         assert said in text, said
     assert "hantom" not in text and "BatchNorm is local" not in text and "nan" not in text

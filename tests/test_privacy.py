@@ -1,0 +1,432 @@
+"""Differential privacy of patients: what is clipped, drawn, added, accounted for, and sent."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import integrate, stats
+from tiny import tiny_films, tiny_settings
+
+from fedutils import federation, privacy
+from fedutils.client import Client, make_optimizer
+from fedutils.federation import Training
+from fedutils.images import normalise
+from fedutils.model import build_resnet34, to_cpu
+from fedutils.rng import generator
+
+pytest.importorskip("opacus", reason="differential privacy needs Opacus")
+DP = {"dp": "patient", "noise_multiplier": 1.0, "batchnorm": "frozen", "tracked": "fc"}
+SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.1}
+
+
+def many_films(work, films=60):
+    """Random films of which two follow each other belong to one patient."""
+    dataset = tiny_films(work, films)
+    dataset.index["patient_id"] = [f"p{i // 2}" for i in range(films)]
+    dataset.index["split"] = np.array(["train", "train", "val", "test"])[np.arange(films) // 2 % 4]
+    return dataset
+
+
+@pytest.fixture
+def films(tmp_path):
+    dataset = many_films(tmp_path)
+    return dataset.where(dataset.index["split"] == "train")
+
+
+def private_client(tmp_path, films, **changes):
+    return privacy.PrivateClient("client-1", films, tiny_settings(tmp_path, **DP | changes), 0)
+
+
+def build(tracked="fc"):
+    model = build_resnet34("none", tracked, "frozen").train()
+    privacy.freeze_batchnorm(model)
+    return model
+
+
+def sum_of(model, films, positions, clip):
+    with privacy.per_patient_gradients(model) as hooked:
+        return torch.cat([s.flatten() for s in privacy.clipped_sum(hooked, films, positions, clip)])
+
+
+# The accountant.
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise", "steps", "dp_accounting", "opacus"),
+    [
+        (1, 1, 10, 19.0536, 19.0536),
+        (1, 4, 50, 9.2350, 9.2350),
+        (0.5, 1, 10, 11.5445, 11.5371),
+        (0.25, 4, 50, 2.0316, 2.0316),
+    ],
+)
+def test_epsilon_agrees_with_published_figures_of_two_libraries(
+    rate, noise, steps, dp_accounting, opacus
+):
+    found = privacy.epsilon(noise, rate, steps, 1e-5)
+    assert found == pytest.approx(opacus, abs=1e-4)
+    assert found == pytest.approx(dp_accounting, abs=0.01)
+
+
+@pytest.mark.parametrize(("rate", "noise", "steps"), [(0.1, 1.1, 300), (0.02, 2, 99), (1, 3, 7)])
+def test_epsilon_agrees_with_a_second_library(rate, noise, steps):
+    """dp-accounting 0.6 only bounds the orders between whole numbers: it is a little above."""
+    dp = pytest.importorskip("dp_accounting", reason="the second library is not installed")
+    event = dp.GaussianDpEvent(noise)
+    accountant = dp.rdp.RdpAccountant()
+    accountant.compose(dp.PoissonSampledDpEvent(rate, event) if rate < 1 else event, steps)
+    ours, theirs = privacy.epsilon(noise, rate, steps, 1e-5), accountant.get_epsilon(1e-5)
+    assert -1e-4 < theirs - ours < 0.01 * ours
+
+
+@pytest.mark.parametrize("order", [1.5, 2, 2.8, 7.3])
+def test_divergence_of_a_step_equals_its_integral(order):
+    """Mironov, Talwar and Zhang, 2019: of the mixture over the normal density, to that order."""
+    from opacus.accountants import RDPAccountant
+
+    rate, noise = 0.1, 1.1
+
+    def integrand(z):
+        ratio = 1 - rate + rate * math.exp((2 * z - 1) / (2 * noise**2))
+        return stats.norm.pdf(z, scale=noise) * ratio**order
+
+    exact = math.log(integrate.quad(integrand, -30, 60, limit=500)[0]) / (order - 1)
+    found = privacy._rdp(noise, rate)[RDPAccountant.DEFAULT_ALPHAS.index(order)]
+    assert found == pytest.approx(exact, rel=1e-6)
+
+
+def test_epsilon_at_full_sampling_agrees_with_the_exact_privacy_curve():
+    """Without sampling, n steps are one Gaussian mechanism, whose curve is known exactly.
+
+    Balle and Wang, ICML 2018, theorem 8. Rényi's bound lies above it, and not far.
+    """
+    mu, eps = math.sqrt(10) / 4, privacy.epsilon(4, 1, 10, 1e-5)
+
+    def delta(e):
+        normal = stats.norm.cdf
+        return normal(mu / 2 - e / mu) - math.exp(e) * normal(-mu / 2 - e / mu)
+
+    assert delta(eps) < 1e-5 < delta(0.75 * eps)
+
+
+def test_noise_for_a_target_stays_just_within_it():
+    for target in (0.5, 8.0):
+        noise = privacy.calibrate(target, 1e-5, 1.0, 60)
+        assert 0.98 * target < privacy.epsilon(noise, 1.0, 60, 1e-5) <= target
+
+
+def test_no_step_costs_nothing_and_no_noise_everything():
+    assert privacy.epsilon(1.0, 0.5, 0, 1e-5) == 0
+    assert privacy.epsilon(0.0, 0.5, 1, 1e-5) == math.inf
+
+
+# Clipping.
+
+
+@pytest.mark.parametrize("tracked", ["fc", "layer1,fc"])
+def test_removing_any_patient_moves_the_clipped_sum_by_at_most_clip(films, tracked):
+    """Among them one whose gradient is made huge, and films whose labels are partly unknown."""
+    films.labels[2, :] = math.nan
+    films.labels[4, 3:] = math.nan
+    model, everyone = build(tracked), np.arange(0, len(films), 2)[:6]
+    with torch.no_grad():
+        model.fc.weight[0] *= 1e4
+    whole = sum_of(model, films, everyone, clip=0.5)
+    moved = [(whole - sum_of(model, films, np.delete(everyone, i), 0.5)).norm() for i in range(6)]
+    assert max(moved) <= 0.5 * (1 + 1e-5)
+    assert max(moved) > 0.49  # the bound is reached, so something was clipped
+    assert moved[1] < 1e-6  # a patient without labels adds nothing
+    assert sum_of(model, films, everyone[:1], math.inf).norm() > 5 * 0.5
+
+
+def test_the_worst_of_gradients_are_clipped_jointly():
+    """Aligned against the others, spread over two parameters, infinite, or not a number."""
+    torch.manual_seed(0)
+    gradients = [torch.randn(8, 5, 3), torch.randn(8, 4)]
+    gradients[0][0] *= 1e6
+    gradients[1][0] *= -1e6
+    gradients[0][1, 0, 0], gradients[1][2, 0] = math.inf, math.nan
+    gradients[0][3], gradients[1][3] = 1e30, -1e30
+    whole = torch.cat([g.flatten() for g in privacy.clip_each([g.clone() for g in gradients], 2.0)])
+    for patient in range(8):
+        rest = [torch.cat([g[:patient], g[patient + 1 :]]) for g in gradients]
+        part = torch.cat([g.flatten() for g in privacy.clip_each(rest, 2.0)])
+        assert (whole - part).norm() <= 2.0 * (1 + 1e-5)
+
+
+def test_gradients_in_parts_are_the_gradients_at_once(films, monkeypatch):
+    model, positions = build(), np.arange(12)
+    whole = sum_of(model, films, positions, 0.1)
+    monkeypatch.setattr(
+        privacy, "GRADIENT_BYTES", 5 * 4 * sum(p.numel() for p in model.fc.parameters())
+    )
+    assert torch.allclose(sum_of(model, films, positions, 0.1), whole, atol=1e-6)
+
+
+def test_a_step_without_patients_is_noise_alone(films):
+    assert not sum_of(build(), films, np.array([], dtype=int), 1.0).any()
+
+
+# Sampling.
+
+
+def test_patients_are_drawn_on_their_own_with_the_stated_chance(films):
+    """Poisson sampling: the number drawn is binomial, and no patient depends on another."""
+    patients = [np.array([2 * i, 2 * i + 1]) for i in range(20)]
+    rng = generator(0, "test")
+    drawn = np.zeros((4000, 20))
+    for row in drawn:
+        row[privacy.draw_films(patients, 0.3, rng) // 2] = 1
+    counts = drawn.sum(axis=1)
+    assert abs(drawn.mean(axis=0) - 0.3).max() < 5 * math.sqrt(0.3 * 0.7 / 4000)
+    assert counts.var() == pytest.approx(20 * 0.3 * 0.7, rel=0.12)  # a fixed size would have none
+    assert abs(np.corrcoef(drawn.T) - np.eye(20)).max() < 5 / math.sqrt(4000)
+
+
+def test_a_patient_with_many_films_counts_like_one_with_one_film():
+    patients = [np.arange(100), np.array([100])]
+    rng = generator(0, "test")
+    drawn = [privacy.draw_films(patients, 0.5, rng) for _ in range(2000)]
+    counts = [sum((d < 100).sum() for d in drawn), sum((d == 100).sum() for d in drawn)]
+    assert all(abs(count - 1000) < 5 * math.sqrt(500) for count in counts)
+    assert max((d < 100).sum() for d in drawn) == 1  # one film a step, never two
+    assert len({int(i) for d in drawn for i in d[d < 100]}) == 100  # each film has its turn
+
+
+# Noise.
+
+
+@pytest.mark.parametrize("draw", [generator(0, "noise"), privacy.SystemRandomness()])
+def test_noise_is_normal_and_has_the_stated_scale(draw):
+    noise = privacy.gaussian(torch.zeros(200, 100), 1.7, draw).flatten().numpy() / 1.7
+    assert stats.kstest(noise, "norm").pvalue > 1e-6
+    assert noise.std() == pytest.approx(1, abs=5 / math.sqrt(2 * noise.size))
+
+
+def test_each_step_adds_noise_of_multiplier_times_clip(tmp_path, films):
+    """With a learning rate of 1 and gradients clipped to nothing, a step is the noise."""
+    settings = {"noise_multiplier": 2.0, "clip": 1e-3, "batch_size": 64} | SGD | {"lr": 1.0}
+    client, model = private_client(tmp_path, films, **settings), build()
+    sent = to_cpu(model.tracked_state())
+    update, _ = client.fit(model, sent, {}, 1)
+    moved = (update.state["fc.weight"] - sent["fc.weight"]).flatten() * len(client.patients)
+    assert client.steps == 1
+    assert moved.std().item() == pytest.approx(2e-3, rel=0.05)
+
+
+def test_with_a_huge_clip_and_no_noise_a_step_is_plain_sgd_on_the_same_batch(
+    tmp_path, films, monkeypatch
+):
+    monkeypatch.setattr(privacy, "gaussian", lambda like, deviation, draw: torch.zeros_like(like))
+    client = private_client(
+        tmp_path, films, clip=1e9, tracked="layer1,layer2,fc", augment="false", **SGD
+    )
+    model = build("layer1,layer2,fc")
+    sent = to_cpu(model.tracked_state())
+    update, _ = client.fit(model, sent, {}, 1)
+
+    model.load(sent)
+    trained = privacy.freeze_batchnorm(model.train())
+    optimizer, rng = (
+        make_optimizer(list(trained.values()), client.settings),
+        generator(0, "privacy", 1, "client-1"),
+    )
+    for _ in range(client.steps):
+        pixels, labels = films.batch(privacy.draw_films(client.patients, client.rate, rng))
+        losses = torch.nn.functional.binary_cross_entropy_with_logits(
+            model(normalise(pixels)), labels, reduction="none"
+        )
+        optimizer.zero_grad()
+        (losses.mean(dim=1).sum() / 8).backward()
+        optimizer.step()
+    for name, value in update.state.items():
+        assert torch.allclose(value, model.state_dict()[name], atol=1e-5), name
+    assert not torch.equal(
+        update.state["layer2.0.downsample.0.weight"], sent["layer2.0.downsample.0.weight"]
+    )
+
+
+def test_seeded_noise_repeats_and_secure_noise_does_not(tmp_path, films):
+    model = build()
+    sent = to_cpu(model.tracked_state())
+
+    def weights(**changes):
+        return (
+            private_client(tmp_path, films, **changes).fit(model, sent, {}, 1)[0].state["fc.bias"]
+        )
+
+    assert torch.equal(weights(), weights())
+    assert not torch.equal(weights(secure="true"), weights(secure="true"))
+
+
+# What leaves the hospital, and what stays.
+
+
+def test_only_trained_parameters_leave_with_neither_loss_nor_film_count(tmp_path, films):
+    model = build("layer2,fc")
+    before = to_cpu(model.state_dict())
+    update, kept = private_client(tmp_path, films, tracked="layer2,fc").fit(
+        model, to_cpu(model.tracked_state()), {}, 1
+    )
+    assert not any("bn" in k or "running" in k or "num_batches" in k for k in update.state)
+    assert (
+        "layer2.0.conv1.weight" in update.state and "layer2.0.downsample.0.weight" in update.state
+    )
+    assert math.isnan(update.train_loss) and update.examples == 1
+    assert list(kept) == [privacy.STEPS]
+    for name, value in model.state_dict().items():
+        if name not in update.state:
+            assert torch.equal(value, before[name]), name
+
+
+def test_the_model_is_left_without_hooks(tmp_path, films):
+    model = build()
+    private_client(tmp_path, films).fit(model, to_cpu(model.tracked_state()), {}, 1)
+    assert not model.fc._forward_hooks and not model.fc._backward_hooks
+    assert not hasattr(model.fc.weight, "grad_sample")
+
+
+def test_the_budget_is_kept_from_round_to_round(tmp_path, films):
+    client, model = private_client(tmp_path, films), build()
+    sent, kept = to_cpu(model.tracked_state()), {}
+    for round in (1, 2, 3):
+        update, kept = client.fit(model, sent, kept, round)
+        expected = privacy.epsilon(1.0, client.rate, round * client.steps, 1e-5)
+        assert update.epsilon == client.account(kept)["epsilon"] == expected > 0
+    assert client.rate == 8 / len(client.patients) and client.steps == 2
+
+
+def test_batchnorm_that_is_not_frozen_is_refused(tmp_path, films):
+    model = build_resnet34("none", "layer4,fc", "average")
+    with pytest.raises(privacy.InputError, match="batchnorm=frozen"):
+        private_client(tmp_path, films).fit(model, to_cpu(model.tracked_state()), {}, 1)
+
+
+def test_a_delta_of_one_in_the_number_of_patients_is_refused(tmp_path, films):
+    with pytest.raises(privacy.InputError, match="delta"):
+        private_client(tmp_path, many_films(tmp_path, 240), delta=0.01)
+
+
+# Rounds.
+
+
+def train(work, **changes):
+    return Training(tiny_settings(work, **DP | changes), many_films(work)).train()
+
+
+def last_of(history):
+    return history[history["client"] == ""].iloc[-1]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A private run of three rounds: its work folder and its history."""
+    work = tmp_path_factory.mktemp("straight")
+    return work, train(work, rounds=3, name="straight")
+
+
+def test_a_private_run_withholds_losses_weighs_alike_and_shows_epsilon_each_round(straight):
+    history = straight[1]
+    clients, model = history[history["client"] != ""], history[history["client"] == ""]
+    assert (history["status"] == "ok").all() and history["train_loss"].isna().all()
+    assert (clients["examples"] == 1).all() and model["val_auroc"].notna().all()
+    worst = clients.groupby("round")["epsilon"].max().tolist()
+    assert model["epsilon"].tolist() == worst and worst[0] < worst[1] < worst[2]
+    assert (clients["bytes_up"] == 4 * 14 * 513).all()
+
+
+def test_the_aggregate_is_the_plain_mean_whatever_the_number_of_films(tmp_path, monkeypatch):
+    sent, fit = [], Client.fit
+
+    def spy(self, *args):
+        update, kept = fit(self, *args)
+        sent.append(update.state["fc.bias"])
+        return update, kept
+
+    monkeypatch.setattr(Client, "fit", spy)
+    films = many_films(tmp_path)
+    films.index.loc[films.index["client"] == "client-3", "split"] = "test"
+    films.index.loc[films.index.index[-3:], ["client", "split"]] = ["client-3", "train"]
+    Training(tiny_settings(tmp_path, rounds=1, **DP), films).train()
+    state = federation.load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
+    assert len(sent) == 3 and torch.allclose(state["fc.bias"], torch.stack(sent).mean(0), atol=1e-7)
+
+
+def test_a_resumed_run_keeps_its_budget_exactly(straight):
+    work, history = straight
+    train(work, rounds=1, name="parts")
+    resumed = train(work, rounds=3, name="parts")
+    assert resumed.drop(columns="seconds").equals(history.drop(columns="seconds"))
+    tables = [(work / f"runs/{name}/privacy.csv").read_text() for name in ("straight", "parts")]
+    assert tables[0] == tables[1]
+
+
+def test_anyone_can_compute_epsilon_again_from_what_the_run_wrote(tmp_path):
+    history = train(tmp_path, arms="federated,centralised,local", rounds=1)
+    table = pd.read_csv(tmp_path / "runs/run/privacy.csv").fillna({"client": ""})
+    assert len(table) == 3 + 1 + 3
+    for row in table.itertuples():
+        again = privacy.epsilon(row.noise_multiplier, row.sampling_rate, row.steps, row.delta)
+        assert again == pytest.approx(row.epsilon, rel=1e-12)
+    written = table.groupby("arm")["epsilon"].max()
+    assert written.to_dict() == history.groupby("arm")["epsilon"].max().to_dict()
+
+
+def test_a_run_stops_before_the_round_that_would_exceed_its_budget(straight, capsys):
+    work, free = straight
+    second, third = last_of(free[free["round"] == 2])["epsilon"], last_of(free)["epsilon"]
+    target = (second + third) / 2
+    history = train(work, rounds=9, name="capped", target_epsilon=target)
+    row = last_of(history)
+    assert row["round"] == 2 and row["epsilon"] == second < target
+    assert f"beyond target_epsilon={target:g}" in row["reason"]
+    assert row["reason"] in capsys.readouterr().out
+    assert (work / "runs/capped/finished.json").is_file()
+    again = train(work, rounds=12, name="capped", target_epsilon=target)
+    assert again.equals(history)
+
+
+def test_a_budget_too_small_for_one_round_is_refused(tmp_path):
+    with pytest.raises(privacy.InputError, match="not even one round"):
+        train(tmp_path, target_epsilon=0.01)
+
+
+def test_a_target_alone_sets_the_noise_so_that_all_rounds_fit(tmp_path):
+    history = train(tmp_path, noise_multiplier=0.0, target_epsilon=6.0, batch_size=64)
+    assert 5.9 < last_of(history)["epsilon"] <= 6.0 and last_of(history)["round"] == 2
+    with pytest.raises(privacy.InputError, match="rounds=2"):  # the noise was chosen for two rounds
+        train(tmp_path, noise_multiplier=0.0, target_epsilon=6.0, batch_size=64, rounds=3)
+
+
+def test_an_update_that_is_left_out_is_paid_for_all_the_same(tmp_path, monkeypatch):
+    fit = privacy.PrivateClient.fit
+
+    def late(self, *args):
+        update, kept = fit(self, *args)
+        object.__setattr__(update, "seconds", 999.0 if self.name == "client-2" else 0.0)
+        return update, kept
+
+    monkeypatch.setattr(privacy.PrivateClient, "fit", late)
+    history = train(tmp_path, client_seconds=500.0)
+    row = history[history["client"] == "client-2"]
+    assert row["status"].tolist() == ["late", "late"]
+    table = pd.read_csv(tmp_path / "runs/run/privacy.csv").set_index("hospital")
+    assert table["steps"]["client-2"] == table["steps"]["client-1"] > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batchnorm": "average"}, "dp=patient wants batchnorm=frozen, not 'average'"),
+        ({"noise_multiplier": 0.0}, "target_epsilon or noise_multiplier"),
+        ({"dp": "off"}, "noise_multiplier=1.0 means nothing without dp=patient"),
+        ({"dp": "film"}, "allowed are off, patient"),
+        ({"strategy": "scaffold"} | SGD, "scaffold"),
+        ({"secure": "yes"}, "expected true or false"),
+    ],
+)
+def test_a_run_that_would_be_less_private_than_it_says_is_refused(tmp_path, changes, message):
+    with pytest.raises(privacy.InputError, match=message):
+        tiny_settings(tmp_path, **DP | changes)
