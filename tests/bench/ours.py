@@ -1,0 +1,23 @@
+"""Our arm: the project as it is used, in a process of its own."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import workload
+
+from fedutils import Training
+
+
+def main(work: str, rounds: int, **changes: Any) -> None:
+    """Train from the prepared films to the last round; `changes` are parameters of the run."""
+    settings = workload.settings(Path(work), rounds=rounds, **changes)
+    shutil.rmtree(settings.run, ignore_errors=True)
+    training, laps = Training(settings, workload.films(Path(work))), workload.Laps()
+    history = training.train(lambda row, history: laps.lap())
+    whole = history[history["client"] == ""]
+    workload.report(rounds=laps.seconds, auroc=whole["val_auroc"].iloc[-1])
+
+
+if __name__ == "__main__":
+    main(**workload.arguments())
