@@ -31,9 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     run = commands.add_parser("run", help="execute the notebooks, resuming where they stopped")
     add_parameters(run)
-    run.add_argument("--force", action="store_true", help="execute what is unchanged, too")
-    run.add_argument("--only", default="", metavar="01,02", help="these notebooks only")
     run.set_defaults(do=run_notebooks)
+    sweep = commands.add_parser("sweep", help="execute a run for each combination of values")
+    sweep.add_argument("grid", nargs="+", metavar="KEY=V1|V2", help="quote it: | is the shell's")
+    add_parameters(sweep)
+    sweep.set_defaults(do=sweep_notebooks)
     verify = commands.add_parser("verify", help="check a run folder: hashes, data, metrics")
     verify.add_argument("folder", type=Path, metavar="RUN", help="such as work/runs/NAME")
     verify.set_defaults(do=verify_run)
@@ -43,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_parameters(command: argparse.ArgumentParser) -> None:
-    """Add the options that set parameters of the notebooks."""
+    """Add the options of a run: parameters of the notebooks, and which notebooks."""
     places = {"data": "folder with Data_Entry_2017*.csv; default: NIH_DATA_DIR, Kaggle, phantom",
               "work": "where results go; default: work/", "name": "name of the run",
               "profile": "auto, demo (seconds, no GPU, no network) or kaggle"}  # fmt: skip
@@ -51,11 +53,20 @@ def add_parameters(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{option}", metavar=option.upper(), help=text)
     command.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
                          help="a parameter, such as -p rounds=20; may be repeated")  # fmt: skip
+    command.add_argument("--force", action="store_true", help="execute what is unchanged, too")
+    command.add_argument("--only", default="", metavar="01,02", help="these notebooks only")
 
 
 def run_notebooks(options: argparse.Namespace) -> None:
     """Execute the notebooks."""
     pipeline.run(read_values(options), options.only, options.force, pipeline.FOLDER)
+
+
+def sweep_notebooks(options: argparse.Namespace) -> None:
+    """Execute the notebooks for each combination of the grid."""
+    grid = {key: value.split("|") for key, value in split_pairs(options.grid, "sweep").items()}
+    values = read_values(options)
+    pipeline.sweep(values, grid, options.only, options.force, pipeline.FOLDER)
 
 
 def verify_run(options: argparse.Namespace) -> None:
@@ -71,12 +82,15 @@ def read_values(options: argparse.Namespace) -> dict[str, str]:
     named = {"data_dir": options.data, "work_dir": options.work, "name": options.name,
              "profile": options.profile}  # fmt: skip
     values = {name: value for name, value in named.items() if value is not None}
-    for pair in options.pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise InputError(f"-p {pair}: expected KEY=VALUE")
-        values[name] = value
-    return values
+    return values | split_pairs(options.pairs, "-p")
+
+
+def split_pairs(pairs: Sequence[str], option: str) -> dict[str, str]:
+    """Split KEY=VALUE texts; the last of two equal keys counts. Raises InputError without an =."""
+    for pair in pairs:
+        if "=" not in pair:
+            raise InputError(f"{option} {pair}: expected KEY=VALUE")
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def complain(message: object, status: int) -> int:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 
 from .findings import InputError
@@ -36,15 +35,6 @@ class Progress:
     best: list[float] = field(default_factory=lambda: [-math.inf, -math.inf])
     best_round: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
-
-
-def state_hash(state: State) -> str:
-    """Return the SHA-256 of a state: names, dtypes, shapes and bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def save_progress(folder: Path, progress: Progress, identity: str) -> Path:
@@ -87,6 +77,15 @@ def load_progress(folder: Path, identity: str) -> Progress | None:
             return _unflatten(load(content), about)
         warnings.warn(f"{path}: belongs to another run, not used", stacklevel=2)
     return None
+
+
+def last_identity(folder: Path) -> str:
+    """Return whose the newest round boundary of a folder is, by its header alone; '' for none."""
+    for path in _files(folder)[:1]:
+        with path.open("rb") as file, contextlib.suppress(ValueError, KeyError):  # truncated
+            length = file.read(8)
+            return _header(length + file.read(int.from_bytes(length, "little")))["identity"]
+    return ""
 
 
 def _files(folder: Path) -> list[Path]:

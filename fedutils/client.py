@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .images import ChestXrayDataset, normalise
+from .device import precision
+from .images import ChestXrayDataset
 from .model import ChestResNet, to_cpu
 from .rng import generator
-from .settings import Settings, autocast, precision
+from .settings import Settings
 from .weights import State
 
 VARIATE = "variate/"  # prefix of SCAFFOLD's control variates, which travel beside the weights
@@ -34,8 +35,6 @@ class Update:
 
 class Client:
     """A hospital: its name, its training films, and the settings that all clients share."""
-
-    augment = True
 
     def __init__(self, name: str, films: ChestXrayDataset, settings: Settings, seed: int) -> None:
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
@@ -73,13 +72,14 @@ class Client:
         device = next(model.parameters()).device
         trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
         optimizer = make_optimizer(list(trained.values()), self.settings)
-        scaler = torch.amp.GradScaler(device.type, enabled=precision(device) is torch.float16)
-        rng = generator(self.seed, "augment", round, self.name) if self.augment else None
+        half = precision(device, self.settings.precision) is torch.float16
+        scaler = torch.amp.GradScaler(device.type, enabled=half)
+        augment = generator(self.seed, "augment", round, self.name)
+        rng = augment if self.settings.augment else None
         total, seen, steps = torch.zeros((), device=device), 0, 0
         for positions in self._batches(round):
             films, labels = self.films.batch(positions, device)
-            with autocast(device):
-                loss = masked_loss(model(normalise(films, rng)), labels)
+            loss = masked_loss(model(films, rng), labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -144,6 +144,5 @@ def predict(model: ChestResNet, films: ChestXrayDataset, batch_size: int = 128) 
     logits = np.empty((len(films), model.fc.out_features), np.float32)
     for start in range(0, len(films), batch_size):
         batch, _ = films.batch(np.arange(start, min(start + batch_size, len(films))), device)
-        with autocast(device):
-            logits[start : start + len(batch)] = model(normalise(batch)).float().cpu().numpy()
+        logits[start : start + len(batch)] = model(batch).float().cpu().numpy()
     return logits

@@ -10,13 +10,15 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
-from .checkpoint import state_hash
+from .device import find_devices
+from .features import FeatureStore
 from .federation import plan, predict_with
 from .findings import FINDINGS, InputError
 from .images import ChestXrayDataset, read_index, read_report, write_atomic
 from .metrics import evaluate
 from .model import build_resnet34
-from .settings import Settings, environment, find_devices, read_run
+from .settings import Settings, environment, read_run
+from .weights import state_hash
 
 OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
 
@@ -26,16 +28,23 @@ def predict_films(settings: Settings, films: ChestXrayDataset, split: str) -> pd
 
     `films.index` carries `client` and `split`. Returns `arm, seed, client, image_index` and 14
     probabilities; `client` names the model's owner in the arm `local` and is empty elsewhere.
+    With `cache_features` the trunk's output is taken from its store, if that is whole.
     """
     models = settings.run / "models"
-    model = build_resnet34("none", settings.tracked, settings.batchnorm)
+    how = "none", settings.tracked, settings.batchnorm
+    model = build_resnet34(*how, precision=settings.precision)
     model.to(find_devices(settings.device)[0]).load(load_file(models / "trunk.safetensors"))
+    if settings.cache_features:
+        fingerprint = read_report(settings.prepared)["fingerprint"]
+        features = FeatureStore(model, films, settings, fingerprint).open()
+        films = films if features is None else films.holding(features)
     jobs, films = plan(settings, films), films.where(films.index["split"] == split)
     tables = []
     for job in jobs:
         own = {c.name: models / f"{job.name}-{c.name}.safetensors" for c in job.clients}
         clients = {name: load_file(file) for name, file in own.items() if file.is_file()}
         state = load_file(models / f"{job.name}.safetensors")
+        model.batchnorm = job.settings.batchnorm
         logits = predict_with(model, films, state, clients).astype(np.float64)
         table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=FINDINGS)
         for name in ("image_index", "client", "seed", "arm"):

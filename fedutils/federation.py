@@ -1,11 +1,13 @@
 """The round loop, the three arms and the history: federated, centralised and local training.
 
 Centralised is one client that holds everything, local is each client alone: the same loop and the
-same budget for all.
+same budget for all. A model depends on its arm's settings alone, so runs that differ in others
+share it, such as the centralised arm of several partitions.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,23 +24,32 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save
 
-from .checkpoint import Progress, load_progress, run_lock, save_progress, state_hash
+from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress
 from .client import Client, Update, predict
+from .device import find_devices
+from .features import FeatureStore
 from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import log_loss, mean_auroc
 from .model import ChestResNet, build_resnet34, to_cpu
 from .rng import generator
-from .settings import Settings, find_devices
-from .weights import State
+from .settings import Settings
+from .weights import State, state_hash
 
 HISTORY = [
     "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
     "bytes_down", "seconds", "status", "reason", "epsilon", "state_sha256",
 ]  # fmt: skip
+# What means nothing to a client that trains alone, and to one that holds everything.
+FEDERATED_ONLY = (
+    "strategy", "mu", "server_momentum", "aggregation", "trim", "client_fraction", "min_clients",
+    "client_seconds",
+)  # fmt: skip
+PARTITIONED = ("partition", "num_clients", "alpha")
 Row = dict[str, Any]
 OnRound = Callable[[Row, pd.DataFrame], None]
+OnFeatures = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,11 @@ class Job:
     clients: list[Client]
     validation: ChestXrayDataset
     owner: str = ""
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the job's arm."""
+        return self.clients[0].settings
 
     @property
     def name(self) -> str:
@@ -66,22 +83,43 @@ class FederationError(RuntimeError):
         super().__init__(f"{where}: too few clients answered: {'; '.join(faults)}")
 
 
+def arm_settings(settings: Settings, arm: str) -> Settings:
+    """Return the settings of one arm, with the defaults for all that means nothing to it.
+
+    Who trains alone federates nothing, and keeps its BatchNorm to itself by any policy; the
+    centralised arm knows no clients. Each arm has its learning rate.
+    """
+    alone = {"server_lr": 1.0} | {name: getattr(Settings, name) for name in FEDERATED_ONLY}
+    alone |= {"batchnorm": "average"} if settings.batchnorm == "local" else {}
+    changes: dict[str, dict[str, Any]] = {
+        "federated": {},
+        "local": alone | {"lr": settings.lr_local or settings.lr},
+        "centralised": alone
+        | {"lr": settings.lr_centralised or settings.lr}
+        | {name: getattr(Settings, name) for name in PARTITIONED},
+    }
+    return dataclasses.replace(settings, lr_centralised=0.0, lr_local=0.0, **changes[arm])
+
+
 def plan(settings: Settings, films: ChestXrayDataset) -> list[Job]:
     """List the models to train, from films whose index has the columns `client` and `split`."""
     train, val = (films.where(films.index["split"] == split) for split in ("train", "val"))
     names = sorted(films.index["client"].unique())
+    parts = {name: train.where(train.index["client"] == name) for name in names}
+    own = {name: val.where(val.index["client"] == name) for name in names}
     jobs = []
-    for seed in settings.seed_list:
-        parts = [train.where(train.index["client"] == name) for name in names]
-        hospitals = [Client(*pair, settings, seed) for pair in zip(names, parts, strict=True)]
-        own = [val.where(val.index["client"] == name) for name in names]
-        pairs = zip(hospitals, own, strict=True)
-        choices = {
-            "federated": [Job("federated", seed, hospitals, val)],
-            "centralised": [Job("centralised", seed, [Client("all", train, settings, seed)], val)],
-            "local": [Job("local", seed, [client], part, client.name) for client, part in pairs],
-        }
-        jobs += [job for arm in settings.arm_list for job in choices[arm]]
+    for seed, arm in itertools.product(settings.seed_list, settings.arm_list):
+        how = arm_settings(settings, arm), seed
+        if arm == "centralised":
+            jobs.append(Job(arm, seed, [Client("all", train, *how)], val))
+            continue
+        hospitals = [Client(name, part, *how) for name, part in parts.items()]
+        if arm == "federated":
+            jobs.append(Job(arm, seed, hospitals, val))
+        else:
+            jobs += [
+                Job(arm, seed, [client], own[client.name], client.name) for client in hospitals
+            ]
     return jobs
 
 
@@ -235,24 +273,36 @@ class Training:
     def __init__(
         self, settings: Settings, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
-        self.settings, self.run, self.jobs = settings, settings.run, plan(settings, films)
+        self.settings, self.run, self.films = settings, settings.run, films
+        self.jobs = plan(settings, films)
         self.strategy = strategy or STRATEGIES[settings.strategy]
         self.config = open_run(settings, self.strategy)
         # Before a model is built, whose calibration depends on the threads in its last bits.
         torch.set_num_threads(self.config["threads"])
-        self.identity = hashlib.sha256(json.dumps(self.config).encode()).hexdigest()
         self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
+        self._models: list[ChestResNet] = []
+        self._start: dict[int, State] = {}
+        self.features = None
+        if settings.cache_features:
+            model = self._replicas(self.jobs[0]).models[0]
+            self.features = FeatureStore(model, films, settings, self.config["fingerprint"])
+            self.features.check_disk()
 
-    def train(self, on_round: OnRound | None = None) -> pd.DataFrame:
+    def train(
+        self, on_round: OnRound | None = None, on_features: OnFeatures = lambda done, total: None
+    ) -> pd.DataFrame:
         """Train every model to its last round, from wherever it stands; return the history.
 
-        `on_round` gets the row of the aggregated model and the history so far. Stops at a round
-        boundary when the next round would end after `max_hours`. Raises FederationError when too
-        few clients answer, and InputError when another process writes this run.
+        `on_round` gets the row of the aggregated model and the history so far; `on_features` the
+        number of films whose features are there, and of all. Stops at a round boundary when the
+        next round would end after `max_hours`. Raises FederationError when too few clients answer,
+        and InputError when another process writes this run, or features would take too long.
         """
         with run_lock(self.run):
             (self.run / "finished.json").unlink(missing_ok=True)
             deadline = time.monotonic() + (self.settings.max_hours or math.inf) * 3600
+            if self.features:
+                self._compute_features(on_features)
             if all([self._train_job(job, deadline, on_round) for job in self.jobs]):
                 self._write_global_model()
                 write_atomic(self.run / "finished.json", json.dumps(self.config).encode())
@@ -267,14 +317,28 @@ class Training:
         """Estimate the time for the rounds that are left, from a few batches on this device."""
         largest = max((c for job in self.jobs for c in job.clients), key=lambda c: len(c.films))
         some = np.arange(len(largest.films)) < 3 * self.settings.batch_size
-        trial = Client("trial", largest.films.where(some), self.settings, seed=0)
-        model = self._replicas(self.jobs[0].seed).models[0]
+        films, ahead = largest.films.where(some), 0.0
+        if self.features:
+            films, ahead = films.holding(self.features.stand_in()), self.features.seconds_left()
+        trial = Client("trial", films, self.settings, seed=0)
+        model = self._replicas(self.jobs[0]).models[0]
         sent = self.strategy(self.settings, set()).download(to_cpu(model.tracked_state()), {})
         train = [trial.fit(model, sent, {}, round)[0].seconds for round in (1, 2)][-1]
         began = time.perf_counter()
         predict(model, trial.films)
         each = np.array([train, time.perf_counter() - began]) / len(trial.films)
-        return float(sum(each @ self._films_left(job) for job in self.jobs))
+        rounds = float(sum(each @ self._films_left(job) for job in self.jobs))
+        return ahead + rounds if rounds else 0.0
+
+    def _compute_features(self, progress: OnFeatures) -> None:
+        """Let the frozen trunk run once, where its output is not there yet, and train from that."""
+        hours = self.features.seconds_left() / 3600
+        if hours > (self.settings.max_hours or math.inf):
+            raise InputError(
+                f"max_hours={self.settings.max_hours:g}: features alone take about {hours:.2f} h"
+                " here; give more, choose fewer films or cache_features=false"
+            )
+        self.jobs = plan(self.settings, self.films.holding(self.features.fill(progress)))
 
     def _films_left(self, job: Job) -> np.ndarray:
         """Count the films that are still to be trained on and validated, on one device."""
@@ -284,14 +348,50 @@ class Training:
         train = films * self.settings.local_epochs / side_by_side
         return max(0, rounds) * np.array([train, len(job.validation)])
 
+    def _identity(self, job: Job) -> str:
+        """Return a hash of all that a job's model depends on, and of nothing else."""
+        own = {"trunk": self.settings.seed_list[0]} | {
+            name: value
+            for name, value in job.settings.identity().items()
+            if name not in ("data_dir", "arms", "seeds", "lr_centralised", "lr_local")
+        }
+        server = self.config["server"] if job.arm == "federated" else FedAvg.__name__
+        own |= {"server": server} | {k: self.config[k] for k in ("threads", "fingerprint")}
+        return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
     def _load(self, job: Job) -> Progress | None:
-        return load_progress(self.run / "checkpoint" / job.name, self.identity)
+        """Load how far a job has come, here or in a finished run that shares its model."""
+        own = load_progress(self.run / "checkpoint" / job.name, self._identity(job))
+        return own or self._adopt(job)
+
+    def _adopt(self, job: Job) -> Progress | None:
+        """Copy an equal job's model and checkpoint from a finished run beside this one, if any."""
+        identity, part = self._identity(job), f"checkpoint/{job.name}"
+        for run in (path.parent for path in sorted(self.run.parent.glob("*/finished.json"))):
+            if run == self.run or last_identity(run / part) != identity:
+                continue
+            now = load_progress(run / part, identity)
+            if now and now.round <= self.settings.rounds:
+                copy_models(run / "models", self.run / "models", job)
+                save_progress(self.run / part, now, identity)
+                return now
+        return None
+
+    def _replicas(self, job: Job) -> Replicas:
+        """Return one model a device as a job starts from it; built once for all arms of a seed."""
+        if job.seed not in self._start:
+            self._models = self._build_replicas(job.seed)
+            self._start = {job.seed: to_cpu(self._models[0].state_dict())}
+        for model in self._models:
+            model.load(self._start[job.seed])
+            model.batchnorm = job.settings.batchnorm
+        return Replicas(self._models, self.config["threads"])
 
     def _build(self, seed: int) -> ChestResNet:
         how = self.settings.weights, self.settings.tracked, self.settings.batchnorm
-        return build_resnet34(*how, seed)
+        return build_resnet34(*how, seed, precision=self.settings.precision)
 
-    def _replicas(self, seed: int) -> Replicas:
+    def _build_replicas(self, seed: int) -> list[ChestResNet]:
         """Build one model a device; all seeds share the first one's trunk."""
         trunk = self.run / "models" / "trunk.safetensors"
         if not trunk.is_file():
@@ -301,16 +401,17 @@ class Training:
         models = [self._build(seed).to(device) for device in find_devices(self.settings.device)]
         for model in models:
             model.load(load_file(trunk))
-        return Replicas(models, self.config["threads"])
+        return models
 
     def _train_job(self, job: Job, deadline: float, on_round: OnRound | None) -> bool:
         """Train one model until its last round; return False if the time is up before."""
         now, seconds = self._load(job), 0.0
         if now and now.round >= self.settings.rounds:
             return True
-        replicas = self._replicas(job.seed)
+        replicas = self._replicas(job)
         model = replicas.models[0]
-        strategy = self.strategy(self.settings, {name for name, _ in model.named_parameters()})
+        server = self.strategy if job.arm == "federated" else FedAvg
+        strategy = server(job.settings, {name for name, _ in model.named_parameters()})
         if now is None:
             local, first = model.local_names(), to_cpu(model.tracked_state())
             now = Progress({k: v for k, v in first.items() if k not in local})
@@ -319,7 +420,7 @@ class Training:
             if began + seconds > deadline:
                 return False
             self._one_round(job, now, replicas, strategy)
-            save_progress(self.run / "checkpoint" / job.name, now, self.identity)
+            save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
             self._write_history(job, now.rows)
             seconds = time.monotonic() - began
             if on_round:
@@ -362,6 +463,21 @@ class Training:
             parts = [self.run / "models" / f"{name}.safetensors" for name in ("trunk", job.name)]
             whole = load_file(parts[0]) | load_file(parts[1])
             write_atomic(self.run / "global_model.safetensors", save(whole))
+
+
+def copy_models(source: Path, target: Path, job: Job) -> None:
+    """Copy the best model of a job, its clients' own BatchNorm, and the trunk if there is none."""
+    names = [f"{job.name}.safetensors", "trunk.safetensors"]
+    if job.arm == "federated":
+        names += [path.name for path in source.glob(f"{job.name}-*.safetensors")]
+    for name in names:
+        if name != "trunk.safetensors" or not (target / name).is_file():
+            write_atomic(target / name, (source / name).read_bytes())
+
+
+def read_history(run: Path) -> pd.DataFrame:
+    """Read a run's `history.csv`; `client` is empty on the rows of aggregated models."""
+    return pd.read_csv(run / "history.csv", dtype={"client": str}).fillna({"client": ""})
 
 
 def best_rounds(history: pd.DataFrame) -> pd.DataFrame:

@@ -275,6 +275,7 @@ class ChestXrayDataset(torch.utils.data.Dataset):
 
     `dataset[i]` is a film, uint8 (1, H, W), and its labels, float32 (14,), NaN where unknown;
     `dataset.batch(positions)` reads many at once. `dataset.index` is the table of its films.
+    After `holding(features)` a film is what the model's frozen trunk made of it.
     """
 
     def __init__(self, prepared: Path, index: pd.DataFrame | None = None) -> None:
@@ -288,19 +289,29 @@ class ChestXrayDataset(torch.utils.data.Dataset):
         return len(self._rows)
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        """Return one film, uint8 (1, H, W), and its labels, float32 (14,)."""
+        """Return one film, uint8 (1, H, W) or features (C, h, w), and its labels, float32 (14,)."""
         films, labels = self.batch([position])
         return films[0], labels[0]
 
     def batch(
         self, positions: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """Return films, uint8 (B, 1, H, W), and labels, float32 (B, 14), on a device."""
-        films = torch.from_numpy(self.store[self._rows[positions]])[:, None]
+        """Return films, uint8 (B, 1, H, W), and labels, float32 (B, 14), on a device.
+
+        Features are (B, C, h, w), channels last as they are stored.
+        """
+        films = torch.from_numpy(self.store[self._rows[positions]])
+        films = films[:, None] if films.ndim == 3 else films.permute(0, 3, 1, 2)
         labels = torch.from_numpy(self.labels[positions])
         if torch.device(device).type == "cuda":  # pinned, the copy overlaps with the last step
             films, labels = films.pin_memory(), labels.pin_memory()
         return films.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def holding(self, features: np.ndarray) -> "ChestXrayDataset":
+        """Return the same films as features (N, h, w, C), a row for each row of the store."""
+        part = self.where(np.full(len(self), True))
+        part.store = features
+        return part
 
     def where(self, keep: pd.Series | np.ndarray) -> "ChestXrayDataset":
         """Return the films for which the mask is true; the store is shared, not copied."""

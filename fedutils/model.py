@@ -1,6 +1,5 @@
 """ResNet-34 with a 14-output head: its tracked layers, frozen trunk and BatchNorm policy."""
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,13 +8,11 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
+from .device import autocast, precision
 from .findings import FINDINGS, InputError
 from .images import normalise
 from .phantom import draw_batch
-from .rng import generator
-from .weights import State, load_weights
-
-PRIOR = 0.05  # probability of each finding that a new head starts from
+from .weights import State, draw_weights, load_trunk
 
 
 class ChestResNet(ResNet):
@@ -25,10 +22,10 @@ class ChestResNet(ResNet):
     mode whatever `train()` says. With `batchnorm="frozen"` that of tracked layers does so too.
     """
 
-    def __init__(self, tracked: str, batchnorm: str, outputs: int) -> None:
+    def __init__(self, tracked: str, batchnorm: str, outputs: int, precision: str = "auto") -> None:
         super().__init__(BasicBlock, [3, 4, 6, 3], num_classes=outputs)
         self.tracked = tuple(part.strip() for part in tracked.split(","))
-        self.batchnorm = batchnorm
+        self.batchnorm, self.precision = batchnorm, precision
         known = ["all", *(name for name, _ in self.named_children())]
         if not set(self.tracked) <= set(known):
             raise InputError(f"tracked={tracked!r}: expected some of {', '.join(known)}")
@@ -47,6 +44,26 @@ class ChestResNet(ResNet):
             if name and (frozen or not self.is_tracked(name)):
                 module.training = False
         return self
+
+    def forward(self, films: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """Turn films, or what `features` made of them, into logits (B, outputs).
+
+        With a generator, films are augmented. Features (B, 256, h, w) go straight to layer4.
+        """
+        x = films.float() if films.shape[1] == 256 else self.features(films, rng)
+        with autocast(films.device, self.precision):
+            return self.fc(self.avgpool(self.layer4(x)).flatten(1))
+
+    def features(self, films: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """Run conv1 to layer3: uint8 (B, 1, H, W) or normalised (B, 3, H, W) to (B, 256, h, w)."""
+        x = normalise(films, rng) if films.dtype == torch.uint8 else films  # always in float32
+        with autocast(films.device, self.precision):
+            x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+            return self.layer3(self.layer2(self.layer1(x)))
+
+    def computes_in(self) -> str:
+        """Name the dtype that this model computes in on its device."""
+        return str(precision(self.fc.weight.device, self.precision))
 
     def tracked_state(self) -> State:
         """Return the tracked entries of the state dict: the live tensors, no copies."""
@@ -88,8 +105,9 @@ def build_resnet34(
     batchnorm: str = "average",
     seed: int = 0,
     outputs: int = len(FINDINGS),
+    precision: str = "auto",
 ) -> ChestResNet:
-    """Build the network (He et al., CVPR 2016): (B, 3, H, W) normalised films to (B, 14) logits.
+    """Build the network (He et al., CVPR 2016): films, as a store holds them, to (B, 14) logits.
 
     `weights` is "imagenet", "none" or the path of a state dict in torchvision's format (.pth or
     .safetensors); its head is swapped for a new one drawn from `seed`. Random weights are no trunk:
@@ -97,40 +115,13 @@ def build_resnet34(
     Raises InputError if the weights cannot be had or do not fit.
     """
     with torch.device("meta"):  # allocates nothing and draws nothing from the global generator
-        model = ChestResNet(tracked, batchnorm, outputs)
-    _initialise(model.to_empty(device="cpu"), seed)
+        model = ChestResNet(tracked, batchnorm, outputs, precision)
+    draw_weights(model.to_empty(device="cpu"), seed)
     if weights != "none":
-        _load_trunk(model, weights)
+        load_trunk(model, weights)
     elif "all" not in model.tracked or batchnorm == "frozen":
         calibrate_batchnorm(model, draw_batch(32, 64))
     return model.to(memory_format=torch.channels_last).train()
-
-
-def _initialise(model: nn.Module, seed: int) -> None:
-    """Draw the weights as torchvision does (He et al., ICCV 2015), but from the seed."""
-    source = torch.Generator().manual_seed(int(generator(seed, "weights").integers(2**63)))
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, 0, "fan_out", "relu", source)
-        elif is_batchnorm(module):
-            module.reset_parameters()
-        elif isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
-            nn.init.uniform_(module.weight, -bound, bound, source)
-            # Findings are rare: start there, not at 50 % (Lin et al., ICCV 2017); no data is used.
-            nn.init.constant_(module.bias, math.log(PRIOR / (1 - PRIOR)))
-
-
-def _load_trunk(model: nn.Module, weights: str) -> None:
-    """Load everything but the head, and refuse what is no ResNet-34."""
-    found = {k: v for k, v in load_weights(weights).items() if not k.startswith("fc.")}
-    # Files older than PyTorch 0.4.1, torchvision's ResNet-34 among them, lack BatchNorm's counter.
-    need = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
-    wrong = {k for k in need.keys() - found.keys() if not k.endswith("num_batches_tracked")}
-    wrong |= {k for k, v in found.items() if k not in need or v.shape != need[k].shape}
-    if wrong:
-        raise InputError(f"weights={weights!r}: no ResNet-34 state dict, see {min(wrong)!r}")
-    model.load_state_dict(found, strict=False)
 
 
 @torch.no_grad()
@@ -140,7 +131,7 @@ def calibrate_batchnorm(model: nn.Module, films: np.ndarray) -> None:
     momentum = [layer.momentum for layer in layers]
     for layer in layers:
         layer.training, layer.momentum = True, None  # None: the plain average of what is seen
-    model(normalise(torch.from_numpy(films)[:, None]))
+    model(torch.from_numpy(films)[:, None])
     for layer, value in zip(layers, momentum, strict=True):
         layer.momentum = value
 

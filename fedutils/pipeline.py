@@ -7,6 +7,7 @@ jupytext, as on Kaggle. Executed copies, their HTML and `state.json` go to `work
 import ast
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
 from . import nih
+from .federation import best_rounds, read_history
 from .findings import InputError
 from .images import write_atomic
 from .settings import TYPES, Settings, convert, read_parameters
@@ -145,6 +147,49 @@ def run(
             job.record(key)
     _print_results(jobs)
     return settings
+
+
+def sweep(
+    values: Mapping[str, Any],
+    grid: Mapping[str, list[str]],
+    only: str = "",
+    force: bool = False,
+    notebooks: Path = FOLDER,
+) -> list[Settings]:
+    """Execute a run for each combination of the grid's values, and return their parameters.
+
+    A run that is finished is skipped, the films are prepared once, and equal models are shared.
+    With a name given, a run is called NAME-VALUE-VALUE. The last run's notebook 04 lays all of them
+    side by side, and a table on validation films, to choose by, is printed. A notebook that fails
+    costs its run only: NotebookFailed is raised at the end. Raises InputError, before any notebook
+    starts, where `run` would for any combination.
+    """
+    nodes = {stem: read_notebook(notebooks, stem) for stem in NOTEBOOKS}
+    prepares = {*OPTIONS, *declared(nodes[READ_FILMS[1]])}
+    if taken := [key for key in grid if key in prepares or key in values]:
+        raise InputError(
+            f"sweep {taken[0]}: prepares other films or is given already; sweep it by a run each,"
+            " in a work folder each"
+        )
+    runs = []
+    for row in itertools.product(*grid.values()):
+        name = "-".join([values["name"], *row]) if values.get("name") else ""
+        runs.append(dict(values) | dict(zip(grid, row, strict=True)) | {"name": name})
+    resolved = [_resolve(one, nodes)[0] for one in runs]
+    runs[-1]["compare"] = ",".join(settings.name for settings in resolved[:-1])
+    stems, failures = _choose(only), []
+    for number, one in enumerate(runs, start=1):
+        texts = " ".join(f"{key}={one[key]}" for key in grid)
+        print(f"\nRun {number} of {len(runs)}: {texts}", flush=True)
+        chosen = [stem[:2] for stem in stems if number == 1 or stem not in READ_FILMS]
+        try:
+            run(one, ",".join(chosen), force, notebooks)
+        except NotebookFailed as error:
+            failures.append(f"{texts}: {error}")
+    _print_validation(runs, resolved, list(grid))
+    if failures:
+        raise NotebookFailed("; ".join(failures))
+    return resolved
 
 
 def read_notebook(folder: Path, stem: str) -> NotebookNode:
@@ -325,6 +370,22 @@ def _print_results(jobs: list[Job]) -> None:
     if jobs[-1].stem == NOTEBOOKS[-1] and path.is_file():
         print(f"Summary: {os.path.relpath(path)}\n")
         print("\n".join(json.loads(path.read_text()).get("headline", [])))
+
+
+def _print_validation(
+    runs: list[dict[str, Any]], resolved: list[Settings], keys: list[str]
+) -> None:
+    """Print what each run of a sweep reached on validation films, by arm, as a Markdown table."""
+    print(f"\n| {' | '.join(keys)} | run | arm | models | AUROC | loss | best round |")
+    print("|---" * (len(keys) + 6) + "|")
+    for one, settings in zip(runs, resolved, strict=True):
+        if not (settings.run / "history.csv").is_file():
+            continue  # notebook 03 was not among the chosen ones
+        for arm, rows in best_rounds(read_history(settings.run)).groupby("arm", sort=False):
+            cells = [str(one[key]) for key in keys] + [settings.name, arm, str(len(rows))]
+            mean = rows[["val_auroc", "val_loss", "round"]].mean()
+            cells += [f"{mean['val_auroc']:.3f}", f"{mean['val_loss']:.3f}", f"{mean['round']:.1f}"]
+            print(f"| {' | '.join(cells)} |")
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

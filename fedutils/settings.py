@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torchvision
 
+from .device import PRECISIONS, find_devices
 from .findings import InputError
 from .nih import find_data
 from .partition import METHODS
@@ -29,6 +30,8 @@ CHOICES = {
     "strategy": ("fedavg", "fedavgm", "fedadam", "fedprox", "scaffold"),
     "aggregation": ("mean", "median", "trimmed"),
     "optimizer": ("adamw", "sgd"),
+    "precision": ("auto", *PRECISIONS),
+    "feature_dtype": ("fp16", "fp32"),
 }
 ARMS = ("federated", "centralised", "local")
 LAYERS = ("all", "conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
@@ -39,6 +42,7 @@ RANGES = {
     "threads": (0, 1024), "min_clients": (1, 100_000), "client_fraction": (1e-6, 1.0),
     "trim": (0.0, 0.49), "mu": (0.0, math.inf), "lr": (1e-12, math.inf), "momentum": (0.0, 1.0),
     "server_lr": (1e-12, math.inf), "server_momentum": (0.0, 1.0), "weight_decay": (0.0, math.inf),
+    "lr_centralised": (0.0, math.inf), "lr_local": (0.0, math.inf),
     "max_hours": (0.0, math.inf), "client_seconds": (0.0, math.inf), "alpha": (1e-12, math.inf),
 }  # fmt: skip
 # What an empty parameter means: in seconds on two cores, or on a GPU with ImageNet weights.
@@ -46,8 +50,14 @@ PROFILES: dict[str, dict[str, Any]] = {
     "demo": dict(image_size=64, weights="none", rounds=6, num_clients=3, batch_size=32),
     "kaggle": dict(image_size=224, weights="imagenet", rounds=15, num_clients=5, batch_size=64),
 }
-# A change of these continues a run; a change of any other parameter is another run.
-NOT_IDENTITY = ("work_dir", "name", "profile", "rounds", "device", "max_hours", "min_clients")
+FEATURE_LAYERS = {"layer4", "fc"}  # what may be trained from cached features of conv1 to layer3
+# A change of these continues a run; a change of any other parameter is another run. The cache is
+# how a run computes, as the device is; what may change the result by more than rounding (precision,
+# augment, the dtype that features are stored in) is part of what it computes.
+NOT_IDENTITY = (
+    "work_dir", "name", "profile", "rounds", "device", "max_hours", "min_clients", "compare",
+    "cache_features",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,13 +91,20 @@ class Settings:
     batch_size: int = 0
     optimizer: str = "adamw"
     lr: float = 1e-3
+    lr_centralised: float = 0.0
+    lr_local: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    augment: bool = True
+    cache_features: bool = False
+    feature_dtype: str = "fp16"
+    precision: str = "auto"
     arms: str = "federated"
     seeds: str = "0"
     device: str = "auto"
     threads: int = 0
     max_hours: float = 0.0
+    compare: str = ""
 
     @property
     def arm_list(self) -> list[str]:
@@ -135,6 +152,10 @@ def convert(name: str, value: Any) -> Any:
     if name not in TYPES:
         raise InputError(f"unknown parameter {name!r}; known: {', '.join(TYPES)}")
     kind = TYPES[name]
+    if kind is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise InputError(f"{name}={value!r}: expected true or false")
+        return str(value).lower() == "true"
     if (kind is int and isinstance(value, float)) or isinstance(value, bool):
         raise InputError(f"{name}={value!r}: expected {kind.__name__}")
     try:
@@ -181,14 +202,35 @@ def _check(settings: Settings) -> None:
     plain_sgd = settings.optimizer == "sgd" and settings.momentum == settings.weight_decay == 0
     if settings.strategy == "scaffold" and not plain_sgd:
         raise InputError("strategy=scaffold wants optimizer=sgd momentum=0 weight_decay=0")
-    if not re.fullmatch(r"(\w[\w.-]*)?", settings.name):
-        raise InputError(f"name={settings.name!r}: expected letters, digits and . _ - only")
+    _check_cache(settings)
+    for name in ("name", "compare"):
+        names = getattr(settings, name).split(",") if name == "compare" else [settings.name]
+        if not all(re.fullmatch(r"(\w[\w.-]*)?", part.strip()) for part in names):
+            raise InputError(f"{name}={getattr(settings, name)!r}: expected letters, digits, . _ -")
     find_devices(settings.device)
     if settings.weights != "none":
         find_weights(settings.weights)
 
 
-def read_run(work_dir: str = "", name: str = "", device: str = "auto") -> Settings:
+def _check_cache(settings: Settings) -> None:
+    """Raise InputError where features of the trunk cannot stand for the films."""
+    if not settings.cache_features:
+        return
+    if settings.augment:
+        raise InputError(
+            "cache_features=true wants augment=false: features are computed once, of films as they"
+            " are stored"
+        )
+    if not {part.strip() for part in settings.tracked.split(",")} <= FEATURE_LAYERS:
+        raise InputError(
+            f"cache_features=true wants tracked=layer4,fc, not {settings.tracked!r}: only a trunk"
+            " that stays frozen can be computed once"
+        )
+
+
+def read_run(
+    work_dir: str = "", name: str = "", device: str = "auto", cache_features: bool = False
+) -> Settings:
     """Return the settings of a run that notebook 03 began; without a name that of the latest.
 
     Raises InputError where there is none.
@@ -200,7 +242,9 @@ def read_run(work_dir: str = "", name: str = "", device: str = "auto") -> Settin
     config = json.loads(found[-1].read_text())
     given = {key: config[key] for key in TYPES if key in config}
     here = {"work_dir": str(work), "name": found[-1].parent.name, "device": device}
-    return dataclasses.replace(Settings(**given), **here)
+    settings = dataclasses.replace(Settings(**given), **here)
+    # A run may have been trained without a cache: then there is none to be used.
+    return dataclasses.replace(settings, cache_features=cache_features and not settings.augment)
 
 
 def _short_hash(settings: Settings) -> str:
@@ -225,55 +269,6 @@ def find_root() -> Path:
         return Path("/kaggle/working")
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / ROOT_MARKER).is_file()), here)
-
-
-def find_devices(device: str) -> list[torch.device]:
-    """Turn 'auto', 'cpu', 'cuda:0,cuda:1' or 'cpu,cpu' into one device for each model replica.
-
-    Raises InputError for a device that is unknown or not there, and for a GPU whose code the
-    installed torch does not hold, which would fail at its first operation.
-    """
-    if device == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
-    else:
-        names = [name.strip() for name in device.split(",")]
-    try:
-        devices = [torch.device(name) for name in names]
-    except RuntimeError as error:
-        raise InputError(f"device={device!r}: expected auto, cpu, cuda:0 or a list") from error
-    for found in devices:
-        _check_device(found)
-    return devices
-
-
-def _check_device(device: torch.device) -> None:
-    """Raise InputError where the device cannot be used."""
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device={str(device)!r}: expected cpu or cuda")
-    if device.type == "cpu":
-        return
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device={str(device)!r} is not there; use device=cpu or auto")
-    major, minor = torch.cuda.get_device_capability(device)
-    arches = torch.cuda.get_arch_list()
-    if str(major) not in {re.sub(r"\D", "", arch)[:-1] for arch in arches}:
-        raise InputError(
-            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is not among the GPUs that"
-            f" this torch was built for ({' '.join(arches)}); on Kaggle choose GPU T4 x2"
-        )
-
-
-def precision(device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs that have it, float16 on older ones such as the T4, float32 on the CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Return the autocast context of a device; on the CPU it changes nothing."""
-    return torch.autocast(device.type, precision(device), enabled=device.type == "cuda")
 
 
 def environment() -> dict[str, Any]:

@@ -1,17 +1,30 @@
-"""Find and read the weights that a trunk starts from; nothing in a file is ever executed."""
+"""The weights that a model starts from, read or drawn; nothing in a file is ever executed."""
 
+import hashlib
+import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models import ResNet34_Weights
 
 from .findings import InputError
 from .nih import search_files
+from .rng import generator
 
 State = dict[str, Tensor]  # names as in the model's state_dict
 KAGGLE_INPUT = Path("/kaggle/input")
+PRIOR = 0.05  # probability of each finding that a new head starts from
+
+
+def state_hash(state: State) -> str:
+    """Return the SHA-256 of a state: names, dtypes, shapes and bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(weights: str) -> State:
@@ -38,3 +51,30 @@ def find_weights(weights: str) -> Path | None:
     if not Path(weights).is_file():
         raise InputError(f"weights={weights!r}: no such file; or use imagenet or none")
     return Path(weights)
+
+
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Draw the weights as torchvision does (He et al., ICCV 2015), but from the seed."""
+    source = torch.Generator().manual_seed(int(generator(seed, "weights").integers(2**63)))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, 0, "fan_out", "relu", source)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            nn.init.uniform_(module.weight, -bound, bound, source)
+            # Findings are rare: start there, not at 50 % (Lin et al., ICCV 2017); no data is used.
+            nn.init.constant_(module.bias, math.log(PRIOR / (1 - PRIOR)))
+
+
+def load_trunk(model: nn.Module, weights: str) -> None:
+    """Load everything but the head, and refuse what is no ResNet-34."""
+    found = {k: v for k, v in load_weights(weights).items() if not k.startswith("fc.")}
+    # Files older than PyTorch 0.4.1, torchvision's ResNet-34 among them, lack BatchNorm's counter.
+    need = {k: v for k, v in model.state_dict().items() if not k.startswith("fc.")}
+    wrong = {k for k in need.keys() - found.keys() if not k.endswith("num_batches_tracked")}
+    wrong |= {k for k, v in found.items() if k not in need or v.shape != need[k].shape}
+    if wrong:
+        raise InputError(f"weights={weights!r}: no ResNet-34 state dict, see {min(wrong)!r}")
+    model.load_state_dict(found, strict=False)

@@ -51,8 +51,14 @@ local_epochs: int = 1  # passes of a client over its films in one round
 batch_size: int = 0  # films a step; 0: 32 in the demo, 64 on Kaggle
 optimizer: str = "adamw"  # adamw or sgd
 lr: float = 0.001  # learning rate of the clients
+lr_centralised: float = 0.0  # learning rate of the centralised arm; 0: as lr
+lr_local: float = 0.0  # learning rate of the local arm; 0: as lr
 momentum: float = 0.9  # sgd
 weight_decay: float = 0.0001  # of the local optimiser
+augment: bool = True  # turn and shift training films a little, anew in each epoch
+cache_features: bool = False  # run the frozen trunk once and train from its output; wants augment=False
+feature_dtype: str = "fp16"  # of that output on disk: fp16 or fp32
+precision: str = "auto"  # fp32, bf16 or fp16; auto: fp32 on the CPU, bf16 on GPUs that have it, else fp16
 arms: str = "federated"  # what to train: federated,centralised,local
 seeds: str = "0"  # training seeds, such as 0,1,2
 device: str = "auto"  # auto, cpu, cuda:0 or several such as cuda:0,cuda:1
@@ -139,7 +145,8 @@ display(Markdown(
 # %%
 training = fedutils.Training(settings, films)
 estimate = training.estimate_seconds()
-display(Markdown(f"Training will take about **{estimate / 60:.1f} minutes** on this device."))
+cache = training.features.describe() if training.features else ""
+display(Markdown(f"Training will take about **{estimate / 60:.1f} minutes** on this device. {cache}"))
 
 # %% [markdown]
 # ## The rounds
@@ -159,7 +166,11 @@ def show(row, history):
           f"AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s", flush=True)
 
 
-history = training.train(show)
+def show_features(done, total):
+    live.update(Markdown(f"the frozen trunk: {done:,} of {total:,} films"))
+
+
+history = training.train(show, show_features)
 live.update(Markdown("All rounds are done; the curves stand below."))
 
 # %% [markdown]

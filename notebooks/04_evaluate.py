@@ -24,6 +24,8 @@
 work_dir: str = ""  # where results are; empty: work/ beside the notebooks
 name: str = ""  # of the run; empty: the latest
 device: str = "auto"  # auto, cpu or cuda:0
+cache_features: bool = False  # read the trunk's output from notebook 03's store, where it is there
+compare: str = ""  # names of other runs, such as A,B, to lay beside this one
 
 # %% [markdown]
 # The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
@@ -48,7 +50,7 @@ fedutils.print_environment()
 # here and says so.
 
 # %%
-settings = fedutils.read_run(work_dir, name, device)
+settings = fedutils.read_run(work_dir, name, device, cache_features)
 report = fedutils.read_report(settings.prepared)
 fedutils.check_fingerprint(settings, report)
 title = f"{report['release']} data, {settings.partition}"

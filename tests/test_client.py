@@ -27,9 +27,8 @@ def start_state(model):
 def test_one_client_equals_an_independent_training_loop_bit_for_bit(tmp_path, films):
     """The loop below is written from the textbook and shares only the batches with ours."""
     torch.set_num_threads(1)
-    settings = tiny_settings(tmp_path, local_epochs=2, tracked="all")
+    settings = tiny_settings(tmp_path, local_epochs=2, tracked="all", augment=False)
     client = Client("client-1", films, settings, seed=3)
-    client.augment = False
     model = build_resnet34("none", "all", seed=3)
     update, _ = client.fit(model, start_state(model), {}, round=1)
 
@@ -110,10 +109,9 @@ def test_fedprox_step_equals_a_hand_computed_one(tmp_path, films):
     """SGD, one batch and one earlier step: w2 = w1 - lr (g1 + mu (w1 - w0))."""
     values = dict(strategy="fedprox", optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1)
     settings = tiny_settings(
-        tmp_path, tracked="fc", mu=0.5, local_epochs=2, batch_size=64, **values
+        tmp_path, tracked="fc", mu=0.5, local_epochs=2, batch_size=64, augment=False, **values
     )
     client = Client("a", films, settings, 0)
-    client.augment = False
     model = build_resnet34("none", "fc")
     sent = start_state(model)
     got = client.fit(model, sent, {}, 1)[0].state["fc.bias"]

@@ -21,6 +21,7 @@ from fedutils.evaluation import predict_films
 from fedutils.fedavg import FedAvg
 from fedutils.federation import HISTORY, FederationError, Training
 from fedutils.findings import FINDINGS, InputError
+from fedutils.settings import ARMS, Settings
 
 SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.05}
 STRATEGIES = [
@@ -326,3 +327,42 @@ def test_threads_left_by_other_work_do_not_change_a_run(tmp_path):
     two = hashes(train(tmp_path, name="two", rounds=1))
     torch.set_num_threads(1)
     assert hashes(train(tmp_path, name="one", rounds=1)) == two
+
+
+def test_runs_share_the_models_that_do_not_depend_on_what_differs(tmp_path, monkeypatch):
+    """The centralised arm knows no partition; local models know no strategy."""
+    arms = {"arms": "federated,centralised,local", "rounds": 1}
+    first = train(tmp_path, name="first", **arms)
+    trained = []
+    fit = Client.fit
+    monkeypatch.setattr(Client, "fit", lambda s, *a: (trained.append(s.name), fit(s, *a))[1])
+    prox = train(tmp_path, name="prox", strategy="fedprox", mu=1.0, **arms)
+    assert trained == ["client-1", "client-2", "client-3"]  # of the federated arm alone
+    alone = [history[history["arm"] != "federated"] for history in (first, prox)]
+    assert alone[0].equals(alone[1])
+    trained.clear()
+    train(tmp_path, name="iid", num_clients=2, **arms)
+    assert "all" not in trained and len(trained) == 6
+    for name in ("trunk", "federated-s0", "centralised-s0", "local-s0-client-1"):
+        assert (tmp_path / f"runs/iid/models/{name}.safetensors").is_file()
+
+
+def test_a_model_with_more_rounds_another_rate_or_another_trunk_is_not_shared(tmp_path):
+    arms = {"arms": "centralised", "rounds": 2}
+    hash_of = hashes(train(tmp_path, name="first", **arms))
+    assert len(train(tmp_path, name="short", arms="centralised", rounds=1)) == 1
+    rate = train(tmp_path, name="rate", lr_centralised=0.01, **arms)
+    trunk = train(tmp_path, name="trunk", seeds="1,0", **arms)
+    assert hashes(rate) != hash_of
+    assert trunk[trunk["seed"] == 0]["state_sha256"].tolist() != hash_of
+
+
+def test_each_arm_has_its_own_rate_and_who_trains_alone_federates_nothing():
+    settings = dataclasses.replace(
+        Settings(), strategy="fedprox", lr_local=0.1, batchnorm="local", partition="scanner"
+    )
+    own = {arm: federation.arm_settings(settings, arm) for arm in ARMS}
+    assert [own[arm].lr for arm in ARMS] == [0.001, 0.001, 0.1]
+    assert [own[arm].strategy for arm in ARMS] == ["fedprox", "fedavg", "fedavg"]
+    assert [own[arm].batchnorm for arm in ARMS] == ["local", "average", "average"]
+    assert [own[arm].partition for arm in ARMS] == ["scanner", "iid", "scanner"]

@@ -55,7 +55,9 @@ print("films explored")
 for number in range(1, rounds + 1):
     print("round", number)
 (run / "config.json").write_text(f'{{"lr": {lr}}}')
-(run / "history.csv").write_text(f"{rounds} {lr}" + (work / "prepared/report.json").read_text())
+(run / "history.csv").write_text("arm,seed,client,round,val_loss,val_auroc,data\\n" + "".join(
+    f"federated,{s},,{rounds},0.5,{lr + s},{(work / 'prepared/report.json').stat().st_size}\\n"
+    for s in (0, 1)))
 (run / "models/federated.safetensors").write_text("weights")
 (run / "finished.json").write_text("") if not max_hours else (run / "finished.json").unlink(True)
 """,
@@ -69,7 +71,7 @@ PARAMETERS = {
     "01_explore": "seed: int = 0\n",
     "02_preprocess": "seed: int = 0\nimage_size: int = 0  # pixels (image_size=64 in the demo)\n",
     "03_federated_train": "rounds: int = 2\nlr: float = 1e-3\nmax_hours: float = 0.0\n",
-    "04_evaluate": "",
+    "04_evaluate": 'compare: str = ""\n',
 }
 
 
@@ -166,6 +168,74 @@ def test_each_notebook_gets_those_resolved_parameters_that_it_declares(project, 
     places = {"data_dir": "", "work_dir": str(project / "work"), "name": settings.name}
     assert job.parameters == places | {"seed": 0, "image_size": 64}
     assert len(settings.name) == 8
+
+
+# A grid of runs.
+
+
+def sweep(*arguments):
+    """Call `sweep` on the command line, in this process."""
+    return __main__.main(["sweep", "--profile", "demo", "--work", "work", *arguments])
+
+
+def test_a_sweep_prepares_once_and_runs_every_combination(project, executed):
+    assert sweep("lr=0.1|0.2", "rounds=1|2", "--name", "S") == 0
+    assert executed == ["01", "02", *["03", "04"] * 4]
+    names = {path.name for path in (project / "work/runs").iterdir()}
+    assert names == {"S-0.1-1", "S-0.1-2", "S-0.2-1", "S-0.2-2"}
+    assert (
+        "'S-0.1-1,S-0.1-2,S-0.2-1'"
+        in (project / "work/notebooks/S-0.2-2/04_evaluate.ipynb").read_text()
+    )
+    executed.clear()
+    assert sweep("lr=0.1|0.2", "rounds=1|2", "--name", "S") == 0 and executed == []
+
+
+def test_a_sweep_without_a_name_names_each_run_by_its_parameters(project, executed):
+    assert sweep("lr=0.1|0.2", "--only", "02,03") == 0
+    assert executed == ["02", "03", "03"]
+    assert len(list((project / "work/runs").iterdir())) == 2
+
+
+def test_a_sweep_ends_with_what_each_run_reached_on_validation(project, executed, capsys):
+    assert sweep("lr=0.1|0.2", "--name", "S") == 0
+    table = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+    assert table[0] == "| lr | run | arm | models | AUROC | loss | best round |"
+    assert table[2:] == [
+        "| 0.1 | S-0.1 | federated | 2 | 0.600 | 0.500 | 6.0 |",
+        "| 0.2 | S-0.2 | federated | 2 | 0.700 | 0.500 | 6.0 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lr=0.1|many"], "lr='many': expected float"),
+        (["lr"], "sweep lr: expected KEY=VALUE"),
+        (["image_size=32|64"], "sweep image_size: prepares other films"),
+        (["lr=0.1|0.2", "-p", "lr=1"], "sweep lr: .* is given already"),
+        (["round=1|2"], "unknown parameter 'round'"),
+    ],
+)
+def test_an_unusable_sweep_is_one_line_and_no_run_starts(
+    project, executed, capsys, arguments, message
+):
+    assert sweep(*arguments) == 2
+    assert re.search(message, capsys.readouterr().err) and executed == []
+
+
+def test_a_run_that_fails_costs_the_sweep_that_run_only(project, executed, capsys, monkeypatch):
+    execute = pipeline.execute
+
+    def fail_once(node, output, parameters, cwd):
+        if parameters.get("lr") == 0.1:
+            raise pipeline.NotebookFailed("03 failed")
+        execute(node, output, parameters, cwd)
+
+    monkeypatch.setattr(pipeline, "execute", fail_once)
+    assert sweep("lr=0.1|0.2") == 1
+    assert executed == ["01", "02", "03", "04"]
+    assert "lr=0.1: 03 failed" in capsys.readouterr().err
 
 
 # What is executed again, and what is not.

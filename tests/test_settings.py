@@ -1,15 +1,15 @@
-"""Parameters: types, profiles, names of runs; and the devices of a machine."""
+"""Parameters: types, profiles, names of runs."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from tiny import tiny_settings
+from tiny import fake_gpus, tiny_settings
 
 from fedutils import settings as module
 from fedutils.findings import InputError
-from fedutils.settings import convert, find_devices, read_parameters, read_run
+from fedutils.settings import convert, read_parameters, read_run
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,11 @@ def test_names_of_a_notebook_that_are_no_parameters_are_ignored():
         ({"data_dir": "/no/such/folder"}, "data_dir: folder /no/such/folder cannot be read"),
         ({"strategy": "scaffold"}, "strategy=scaffold wants optimizer=sgd momentum=0"),
         ({"tracked": "layer5"}, "tracked='layer5'"),
+        ({"augment": "perhaps"}, "augment='perhaps': expected true or false"),
+        ({"augment": 1}, "augment=1: expected true or false"),
+        ({"precision": "fp8"}, "precision='fp8': allowed are auto, fp32"),
+        ({"cache_features": True}, "cache_features=true wants augment=false"),
+        ({"cache_features": True, "augment": False}, "wants tracked=layer4,fc, not 'all'"),
     ],
 )
 def test_a_wrong_value_names_the_parameter_and_what_is_allowed(values, message):
@@ -63,12 +68,22 @@ def test_text_from_the_command_line_is_converted_by_type():
         convert("round", "12")
 
 
+def test_truth_values_are_text_on_the_command_line():
+    assert convert("augment", "false") is False and convert("augment", "True") is True
+    assert convert("cache_features", True) is True
+    with pytest.raises(InputError, match="rounds=True: expected int"):
+        convert("rounds", True)
+
+
 def test_another_parameter_is_another_run_but_rounds_and_device_go_on(tmp_path):
     def name(**changes):
         return read_parameters({"profile": "demo", "work_dir": str(tmp_path)} | changes).name
 
     first = name()
     assert name(rounds=99) == name(device="cpu") == name(max_hours=3.0) == first
+    frozen = {"tracked": "layer4,fc", "augment": False}
+    assert name(cache_features=True, **frozen) == name(**frozen) != first
+    assert first not in {name(precision="bf16"), name(augment=False), name(feature_dtype="fp32")}
     others = {name(lr=0.1), name(seeds="0,1"), name(partition="scanner"), name(image_size=32)}
     assert first not in others and len(others) == 4
 
@@ -84,34 +99,6 @@ def test_read_run_finds_the_named_or_the_latest_run(tmp_path):
     assert read_run(str(tmp_path)).name == "b" and read_run(str(tmp_path)).lr == 0.01
     with pytest.raises(InputError, match="run notebook 03"):
         read_run(str(tmp_path), "c")
-
-
-def fake_gpus(monkeypatch, count, capability=(7, 5), arches=("sm_70", "sm_75", "sm_80")):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla P100")
-    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(arches))
-
-
-def test_auto_uses_every_gpu(monkeypatch):
-    fake_gpus(monkeypatch, 2)
-    assert [str(device) for device in find_devices("auto")] == ["cuda:0", "cuda:1"]
-    assert module.precision(torch.device("cuda:0")) is torch.float16
-    with pytest.raises(InputError, match="'cuda:2' is not there"):
-        find_devices("cuda:2")
-
-
-def test_a_gpu_that_torch_has_no_code_for_is_named_with_the_way_out(monkeypatch):
-    fake_gpus(monkeypatch, 1, capability=(6, 0))
-    with pytest.raises(InputError, match=r"Tesla P100 \(sm_60\).*choose GPU T4 x2"):
-        find_devices("auto")
-
-
-def test_bfloat16_where_it_is_native_and_float32_on_the_cpu(monkeypatch):
-    fake_gpus(monkeypatch, 1, capability=(9, 0), arches=("sm_90a",))
-    assert module.precision(find_devices("auto")[0]) is torch.bfloat16
-    assert module.precision(torch.device("cpu")) is torch.float32
 
 
 def test_gpu_with_weights_is_the_kaggle_profile(monkeypatch, tmp_path):

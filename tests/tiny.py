@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 from fedutils.findings import FINDINGS
 from fedutils.images import INDEX_COLUMNS, ChestXrayDataset, read_index
@@ -54,3 +55,12 @@ def tiny_films(work: Path, films: int = 60, clients: int = 3, size: int = 32) ->
     (prepared / "report.json").write_text(json.dumps({"fingerprint": "tiny"}))
     index = read_index(prepared).assign(client=[f"client-{1 + p // 5 % clients}" for p in patient])
     return ChestXrayDataset(prepared, index)
+
+
+def fake_gpus(monkeypatch, count, capability=(7, 5), arches=("sm_70", "sm_75", "sm_80")) -> None:
+    """Let torch tell of GPUs that are not there; nothing can run on them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla P100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: list(arches))

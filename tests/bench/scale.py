@@ -6,15 +6,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import numpy as np
 import torch
 import workload
 from tiny import tiny_films, tiny_settings
-from torch import nn
+from torch import Tensor, nn
 
 import fedutils
 from fedutils.checkpoint import Progress
 from fedutils.client import Client
 from fedutils.federation import Job, Replicas, run_round
+from fedutils.images import normalise
 from fedutils.model import ChestResNet, to_cpu
 
 
@@ -22,6 +24,10 @@ class Small(nn.Sequential):
     """A small convolutional network with what the federation asks of a model."""
 
     load, tracked_state = ChestResNet.load, ChestResNet.tracked_state
+
+    def forward(self, films: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+        """Turn uint8 films into logits."""
+        return super().forward(normalise(films, rng))
 
     def is_tracked(self, name: str) -> bool:
         """Everything is trained and sent."""

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import fedutils
 from fedutils.client import predict
-from fedutils.images import ChestXrayDataset, normalise
+from fedutils.images import ChestXrayDataset
 from fedutils.metrics import mean_auroc
 from fedutils.model import ChestResNet
 
@@ -95,7 +95,7 @@ def build() -> ChestResNet:
 
 def loss(model: ChestResNet, batch: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of a batch of uint8 films."""
-    return F.binary_cross_entropy_with_logits(model(normalise(batch)), labels)
+    return F.binary_cross_entropy_with_logits(model(batch), labels)
 
 
 def optimizer(model: ChestResNet) -> torch.optim.Optimizer:

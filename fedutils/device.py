@@ -1,0 +1,67 @@
+"""The devices that replicas of the model live on, and the precision they compute in."""
+
+import re
+
+import torch
+
+from .findings import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_devices(device: str) -> list[torch.device]:
+    """Turn 'auto', 'cpu', 'cuda:0,cuda:1' or 'cpu,cpu' into one device for each model replica.
+
+    Raises InputError for a device that is unknown or not there, and for a GPU whose code the
+    installed torch does not hold, which would fail at its first operation.
+    """
+    if device == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+    else:
+        names = [name.strip() for name in device.split(",")]
+    try:
+        devices = [torch.device(name) for name in names]
+    except RuntimeError as error:
+        raise InputError(f"device={device!r}: expected auto, cpu, cuda:0 or a list") from error
+    for found in devices:
+        _check_device(found)
+    return devices
+
+
+def _check_device(device: torch.device) -> None:
+    """Raise InputError where the device cannot be used."""
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={str(device)!r}: expected cpu or cuda")
+    if device.type == "cpu":
+        return
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device={str(device)!r} is not there; use device=cpu or auto")
+    major, minor = torch.cuda.get_device_capability(device)
+    arches = torch.cuda.get_arch_list()
+    if str(major) not in {re.sub(r"\D", "", arch)[:-1] for arch in arches}:
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is not among the GPUs that"
+            f" this torch was built for ({' '.join(arches)}); on Kaggle choose GPU T4 x2"
+        )
+
+
+def precision(device: torch.device, wanted: str = "auto") -> torch.dtype:
+    """Return the dtype to compute in; float16 needs a GradScaler.
+
+    `auto` is bfloat16 on GPUs that have it, float16 on older ones such as the T4, and float32 on
+    the CPU.
+    """
+    if wanted != "auto":
+        return PRECISIONS[wanted]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def autocast(device: torch.device, wanted: str = "auto") -> torch.autocast:
+    """Return the autocast context of a device and a precision; in float32 it changes nothing."""
+    dtype = precision(device, wanted)
+    # Disabled, it is asked for a dtype that it knows, or it would warn.
+    known = torch.bfloat16 if dtype is torch.float32 else dtype
+    return torch.autocast(device.type, known, enabled=dtype is not torch.float32)
