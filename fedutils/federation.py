@@ -162,7 +162,8 @@ def fit_safely(
     except Exception as error:  # any fault of a client is named in the history
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")
         return Update(client.name, 0, status="failed", reason=reason), kept
-    bad = [name for name, value in update.state.items() if not torch.isfinite(value).all()]
+    extremes = {k: torch.stack(v.aminmax()) for k, v in update.state.items()}  # they pass on NaN
+    bad = [name for name, value in extremes.items() if not torch.isfinite(value).all()]
     limit = client.settings.client_seconds
     if bad or not math.isfinite(update.train_loss):
         status, reason = "non-finite", f"{(bad or ['training loss'])[0]} is not finite"

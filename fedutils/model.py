@@ -138,4 +138,5 @@ def calibrate_batchnorm(model: nn.Module, films: np.ndarray) -> None:
 
 def to_cpu(state: State) -> State:
     """Copy a state to the CPU, contiguous."""
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
+    plain = torch.contiguous_format  # at once: a copy of channels last, then another, takes twice
+    return {k: v.detach().to("cpu", copy=True, memory_format=plain) for k, v in state.items()}
