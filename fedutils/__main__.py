@@ -46,7 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_parameters(command: argparse.ArgumentParser) -> None:
     """Add the options of a run: parameters of the notebooks, and which notebooks."""
-    places = {"data": "folder with Data_Entry_2017*.csv; default: NIH_DATA_DIR, Kaggle, phantom",
+    places = {"data": "folder with Data_Entry_2017*.csv, or films.toml for films of your own; "
+                      "default: NIH_DATA_DIR, Kaggle, phantom",
               "work": "where results go; default: work/", "name": "name of the run",
               "profile": "auto, demo (seconds, no GPU, no network) or kaggle"}  # fmt: skip
     for option, text in places.items():

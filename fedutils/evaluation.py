@@ -15,7 +15,7 @@ from .features import FeatureStore
 from .federation import plan, predict_with
 from .findings import FINDINGS, InputError
 from .images import ChestXrayDataset, read_index, read_report, write_atomic
-from .metrics import evaluate
+from .metrics import evaluate, undefined
 from .model import build_resnet34
 from .settings import Settings, environment, read_run
 from .weights import state_hash
@@ -75,7 +75,7 @@ def evaluate_models(predictions: pd.DataFrame, films: ChestXrayDataset, seed: in
 def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
     """Lay one model's rows out for reading: a row a finding, a column a metric, with intervals."""
     text = [
-        "not defined (0 positives)" if np.isnan(row.value) else with_interval(row)
+        with_interval(row) if row.value == row.value else undefined(row.positives, row.n)
         for row in metrics.itertuples()
     ]
     wide = metrics.assign(text=text).pivot(index="finding", columns="metric", values="text")

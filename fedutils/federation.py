@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file, save
 
+from .batchnorm import PooledBatchNorm, measure_batchnorm
 from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress
 from .client import Client, Update, predict
 from .device import find_devices
@@ -47,7 +48,9 @@ FEDERATED_ONLY = (
     "client_seconds",
 )  # fmt: skip
 PARTITIONED = ("partition", "num_clients", "alpha")
+UNMEASURED = "unmeasured"  # the update counted, but its client's BatchNorm did not
 Row = dict[str, Any]
+Result = TypeVar("Result")
 OnRound = Callable[[Row, pd.DataFrame], None]
 OnFeatures = Callable[[int, int], None]
 
@@ -133,15 +136,27 @@ class Replicas:
         self, clients: list[Client], sent: State, kept: dict[str, State], round: int
     ) -> Iterator[tuple[Update, State]]:
         """Train each client from `sent`; yield its update and what it keeps, in the given order."""
+        return self._each(
+            clients, lambda c, model: fit_safely(c, model, sent, kept.get(c.name, {}), round)
+        )
+
+    def measure(
+        self, clients: list[Client], state: State, round: int
+    ) -> Iterator[tuple[State, str]]:
+        """Let each client measure BatchNorm under a state; yield that, or why not, in order."""
+        return self._each(clients, lambda c, model: measure_safely(c, model, state, round))
+
+    def _each(self, clients: list[Client], task: Callable[..., Result]) -> Iterator[Result]:
+        """Call task(client, model) on whichever replica is free; yield in the given order."""
         free: queue.SimpleQueue[ChestResNet] = queue.SimpleQueue()
         for model in self.models:
             free.put(model)
 
-        def work(client: Client) -> tuple[Update, State]:
-            """Train one client on whichever replica is free."""
+        def work(client: Client) -> Result:
+            """Borrow a replica."""
             model = free.get()
             try:
-                return fit_safely(client, model, sent, kept.get(client.name, {}), round)
+                return task(client, model)
             finally:
                 free.put(model)
 
@@ -174,6 +189,18 @@ def fit_safely(
     return dataclasses.replace(update, status=status, reason=reason), kept
 
 
+def measure_safely(
+    client: Client, model: ChestResNet, state: State, round: int
+) -> tuple[State, str]:
+    """Measure a client's BatchNorm; return it, or nothing and the reason."""
+    try:
+        measured = measure_batchnorm(client, model, state, round)
+    except Exception as error:  # named in the history, as a fault in training is
+        return {}, f"{type(error).__name__}: {error}".replace("\n", " ")
+    bad = [name for name, value in measured.items() if not torch.isfinite(value).all()]
+    return ({}, f"{bad[0]} is not finite") if bad else (measured, "")
+
+
 def sample_clients(job: Job, settings: Settings, round: int) -> list[Client]:
     """Draw the round's clients: a share of them, at least `min_clients`, in the order of names."""
     share = math.floor(settings.client_fraction * len(job.clients) + 0.5)
@@ -201,7 +228,30 @@ def run_round(job: Job, now: Progress, replicas: Replicas, strategy: FedAvg) -> 
     share = aggregator.weight / sum(len(client.films) for client in job.clients)
     now.state, now.server = strategy.step(now.state, aggregator.result(), now.server, share)
     now.round += 1
+    if strategy.settings.batchnorm == "precise":
+        refresh_batchnorm(job, now, replicas, rows)
     return rows
+
+
+def refresh_batchnorm(job: Job, now: Progress, replicas: Replicas, rows: list[Row]) -> None:
+    """Put measured BatchNorm statistics into the new global state; note bytes and faults in `rows`.
+
+    Clients whose update counted take part. Where none can measure, the averages stay.
+    """
+    counted = {row["client"]: row for row in rows if row["status"] == "ok"}
+    clients = [client for client in job.clients if client.name in counted]
+    pool, travels = PooledBatchNorm(), job.arm == "federated"
+    for client, (measured, fault) in zip(
+        clients, replicas.measure(clients, now.state, now.round), strict=True
+    ):
+        row = counted[client.name]
+        row["bytes_up"] += count_bytes(measured) * travels
+        row["bytes_down"] += count_bytes(now.state) * travels
+        if fault:
+            row |= {"status": UNMEASURED, "reason": f"BatchNorm not measured: {fault}"}
+        else:
+            pool.add(measured, len(client.films))
+    now.state = now.state | pool.result(now.state)
 
 
 def client_row(job: Job, round: int, update: Update, sent: State) -> Row:
@@ -221,7 +271,7 @@ def count_bytes(state: State) -> int:
 
 def aggregate_row(job: Job, now: Progress, rows: list[Row], model: ChestResNet) -> Row:
     """Return the row of the aggregated model: its own validation, and sums over the clients."""
-    good = pd.DataFrame([row for row in rows if row["status"] == "ok"])
+    good = pd.DataFrame([row for row in rows if row["status"] in ("ok", UNMEASURED)])
     logits = predict_with(model, job.validation, now.state, now.clients)
     return {
         "arm": job.arm,

@@ -6,6 +6,7 @@ Source: Wang et al., "ChestX-ray8", CVPR 2017, table 1, and the data set's own R
 from collections.abc import Iterable
 
 import numpy as np
+import pandas as pd
 
 FINDINGS = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
@@ -44,6 +45,23 @@ def parse_labels(text: str) -> np.ndarray:
 
 
 def format_labels(vector: Iterable[float]) -> str:
-    """Turn a vector of 14 zeros and ones into NIH's label string, in canonical order."""
-    names = [finding for finding, present in zip(FINDINGS, vector, strict=True) if present == 1]
-    return "|".join(names) or NO_FINDING
+    """Turn a vector of 14 zeros and ones into NIH's label string, in canonical order.
+
+    Where none is present and some are NaN, the text says how many are known.
+    """
+    values = np.array(list(vector), dtype=float)
+    names = [finding for finding, present in zip(FINDINGS, values, strict=True) if present == 1]
+    known = np.count_nonzero(~np.isnan(values))
+    none = NO_FINDING if known == len(FINDINGS) else f"none of {known} known"
+    return "|".join(names) or (none if known else "not labelled")
+
+
+def no_finding(labels: pd.DataFrame) -> pd.Series:
+    """Tell which films show none of the findings: 1 or 0 a row, NaN where a gap leaves it open.
+
+    `labels` has the columns of FINDINGS with 0, 1 or NaN. A finding that nobody looked for on any
+    film is left aside; a row's own gap beside zeros is not.
+    """
+    known = labels.loc[:, labels.notna().any()]
+    absent = (known == 0).all(axis=1) & (known.shape[1] > 0)
+    return absent.astype(float).where(absent | (known == 1).any(axis=1))

@@ -80,6 +80,13 @@ def pr_points(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndar
     return _sklearn().precision_recall_curve(truth, score)[1::-1] if _defined(truth) else empty
 
 
+def undefined(positives: float, known: float) -> str:
+    """Say why a metric has no value, from the numbers of positive and of labelled films."""
+    if not known:
+        return "not labelled"
+    return f"not defined ({'0 negatives' if positives else '0 positives'})"
+
+
 def patient_resamples(patients: np.ndarray, repeats: int, seed: int) -> np.ndarray:
     """How often each film counts in each bootstrap resample: uint8, shape (repeats, n).
 

@@ -1,6 +1,6 @@
 """ResNet-34 with a 14-output head: its tracked layers, frozen trunk and BatchNorm policy."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -120,19 +120,26 @@ def build_resnet34(
     if weights != "none":
         load_trunk(model, weights)
     elif "all" not in model.tracked or batchnorm == "frozen":
-        calibrate_batchnorm(model, draw_batch(32, 64))
+        calibrate_batchnorm(model, [torch.from_numpy(draw_batch(32, 64))[:, None]])
     return model.to(memory_format=torch.channels_last).train()
 
 
 @torch.no_grad()
-def calibrate_batchnorm(model: nn.Module, films: np.ndarray) -> None:
-    """Set all BatchNorm statistics to those of one batch of films, uint8 of shape (N, H, W)."""
-    layers = [module for module in model.modules() if is_batchnorm(module)]
-    momentum = [layer.momentum for layer in layers]
-    for layer in layers:
+def calibrate_batchnorm(model: ChestResNet, batches: Iterable[Tensor], layers: str = "all") -> None:
+    """Set BatchNorm's statistics to the mean of those of some batches, as a store holds films.
+
+    `layers` is "all" or "tracked"; all other layers run as in evaluation.
+    """
+    model.eval()
+    named = ((n, m) for n, m in model.named_modules() if is_batchnorm(m))
+    chosen = [m for name, m in named if layers == "all" or model.is_tracked(name)]
+    momentum = [layer.momentum for layer in chosen]
+    for layer in chosen:
+        layer.reset_running_stats()
         layer.training, layer.momentum = True, None  # None: the plain average of what is seen
-    model(torch.from_numpy(films)[:, None])
-    for layer, value in zip(layers, momentum, strict=True):
+    for batch in batches:
+        model(batch)
+    for layer, value in zip(chosen, momentum, strict=True):
         layer.momentum = value
 
 

@@ -1,16 +1,18 @@
 """Find NIH ChestX-ray14, read it in every real variant into one tidy table, check table and files.
 
-`NihData.table` has one row a film, sorted by `image_index` (text, unique), and these columns:
+A folder of own films with a mapping (see `own`) becomes the same table, here. `NihData.table` has
+one row a film, sorted by `image_index` (text, unique), and these columns:
 - `patient_id` (text): NIH's number without leading zeros; any other id as it stands
 - `follow_up` (int): number of the visit; -1 if unreadable
 - `age` (float, years): `060Y`, months, weeks and days converted; NaN if unreadable
 - `sex` (M, F), `view` (PA, AP)
 - `width`, `height` (float): pixels of the film before NIH made it 1024x1024; NaN if not given
 - `spacing` (float): pixel spacing of that film in mm; NaN if not given
-- `scanner` (text): the spacing in three decimals, which names the detector; "" if not given
-- `official_split`: train_val, test, or "" for a film in no list
+- `scanner` (text): the spacing in three decimals, which names the detector; of own films what
+  their table says; "" if not given
+- `official_split`: train_val, test, or "" for a film in no list; of own films also train and val
 - `path` (text): the film, relative to the data folder; "" if it is missing
-- the 14 findings (float32): 0 or 1
+- the 14 findings (float32): 0 or 1; of own films also NaN, where nobody looked
 
 Source: Wang et al., "ChestX-ray8", CVPR 2017, and the files that NIH and Kaggle hand out.
 """
@@ -20,6 +22,7 @@ import io
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +31,15 @@ import numpy as np
 import pandas as pd
 
 from fedutils.findings import FINDINGS, InputError, canonical, format_labels, parse_labels
+from fedutils.own import MAPPING_NAME, OwnTable, own_lists, read_mapping
 from fedutils.phantom import write_phantom
 
 PHANTOM_MARKER = "PHANTOM.json"
 TABLE_NAME = re.compile(r"(Data_Entry.*|sample_labels)\.csv(\.gz)?")
 BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
 LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
+OWN_LISTS = {"train": "train_list.txt", "val": "val_list.txt"}  # more than NIH has
+OWN_FILMS = (".png", ".jpg", ".jpeg")  # NIH has PNG alone
 KAGGLE_DEPTH, FILM_DEPTH = 4, 3  # folders below the mount, and below the data folder
 DAYS_PER_YEAR = 365.25
 AGE_UNITS = {"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / DAYS_PER_YEAR, "D": 1 / DAYS_PER_YEAR}
@@ -61,7 +67,7 @@ CHECKS = {
     "duplicate rows that disagree": "their labels differ: the first row's are used",
     "labels in another spelling": "aliases or repeats in the label text: read as meant",
     "ages out of range": "0 or less, or above 100 years: typing errors, kept as they are",
-    "ages unreadable": "no number in the age: not-a-number",
+    "ages unreadable": "no number in the age, or no age at all: not-a-number",
     "patients with two sexes": "a typing error, or two patients under one id",
     "rows without pixel spacing": "no scanner known: no split by scanner for these films",
     "rows in no list": "the lists leave them out of train, validation and test",
@@ -100,7 +106,8 @@ def find_data(data_dir: str = "", kaggle: Path = Path("/kaggle/input")) -> Path 
     """Return the data folder: `data_dir`, else NIH_DATA_DIR, else a Kaggle mount.
 
     None means: use the phantom. A mount is searched `KAGGLE_DEPTH` folders deep, without entering
-    image folders; NIH's whole set is preferred to the sample set, and both to a phantom.
+    image folders; NIH's whole set is preferred to own films, these to NIH's sample set, and all to
+    a phantom.
     Raises InputError if a folder was given and is missing, unreadable, empty or without a table.
     """
     given = data_dir or os.environ.get("NIH_DATA_DIR", "")
@@ -122,26 +129,26 @@ def read_nih(folder: Path) -> NihData:
 
     The release is told by: the marker file PHANTOM.json ("phantom"); the table's name
     ("sample" for sample_labels.csv, "2020" for a name with v2020); for Data_Entry_2017.csv also
-    by the header, which ends with a comma in NIH's 2017 file ("2017"). Anything else, such as a
-    table saved again by another program, is "unknown".
+    by the header, which ends with a comma in NIH's 2017 file ("2017"). A folder with a mapping is
+    "own". Anything else, such as a table saved again by another program, is "unknown".
 
     Raises InputError if the folder or a file cannot be read, a column is missing or a finding
     is unknown; it names the file, and the line where there is one.
     """
     if problem := _problem(folder):
         raise InputError(problem)
-    file, *others = _tables(folder)
-    raw = _read_csv(file)
-    rows = _named(raw, file)
-    films, found = _films(folder)
-    files = {split: folder / name for split, name in LISTS.items() if (folder / name).exists()}
-    lists = {split: set(_read_text(path).split()) for split, path in files.items()}
-    table = _tidy(rows, file, lists, films)
-    found |= _row_problems(rows, lists) | {
+    own = read_mapping(folder)
+    file = own.file if own else _tables(folder)[0]
+    rows, release = _read_rows(file, own)
+    films, found = _films(folder, rows["image_index"], OWN_FILMS if own else (".png",))
+    if own:
+        own.check_films(rows["image_index"], films)
+    lists = _read_lists(folder, rows, own)
+    table = _tidy(rows, file, lists, films, own.parse if own else parse_labels)
+    found |= _row_problems(rows, lists, own) | {
         "orphaned films": sorted(films.keys() - set(rows["image_index"])),
-        "other tables": [other.name for other in others],
+        "other tables": [other.name for other in _tables(folder) if other != file],
     }
-    release = _release(file, ends_with_comma=str(raw.columns[-1]).startswith("Unnamed"))
     return NihData(folder, table, _read_boxes(folder), release, file.name, tuple(lists), found)
 
 
@@ -171,10 +178,12 @@ def check_table(data: NihData) -> pd.DataFrame:
 def summary(data: NihData) -> dict[str, object]:
     """Tell what was found: films, patients, views, scanners, ages, lists, and what is missing."""
     table = data.table
+    scanners = "scanners" if data.release == "own" else "pixel spacing"
     parts = {
         "films": data.films_present, "split lists": len(data.lists), "boxes": len(data.boxes),
-        "pixel spacing": (table["scanner"] != "").sum(),
-    }  # fmt: skip
+        scanners: (table["scanner"] != "").sum(), "ages": table["age"].count(),
+        "sexes": (table["sex"] != "").sum(), "views": (table["view"] != "").sum(),
+    } | dict(table[list(FINDINGS)].count())  # fmt: skip
     return {
         "folder": str(data.folder), "table": data.table_file, "release": data.release,
         "films": len(table), "films_present": data.films_present,
@@ -206,14 +215,17 @@ def _tables(folder: Path) -> list[Path]:
 
 def _problem(folder: Path) -> str:
     """Say why a folder cannot be used and what to do; "" if it can."""
-    todo = "give the folder that holds Data_Entry_2017*.csv (see data/README.md)"
+    todo = (
+        f"give the folder that holds Data_Entry_2017*.csv, or for films of your own {MAPPING_NAME}"
+    )
+    todo += " (see data/README.md)"
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
         return f"folder {folder} cannot be read ({error.strerror}); {todo}"
     if not names:
         return f"folder {folder} is empty; {todo}"
-    if any(TABLE_NAME.fullmatch(name) for name in names):
+    if any(TABLE_NAME.fullmatch(name) or name == MAPPING_NAME for name in names):
         return ""
     nested = _search(folder, 2)
     hint = f"there is one in {nested}: give that folder" if nested else todo
@@ -221,13 +233,15 @@ def _problem(folder: Path) -> str:
 
 
 def _search(root: Path, depth: int) -> Path | None:
-    """Return the best folder with a table, at most `depth` folders below `root`.
+    """Return the best folder with a table or a mapping, at most `depth` folders below `root`.
 
-    Real data come before a phantom, the whole set before the sample set, then the nearest.
+    Real data come before a phantom, NIH's sample set after all other, then NIH before own films,
+    then the nearest.
     """
     found = [
         path for path in search_files(root, "*.csv*", depth) if TABLE_NAME.fullmatch(path.name)
     ]
+    found += search_files(root, MAPPING_NAME, depth)
     rank = {path: ((path.parent / PHANTOM_MARKER).exists(), path.name[0] == "s") for path in found}
     return min(found, key=rank.__getitem__).parent if found else None
 
@@ -238,10 +252,39 @@ def _inner(folder: Path) -> list[Path]:
     return [path for path in inner if not path.name.startswith(("images", "."))]
 
 
-def _release(file: Path, ends_with_comma: bool) -> str:
+def _read_rows(file: Path, own: OwnTable | None) -> tuple[pd.DataFrame, str]:
+    """Read a table into text columns with our names, by line, and name its release."""
+    if own:
+        rows, ends_with_comma = own.read(_read_text(file)), False
+        needed = dict.fromkeys([*HEADERS.values(), *rows.columns])
+        rows = rows.reindex(columns=list(needed), fill_value="")
+    else:
+        raw = _read_csv(file)
+        rows, ends_with_comma = _named(raw, file), str(raw.columns[-1]).startswith("Unnamed")
+    for name in ("image_index", "patient_id", "sex", "view"):
+        rows[name] = rows[name].str.strip()
+    empty = rows.index[(rows["image_index"] == "") | (rows["patient_id"] == "")]
+    if len(empty):
+        raise InputError(f"{file}, line {empty[0]}: no image index or no patient id; mend the row")
+    return rows, _release(file, ends_with_comma, own is not None)
+
+
+def _read_lists(folder: Path, rows: pd.DataFrame, own: OwnTable | None) -> dict[str, set[str]]:
+    """Read the split lists that are there: the films by the name of the split."""
+    names = (OWN_LISTS if own else {}) | LISTS
+    files = {split: folder / name for split, name in names.items() if (folder / name).exists()}
+    if own:
+        listed = {split: _read_text(path).splitlines() for split, path in files.items()}
+        return own_lists(rows, listed, own.file)
+    return {split: set(_read_text(path).split()) for split, path in files.items()}
+
+
+def _release(file: Path, ends_with_comma: bool, own: bool) -> str:
     """Name the label release; how is told in `read_nih`."""
     if (file.parent / PHANTOM_MARKER).exists():
         return "phantom"
+    if own:
+        return "own"
     if file.name.startswith("sample"):
         return "sample"
     if "v2020" in file.name:
@@ -277,7 +320,7 @@ def _read_csv(file: Path) -> pd.DataFrame:
 
 
 def _named(raw: pd.DataFrame, file: Path) -> pd.DataFrame:
-    """Give the columns our names; raise InputError on a missing column or an empty identifier."""
+    """Give the columns our names; raise InputError on a missing column."""
     letters = [re.sub("[^a-z]", "", str(column).lower()) for column in raw.columns]
     rows = raw.set_axis([HEADERS.get(name, "") for name in letters], axis=1)
     rows = rows.loc[:, ~rows.columns.duplicated()]
@@ -286,54 +329,65 @@ def _named(raw: pd.DataFrame, file: Path) -> pd.DataFrame:
             columns = ", ".join(map(str, raw.columns))
             raise InputError(f"{file}: no column {header!r}; found {columns}; restore it")
     # A header that names no column of ours is dropped; one that is optional comes back empty.
-    rows = rows.reindex(columns=list(dict.fromkeys(HEADERS.values())), fill_value="")
-    for name in ("image_index", "patient_id", "sex", "view"):
-        rows[name] = rows[name].str.strip()
-    empty = rows.index[(rows["image_index"] == "") | (rows["patient_id"] == "")]
-    if len(empty):
-        raise InputError(f"{file}, line {empty[0]}: no image index or no patient id; mend the row")
-    return rows
+    return rows.reindex(columns=list(dict.fromkeys(HEADERS.values())), fill_value="")
 
 
-def _row_problems(rows: pd.DataFrame, lists: dict[str, set[str]]) -> dict[str, list[str]]:
+def _row_problems(
+    rows: pd.DataFrame, lists: dict[str, set[str]], own: OwnTable | None
+) -> dict[str, list[str]]:
     """Find what the tidy table no longer shows: duplicates, spellings, contradicting lists."""
     names = rows["image_index"]
     texts = rows[names.duplicated(keep=False)].groupby("image_index")["labels"].nunique()
-    plain = {text: format_labels(parse_labels(text)) for text in rows["labels"].unique()}
+    spelled = () if own else rows["labels"].unique()  # an own table has a spelling of its own
+    plain = {text: format_labels(parse_labels(text)) for text in spelled}
+    listed = [film for films in lists.values() for film in films]
     odd = [text for text in plain if sorted(text.split("|")) != sorted(plain[text].split("|"))]
     return {
         "duplicate rows": list(names[names.duplicated()]),
         "duplicate rows that disagree": list(texts.index[texts > 1]),
         "labels in another spelling": list(names[rows["labels"].isin(odd)]),
-        "rows in both lists": sorted(lists.get("test", set()) & lists.get("train_val", set())),
+        "rows in both lists": sorted(film for film, times in Counter(listed).items() if times > 1),
         "list names without row": sorted(set().union(*lists.values()) - set(names)),
     }
 
 
-def _films(folder: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """Map each PNG's name to its path below the folder, for every layout up to `FILM_DEPTH`."""
+def _films(
+    folder: Path, images: pd.Series, endings: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Map each film's name to its path below the folder, for every layout up to `FILM_DEPTH`.
+
+    Where the table names films by their paths, these are mapped to themselves.
+    """
+    by_path = images.str.contains("/", regex=False).any()
     films, twice = {}, []
     for here, inner, files in os.walk(folder, followlinks=True):
         below = Path(here).relative_to(folder)
         deeper = len(below.parts) < FILM_DEPTH
         inner[:] = sorted(name for name in inner if deeper and not name.startswith("."))
-        names = sorted(name for name in files if name.lower().endswith(".png"))
-        twice += [name for name in names if name in films]
         prefix = "" if below == Path() else f"{below.as_posix()}/"
-        films = {name: prefix + name for name in names} | films
+        names = sorted(name for name in files if name.lower().endswith(endings))
+        here_are = {prefix + name if by_path else name: prefix + name for name in names}
+        twice += [name for name in here_are if name in films]
+        films = here_are | films
     return films, {"films in two folders": sorted(twice)}
 
 
 def _tidy(
-    rows: pd.DataFrame, file: Path, lists: dict[str, set[str]], films: dict[str, str]
+    rows: pd.DataFrame,
+    file: Path,
+    lists: dict[str, set[str]],
+    films: dict[str, str],
+    parse: Callable[[str], np.ndarray],
 ) -> pd.DataFrame:
-    """Turn the named text columns into the documented table."""
+    """Turn the named text columns into the documented table; `parse` reads the labels' text."""
     names = rows["image_index"]
-    vectors = _parsed(rows["labels"], names, file, parse_labels)
+    vectors = _parsed(rows["labels"], names, file, parse)
     matrix = np.stack([vectors[text] for text in rows["labels"]]).astype(np.float32)
     labels = pd.DataFrame(matrix, index=rows.index, columns=list(FINDINGS))
     spacing = _numbers(rows["spacing"])
-    listed = [names.isin(lists.get(split, ())) for split in ("test", "train_val")]
+    splits = ["test", "val", "train_val", "train"]  # of a film in two the first counts
+    listed = [names.isin(lists.get(split, ())) for split in splits]
+    scanner = spacing.map({mm: f"{mm:.3f}" if mm > 0 else "" for mm in spacing.unique()})
     table = pd.DataFrame({
         "image_index": names,
         "patient_id": rows["patient_id"].str.replace(r"^0+(?=\d+$)", "", regex=True),
@@ -341,8 +395,8 @@ def _tidy(
         "age": rows["age"].map({text: _years(text) for text in rows["age"].unique()}),
         "sex": rows["sex"], "view": rows["view"],
         "width": _numbers(rows["width"]), "height": _numbers(rows["height"]), "spacing": spacing,
-        "scanner": spacing.map({mm: f"{mm:.3f}" if mm > 0 else "" for mm in spacing.unique()}),
-        "official_split": np.select(listed, ["test", "train_val"], ""),
+        "scanner": rows.get("scanner", scanner),
+        "official_split": np.select(listed, splits, ""),
         "path": [films.get(name, "") for name in names],
     })  # fmt: skip
     table = pd.concat([table, labels], axis=1).drop_duplicates("image_index")

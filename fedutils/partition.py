@@ -9,10 +9,10 @@ import hashlib
 import numpy as np
 import pandas as pd
 
-from fedutils.findings import FINDINGS, NO_FINDING, InputError
+from fedutils.findings import FINDINGS, NO_FINDING, InputError, no_finding
+from fedutils.own import SPLITS
 from fedutils.rng import generator
 
-SPLITS = ("train", "val", "test")
 METHODS = ("iid", "dirichlet", "scanner")
 VAL_OF_TRAIN_VAL = 1 / 8  # of the patients in the official train_val list
 TEST_BELOW, VAL_BELOW = 0.2, 0.3  # without lists: 20 % test, 10 % val, 70 % train
@@ -25,7 +25,8 @@ def split_patients(table: pd.DataFrame, seed: int) -> pd.Series:
     """Split the rows of a table by patient: 'train', 'val' or 'test', on the table's index.
 
     Wherever a row has an `official_split`, test is the official test list, and of the train_val
-    patients those whose hash is under 1/8 are val; rows in no list get "" and are left out.
+    patients those whose hash is under 1/8 are val; rows in no list get "" and are left out. Own
+    lists may also name train and val.
     Without lists, a hash under 0.2 is test, under 0.3 val, else train. The hash is that of
     (seed, patient) alone, so a hospital that holds only its own patients gets the same answer.
 
@@ -34,11 +35,22 @@ def split_patients(table: pd.DataFrame, seed: int) -> pd.Series:
     hashed = table["patient_id"].map({p: _hash(seed, p) for p in table["patient_id"].unique()})
     official = table.get("official_split", pd.Series("", index=table.index))
     val = np.where(hashed < VAL_OF_TRAIN_VAL, "val", "train")
-    listed = np.select([official == "test", official == "train_val"], ["test", val], "")
+    names = ["test", "train_val", "train", "val"]
+    listed = np.select([official == name for name in names], ["test", val, "train", "val"], "")
     free = np.select([hashed < TEST_BELOW, hashed < VAL_BELOW], ["test", "val"], "train")
     split = pd.Series(listed if (official != "").any() else free, index=table.index, name="split")
     assert_disjoint(table["patient_id"][split != ""], split[split != ""], "split")
     return split
+
+
+def check_splits(table: pd.DataFrame, seed: int) -> None:
+    """Raise InputError unless `split_patients` gives patients to train, val and test."""
+    split = split_patients(table, seed)
+    if empty := [name for name in SPLITS if not (split == name).any()]:
+        raise InputError(
+            f"seed={seed}: none of {table['patient_id'].nunique()} patients falls to"
+            f" {' or '.join(empty)}; give more patients, another seed, or split lists"
+        )
 
 
 def partition_patients(
@@ -114,7 +126,7 @@ def partition_report(index: pd.DataFrame, clients: pd.DataFrame) -> pd.DataFrame
     report = pd.DataFrame({"patients": groups["patient_id"].nunique(), "films": groups.size()})
     by_split = films.groupby(["client", "split"]).size().unstack(fill_value=0)
     report = report.join(by_split.reindex(columns=list(SPLITS), fill_value=0))
-    films[NO_FINDING] = (films[list(FINDINGS)].fillna(0) == 0).all(axis=1)
+    films[NO_FINDING] = no_finding(films[list(FINDINGS)])
     shares = films[[*FINDINGS, NO_FINDING]].astype(float).groupby(films["client"]).mean()
     return report.join(shares)
 
@@ -125,9 +137,13 @@ def label_skew(index: pd.DataFrame, clients: pd.DataFrame) -> float:
     Each film spreads one unit over its findings, or puts it on No Finding. The divergence of the
     clients' distributions is weighted by films (Lin, "Divergence measures based on the Shannon
     entropy", IEEE Trans. Inf. Theory 1991): what a film's client tells about its findings.
-    0 means identical clients; it cannot exceed log2(number of clients).
+    0 means identical clients; it cannot exceed log2(number of clients). Films that may or may not
+    be No Finding, for want of labels, are left out; without any other film it is NaN.
     """
     films = _placed(index, clients)
+    films = films[no_finding(films[list(FINDINGS)]).notna()]
+    if films.empty:
+        return float("nan")
     joint = _profiles(films).groupby(films["client"]).sum().to_numpy() / len(films)
     independent = joint.sum(axis=1, keepdims=True) * joint.sum(axis=0)
     ratio = np.divide(joint, independent, out=np.ones_like(joint), where=joint > 0)
@@ -183,7 +199,7 @@ def _scanner(index: pd.DataFrame, split: pd.Series, num_clients: int) -> pd.Seri
     without = split.index.difference(films["patient_id"])
     if len(without):
         found = f"{len(without)} patients have no pixel spacing, such as {without[0]}"
-        raise InputError(f"partition='scanner': {found}; choose iid or dirichlet")
+        raise InputError(f"partition='scanner': {found}; choose iid or dirichlet, or name scanners")
     share = films["scanner"].value_counts(normalize=True)
     known = films["scanner"].isin(share.index[share >= LEAST_SCANNER_SHARE])
     films = films.assign(scanner=films["scanner"].where(known, share.sort_index().idxmax()))

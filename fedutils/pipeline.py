@@ -32,6 +32,7 @@ from . import nih
 from .federation import best_rounds, read_history
 from .findings import InputError
 from .images import write_atomic
+from .partition import check_splits
 from .settings import TYPES, Settings, convert, read_parameters
 
 NOTEBOOKS = ("01_explore", "02_preprocess", "03_federated_train", "04_evaluate")
@@ -217,7 +218,9 @@ def identify(folder: Path | None) -> str:
     """Return a hash of a data folder: the content of its tables, the names of its films."""
     if folder is None:
         return "phantom"
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz")]
+    tables = [
+        path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz", ".toml")
+    ]
     names = sorted((here, sorted(files)) for here, _, files in os.walk(folder, followlinks=True))
     return _hash(json.dumps([[_digest(path) for path in tables], names]).encode())
 
@@ -330,7 +333,9 @@ def _check_before(jobs: list[Job], data: Path | None, force: bool) -> None:
     """Raise InputError for a table or a work folder that would stop a notebook later."""
     # A finished notebook has read the same table already, which takes seconds for all films.
     if data and any(job.stem in READ_FILMS and (force or not job.is_unchanged()) for job in jobs):
-        nih.read_nih(data)
+        table = nih.read_nih(data).table
+        if {job.stem for job in jobs} != {NOTEBOOKS[0]}:
+            check_splits(table, jobs[0].settings.seed)
     _prepare(jobs[0].output.parent)
 
 

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fedutils.findings import FINDINGS, NO_FINDING
-from fedutils.metrics import MEAN, auroc, average_precision, pr_points, roc_points
+from fedutils.findings import FINDINGS, NO_FINDING, no_finding
+from fedutils.metrics import MEAN, auroc, average_precision, pr_points, roc_points, undefined
 
 INK, GREY, PALE = "#222222", "#767676", "#eeeeee"
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -87,7 +87,8 @@ def _percent(share: float, digits: int = 0) -> str:
 def _counted(values: pd.Series, totals: float | pd.Series) -> list[str]:
     """Texts such as '2,303  (2.1 %)'."""
     shares = values / totals
-    return [f"{v:,.0f}  ({_percent(s, 1)})" for v, s in zip(values, shares, strict=True)]
+    texts = [f"{v:,.0f}  ({_percent(s, 1)})" for v, s in zip(values, shares, strict=True)]
+    return ["not labelled" if np.isnan(s) else t for t, s in zip(texts, shares, strict=True)]
 
 
 def _bars(
@@ -114,10 +115,9 @@ def prevalence(table: pd.DataFrame, title: str = "") -> Figure:
     `table` has one row a film and 14 columns of 0, 1 or NaN named as in FINDINGS.
     """
     labels = table[list(FINDINGS)]
-    counts = labels.sum()
-    counts[NO_FINDING] = (labels == 0).all(axis=1).sum()
-    counts = counts.sort_values(ascending=False, kind="stable")
-    known = labels.notna().sum().reindex(counts.index, fill_value=len(table))
+    labels = labels.assign(**{NO_FINDING: no_finding(labels)})
+    counts = labels.sum().sort_values(ascending=False, kind="stable")
+    known = labels.notna().sum()[counts.index]
     fig, (ax,) = _canvas("Films by finding (a film can have several)", title, 4.4)
     colours = [GREY if name == NO_FINDING else BLUE for name in counts.index]
     _bars(ax, counts, _counted(counts, known.where(known > 0)), "films", colours)
@@ -146,7 +146,11 @@ def cooccurrence(table: pd.DataFrame, title: str = "") -> Figure:
         share = (present.T @ present) / (present.T @ known)
     np.fill_diagonal(share, np.nan)
     texts = np.array([_percent(value)[:-2] for value in share.flat]).reshape(share.shape)
-    rows = [f"{f} ({n:,.0f})" for f, n in zip(FINDINGS, present.sum(axis=0), strict=True)]
+    counts = np.where(known.any(axis=0), present.sum(axis=0), np.nan)
+    rows = [
+        f"{f} (not labelled)" if np.isnan(n) else f"{f} ({n:,.0f})"
+        for f, n in zip(FINDINGS, counts, strict=True)
+    ]
     fig, (ax,) = _canvas("Of the films with the row's finding, % that also have …", title, 5.6)
     most = max(0.01, np.nan_to_num(share).max())
     blues = sns.blend_palette(["white", BLUE], as_cmap=True)
@@ -175,10 +179,13 @@ def _pyramid(ax: Axes, table: pd.DataFrame) -> None:
     """Ages of women to the left and of men to the right, in bins of 5 years."""
     edges = np.arange(0, 101, 5)
     shown = table[table["age"].between(0, 100) & table["sex"].isin(["F", "M"])]
-    for sex, name, sign, colour in (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE)):
+    sides = (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE))
+    if shown.empty:
+        _note(ax, "no film with\nage and sex")
+    for sex, name, sign, colour in sides if len(shown) else ():
         counts, _ = np.histogram(shown.loc[shown["sex"] == sex, "age"], edges)
         ax.barh(edges[:-1], sign * counts, 4.6, align="edge", color=colour)
-        text = f"{name} {_percent(counts.sum() / max(len(shown), 1))}"
+        text = f"{name} {_percent(counts.sum() / len(shown))}"
         place = {"ha": "right" if sign > 0 else "left", "va": "top", "transform": ax.transAxes}
         ax.text(sign * 0.48 + 0.5, 0.98, text, color=colour, **place)
     limit, hidden = max(np.abs(ax.get_xlim()).max(), 1), len(table) - len(shown)
@@ -192,19 +199,23 @@ def demographics(table: pd.DataFrame, title: str = "") -> Figure:
     """Age by sex, films by scanner, and view position by scanner, in three panels.
 
     `table` has one row a film with `age` (years), `sex` (F, M), `scanner` and `view` (AP, PA).
-    Films without a sex or an age of 0 to 100 are counted below the first panel.
+    Films without a sex or an age of 0 to 100 are counted below the first panel, an unknown view
+    is not counted, and a scanner without name or view is said to be unknown.
     """
-    scanner = table["scanner"].astype(str)
+    scanner = table["scanner"].astype(str).replace("", "unknown")
     films = scanner.value_counts()
-    views = 100 * table["view"].eq("AP").groupby(scanner).mean()[films.index]
+    known = table["view"].eq("AP").where(table["view"] != "").astype(float)
+    views = 100 * known.groupby(scanner).mean()[films.index]
     height = max(3.4, 1 + 0.23 * len(films))
     ratios = {"width_ratios": [1.25, 1, 1]}
     fig, axes = _canvas("Who was filmed, on what", title, height, columns=3, gridspec_kw=ratios)
     _pyramid(axes[0], table)
     _bars(axes[1], films, map(_percent, films / len(table)), "films")
     axes[1].set_ylabel("scanner")
-    _bars(axes[2], views, map(_percent, views / 100), "AP view (% of the scanner's films)", ORANGE)
+    texts = ["unknown" if np.isnan(view) else _percent(view / 100) for view in views]
+    _bars(axes[2], views.fillna(0), texts, "AP views (% of films)", ORANGE)
     axes[2].set(xlim=(0, 125), xticks=(0, 50, 100))
+    axes[2].tick_params(labelleft=False)  # the rows of the panel to its left
     return fig
 
 
@@ -384,11 +395,6 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
     return fig
 
 
-def _undefined(positives: float) -> str:
-    """Why a metric has no value."""
-    return f"not defined ({'0 negatives' if positives > 0 else '0 positives'})"
-
-
 def _curve_panels(
     truth: np.ndarray, probability: np.ndarray, title: str, draw: Callable[..., str], words: tuple
 ) -> Figure:
@@ -417,7 +423,7 @@ def _roc(ax: Axes, labels: np.ndarray, scores: np.ndarray) -> str:
     """Draw one ROC curve over the diagonal, which is chance."""
     value = auroc(labels, scores)
     if np.isnan(value):
-        return _undefined(np.nansum(labels))
+        return undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
     ax.plot([0, 1], [0, 1], ":", color=GREY)
     ax.plot(*roc_points(labels, scores), color=BLUE)
     return f"AUROC {value:.2f}"
@@ -427,7 +433,7 @@ def _pr(ax: Axes, labels: np.ndarray, scores: np.ndarray) -> str:
     """Draw one precision-recall curve over the prevalence, which is chance."""
     value = average_precision(labels, scores)
     if np.isnan(value):
-        return _undefined(np.nansum(labels))
+        return undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
     chance = np.nanmean(labels)
     ax.plot([0, 1], [chance, chance], ":", color=GREY)
     ax.plot(*pr_points(labels, scores), color=BLUE, drawstyle="steps-post")
@@ -452,7 +458,8 @@ def pr_curves(truth: np.ndarray, probability: np.ndarray, title: str = "") -> Fi
 def _with_interval(row: pd.Series) -> str:
     """Text such as '0.712 [0.690, 0.734]', or why there is no value."""
     if np.isnan(row["value"]):
-        return "not defined" if row["finding"] == MEAN else _undefined(row["positives"])
+        mean = row["finding"] == MEAN
+        return "not defined" if mean else undefined(row["positives"], row["n"])
     low, high = row["ci_low"], row["ci_high"]
     return f"{row['value']:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 

@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 ROOT_MARKER = "notebooks/01_explore.py"
 CHOICES = {
     "profile": ("auto", "demo", "kaggle"),
-    "batchnorm": ("average", "frozen", "local"),
+    "batchnorm": ("average", "precise", "frozen", "local"),
     "partition": METHODS,
     "strategy": ("fedavg", "fedavgm", "fedadam", "fedprox", "scaffold"),
     "aggregation": ("mean", "median", "trimmed"),

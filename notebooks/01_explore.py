@@ -21,7 +21,7 @@
 # **Writes** `work/explore/checks.csv`. **Takes** seconds; no GPU.
 
 # %% tags=["parameters"]
-data_dir: str = ""  # folder with Data_Entry_2017*.csv; empty: NIH_DATA_DIR, Kaggle, else the phantom
+data_dir: str = ""  # folder with Data_Entry_2017*.csv or films.toml; empty: NIH_DATA_DIR, Kaggle, else the phantom
 work_dir: str = ""  # where results go; empty: work/ beside the notebooks
 profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
 seed: int = 0  # fixes the split of patients
@@ -45,8 +45,8 @@ fedutils.print_environment()
 # %% [markdown]
 # ## The data set as it is found
 #
-# Two label releases, several header forms and folder layouts are in circulation. All become one tidy
-# table: a row a film.
+# Two label releases, several header forms and folder layouts are in circulation, and films of your
+# own come with a table of their own (`data/README.md` shows how). All become one tidy table: a row a film.
 
 # %%
 settings = fedutils.read_parameters(globals())
@@ -60,14 +60,21 @@ summary = fedutils.summary(data)
 # %%
 views = ", ".join(f"{count:,} {view}" for view, count in summary["views"].items())
 display(Markdown(
-    f"**{summary['films']:,} films of {summary['patients']:,} patients** ({views}), label release "
-    f"*{data.release}*, {len(data.boxes):,} boxes, split lists: {', '.join(data.lists) or 'none'}."
+    f"**{summary['films']:,} films of {summary['patients']:,} patients** ({views or 'views unknown'}), label "
+    f"release *{data.release}*, {len(data.boxes):,} boxes, split lists: {', '.join(data.lists) or 'none'}."
 ))
 if data.release == "phantom":
     display(Markdown("These are **phantom** films: synthetic, and no evidence about patients."))
 
 # %% [markdown]
-# A few rows, to see the columns. Each finding has a column of zeros and ones of its own.
+# What this data set does not hold. A finding without labels is *unknown*, not absent: it is left out of
+# the loss and of every metric.
+
+# %%
+display(Markdown(f"Not there: {', '.join(summary['missing']) or 'nothing; all is there'}."))
+
+# %% [markdown]
+# A few rows, to see the columns. Each finding has a column of its own: 1 present, 0 absent, NaN unknown.
 
 # %%
 table[["image_index", "patient_id", "age", "sex", "view", "scanner", "Effusion", "Mass"]].head()

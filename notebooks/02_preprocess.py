@@ -22,7 +22,7 @@
 # real 1024-pixel films, less for the phantom; no GPU. Killed at any moment, it goes on where it was.
 
 # %% tags=["parameters"]
-data_dir: str = ""  # folder with Data_Entry_2017*.csv; empty: NIH_DATA_DIR, Kaggle, else the phantom
+data_dir: str = ""  # folder with Data_Entry_2017*.csv or films.toml; empty: NIH_DATA_DIR, Kaggle, else the phantom
 work_dir: str = ""  # where results go; empty: work/ beside the notebooks
 profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
 seed: int = 0  # fixes the split of patients
@@ -62,7 +62,8 @@ table = fedutils.choose_films(table, settings.max_films, settings.seed)
 # How many films and patients that makes:
 
 # %%
-table.groupby("split")["patient_id"].agg(films="size", patients="nunique").loc[["train", "val", "test"]]
+counts = table.groupby("split")["patient_id"].agg(films="size", patients="nunique")
+counts.reindex(["train", "val", "test"], fill_value=0)
 
 # %% [markdown]
 # ## Decode once
@@ -110,13 +111,14 @@ display(broken.to_frame() if len(broken) else Markdown("None: every film could b
 # %% [markdown]
 # ## Are the splits alike?
 #
-# The share of films with each finding, by split. NIH's own test list has more sick patients than its
-# training list; a random split of patients has not.
+# The share of labelled films with each finding, by split. NIH's own test list has more sick patients
+# than its training list; a random split of patients has not.
 
 # %%
 index = fedutils.read_index(settings.prepared)
 shares = index.groupby("split")[list(fedutils.FINDINGS)].mean().T
-HTML(shares[["train", "val", "test"]].to_html(float_format="{:.1%}".format))
+shares = shares.reindex(columns=["train", "val", "test"])
+HTML(shares.to_html(float_format="{:.1%}".format, na_rep="not labelled"))
 
 # %% [markdown]
 # ## What the network will see

@@ -33,7 +33,7 @@ image_size: int = 0  # side of the stored films in pixels; 0: 64 in the demo, 22
 max_films: int = 0  # as in notebook 02
 weights: str = ""  # imagenet, none or a file; empty: none in the demo, imagenet on Kaggle
 tracked: str = ""  # layers that are trained and sent: layer4,fc or all; empty: all if weights=none
-batchnorm: str = "average"  # of the tracked layers: average, frozen or local
+batchnorm: str = "average"  # of the tracked layers: average, precise, frozen or local
 partition: str = "iid"  # of patients to clients: iid, dirichlet or scanner
 num_clients: int = 0  # hospitals; 0: 3 in the demo, 5 on Kaggle
 alpha: float = 0.5  # dirichlet: small is skewed

@@ -145,8 +145,9 @@ figure
 # client, but updates can leak: federated is not yet private. Not for clinical use.
 
 # %%
-warning = "**Phantom films are synthetic: nothing here is evidence about patients.**"
-display(Markdown(warning if report["release"] == "phantom" else "Labels were mined from reports by text."))
+notes = {"phantom": "**Phantom films are synthetic: nothing here is evidence about patients.**",
+         "own": "Labels are those of your own table; a finding that is not labelled was not trained either."}
+display(Markdown(notes.get(report["release"], "Labels were mined from reports by text.")))
 
 # %% [markdown]
 # `summary.json` holds what it takes to repeat this run: parameters, versions, threads, device, the

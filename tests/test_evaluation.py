@@ -94,9 +94,12 @@ def test_summary_tells_what_repeating_takes(run):
 def test_tabulate_says_what_is_not_defined(run):
     metrics = run[-1]
     one = metrics[metrics["arm"] == "federated"].copy()
-    one.loc[one["finding"] == "Hernia", ["value", "ci_low", "ci_high"]] = np.nan
+    one.loc[one["finding"].isin(["Hernia", "Mass"]), ["value", "ci_low", "ci_high"]] = np.nan
+    one.loc[one["finding"] == "Hernia", "positives"] = 0
+    one.loc[one["finding"] == "Mass", ["positives", "n"]] = 0
     table = evaluation.tabulate(one)
     assert table.loc["Hernia", "auroc"] == "not defined (0 positives)"
+    assert table.loc["Mass", "auroc"] == "not labelled"
     assert list(table.index) == [*FINDINGS, "mean"]
 
 

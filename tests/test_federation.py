@@ -32,6 +32,7 @@ STRATEGIES = [
     {"strategy": "scaffold"} | SGD,
     {"strategy": "fedavg", "batchnorm": "local"},
     {"strategy": "fedavg", "batchnorm": "frozen"},
+    {"strategy": "fedavg", "batchnorm": "precise"},
     {"strategy": "fedavg", "aggregation": "median", "client_fraction": 0.6},
     {"strategy": "scaffold", "client_fraction": 0.6} | SGD,
 ]

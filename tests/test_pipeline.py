@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import jupytext
 import pytest
@@ -287,7 +288,8 @@ def test_changed_data_repeats_what_reads_films(project, executed, monkeypatch):
     films = project / "films"
     (films / "images").mkdir(parents=True)
     (films / "Data_Entry_2017.csv").write_text("one")
-    monkeypatch.setattr(pipeline.nih, "read_nih", lambda folder: None)
+    monkeypatch.setattr(pipeline.nih, "read_nih", lambda folder: SimpleNamespace(table=None))
+    monkeypatch.setattr(pipeline, "check_splits", lambda table, seed: None)
     again(executed, "--data", "films")
     assert again(executed, "--data", "films") == []
     (films / "Data_Entry_2017.csv").write_text("two")

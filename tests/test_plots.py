@@ -120,7 +120,7 @@ def test_prevalence_counts_each_finding_and_films_without_any():
     said = texts(plots.prevalence(table))
     assert (
         "3  (30.0 %)" in said
-        and "5  (50.0 %)" in said
+        and "5  (62.5 %)" in said  # of eight films: two may or may not show Edema
         and NO_FINDING in said
         and set(FINDINGS) <= set(said)
     )

@@ -6,6 +6,7 @@ import re
 import nbformat
 import pandas as pd
 import pytest
+from ownfilms import write_films
 from safetensors.torch import load_file
 from torchvision.models import resnet34
 
@@ -125,3 +126,22 @@ def test_real_films_without_lists_or_boxes(nih_test_data, tmp_path):
     assert report["release"] == "2020" and report["modes"] == {"RGB": 669, "RGBA": 21}
     assert set(report["splits"]) == {"train", "val", "test"}
     assert "No published figure is drawn in" in texts(tmp_path, "04_evaluate")
+
+
+def test_films_of_ones_own_without_most_columns(tmp_path):
+    """PNG and JPEG, six findings with gaps; no boxes, lists, ages, views, sexes or scanners."""
+    data = write_films(tmp_path / "own", patients=30)
+    mapping = (data / "films.toml").read_text()
+    for name in ("follow_up", "view", "age", "sex", "scanner"):
+        mapping = re.sub(rf"^{name} = .*\n", "", mapping, flags=re.MULTILINE)
+    (data / "films.toml").write_text(mapping)
+    assert run(tmp_path, data) == 0
+    report = json.loads((tmp_path / "prepared" / "report.json").read_text())
+    assert (report["films"], report["release"], report["boxes"]) == (60, "own", 0)
+    explored = texts(tmp_path, "01_explore")
+    assert "views unknown" in explored and "Not there: split lists, boxes, scanners" in explored
+    metrics = pd.read_csv(tmp_path / "runs/quick/evaluation/metrics.csv").set_index("finding")
+    assert (metrics.loc["Hernia", "n"] == 0).all() and metrics.loc["Hernia", "value"].isna().all()
+    assert metrics.loc["mean", "value"].notna().all()
+    evaluated = tmp_path / "notebooks" / "quick" / "04_evaluate.html"
+    assert "not labelled" in evaluated.read_text()

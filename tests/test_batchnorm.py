@@ -1,0 +1,108 @@
+"""The statistics of the aggregated model are measured on its films, not averaged from its past."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_films, tiny_settings
+
+from fedutils import federation
+from fedutils.batchnorm import PooledBatchNorm, measure_batchnorm
+from fedutils.client import Client
+from fedutils.federation import Training
+from fedutils.images import normalise
+from fedutils.model import build_resnet34
+
+
+@pytest.fixture
+def films(tmp_path):
+    return tiny_films(tmp_path)
+
+
+def client_of(films, tmp_path, **changes):
+    return Client("client-1", films, tiny_settings(tmp_path, **changes), seed=0)
+
+
+def test_pooled_statistics_are_those_of_all_films_together():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(k, 1 + k, (n, 5)) for k, n in enumerate((10, 200, 37))]
+    pool = PooledBatchNorm()
+    for part in parts:
+        mean, var = torch.tensor(part.mean(0)), torch.tensor(part.var(0))
+        pool.add({"bn.running_mean": mean.float(), "bn.running_var": var.float()}, len(part))
+    like = {"bn.running_mean": torch.zeros(5), "bn.running_var": torch.zeros(5)}
+    pooled, together = pool.result(like), np.concatenate(parts)
+    assert np.allclose(pooled["bn.running_mean"], together.mean(0), atol=1e-6)
+    assert np.allclose(pooled["bn.running_var"], together.var(0), rtol=1e-5)
+
+
+def test_nobody_measured_leaves_nothing_to_change():
+    assert PooledBatchNorm().result({}) == {}
+
+
+def test_a_client_measures_the_tracked_layers_under_the_global_state(films, tmp_path):
+    model = build_resnet34("none", "layer1,fc")
+    state = {name: value.clone() for name, value in model.tracked_state().items()}
+    client = client_of(films, tmp_path, batch_size=60)
+    measured = measure_batchnorm(client, model, state, round=1)
+    assert set(measured) == {k for k in state if "running_" in k}
+    with torch.no_grad():  # by hand: what the first BatchNorm of layer1 sees
+        model.load(state)
+        model.eval()
+        x = normalise(films.batch(np.arange(len(films)))[0])
+        x = model.layer1[0].conv1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))
+    assert torch.allclose(measured["layer1.0.bn1.running_mean"], x.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(measured["layer1.0.bn1.running_var"], x.var((0, 2, 3)), rtol=1e-3)
+
+
+def test_only_statistics_change_and_frozen_layers_stay(films, tmp_path):
+    model = build_resnet34("none", "layer1,fc")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value.clone() for name, value in model.tracked_state().items()}
+    measured = measure_batchnorm(client_of(films, tmp_path), model, state, round=1)
+    model.load(state | measured)
+    after = model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(n.startswith("layer1.") and "running_" in n for n in changed)
+
+
+def test_measured_statistics_follow_the_films_where_averages_lag(tmp_path):
+    """After two short rounds the averages remember the start; measured ones fit the model."""
+    losses = {}
+    for policy in ("average", "precise"):
+        settings = tiny_settings(tmp_path, name=policy, batchnorm=policy, lr=0.01)
+        losses[policy] = Training(settings, tiny_films(tmp_path)).train()["val_loss"].iloc[-1]
+    assert losses["precise"] < losses["average"]
+
+
+def test_what_measuring_sends_is_counted(tmp_path):
+    films = tiny_films(tmp_path)
+    histories = {
+        policy: Training(
+            tiny_settings(tmp_path, name=policy, batchnorm=policy, rounds=1), films
+        ).train()
+        for policy in ("average", "precise")
+    }
+    up, down = (
+        [histories[policy][column].iloc[0] for policy in ("average", "precise")]
+        for column in ("bytes_up", "bytes_down")
+    )
+    assert up[1] - up[0] == 6 * 2 * 64 * 4  # layer1: six layers, two statistics, 64 channels
+    assert down[1] == 2 * down[0]
+
+
+def test_a_client_that_cannot_measure_is_named_and_its_update_counts(tmp_path, monkeypatch):
+    measure = federation.measure_batchnorm
+
+    def broken(client, *args):
+        if client.name == "client-2":
+            raise RuntimeError("out of memory")
+        return measure(client, *args)
+
+    monkeypatch.setattr(federation, "measure_batchnorm", broken)
+    settings = tiny_settings(tmp_path, batchnorm="precise", rounds=1)
+    history = Training(settings, tiny_films(tmp_path)).train().set_index("client")
+    assert history["status"].to_dict()["client-2"] == "unmeasured"
+    assert (
+        history.loc["client-2", "reason"] == "BatchNorm not measured: RuntimeError: out of memory"
+    )
+    assert history.loc["", "examples"] == history.drop("")["examples"].sum()

@@ -1,0 +1,310 @@
+"""Films of one's own: what the page in data/README.md shows is what runs, and gaps stay gaps."""
+
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from ownfilms import MARKS, MARKS_TABLE, README, WORDS, WORDS_TABLE, write, write_films
+from tiny import tiny_settings
+
+from fedutils import pipeline
+from fedutils.__main__ import main
+from fedutils.client import masked_loss
+from fedutils.evaluation import evaluate_models, predict_films, read_films, tabulate
+from fedutils.federation import Training
+from fedutils.findings import FINDINGS, InputError, format_labels, no_finding
+from fedutils.images import decode_films, example_films, read_index, write_index
+from fedutils.nih import check_table, find_data, open_data, read_nih, summary
+from fedutils.partition import label_skew, partition_patients, partition_report, split_patients
+
+KNOWN = ["Effusion", "Cardiomegaly", "Pneumothorax", "Edema", "Mass", "Infiltration"]
+OTHERS = [finding for finding in FINDINGS if finding not in KNOWN]
+
+
+def prepare(folder, work, image_size=32):
+    """Do what notebook 02 does; return the data and the report."""
+    data = open_data(str(folder), work)
+    table = data.table.assign(split=split_patients(data.table, 0))
+    films = decode_films(table, data.folder, work / "prepared", image_size)
+    about = {"release": data.release, "image_size": image_size}
+    return data, write_index(table, films, data.boxes, work / "prepared", about)
+
+
+# --- the page in data/README.md
+
+
+def test_the_example_with_columns_reads_as_the_page_says(tmp_path):
+    films = [line.split(";")[0] for line in MARKS_TABLE.splitlines()[1:]]
+    data = read_nih(write(tmp_path, films=films))
+    table = data.table
+    assert data.release == "own" and data.table_file == "table.csv"
+    assert table["image_index"].tolist() == table["path"].tolist() == films
+    assert table["patient_id"].tolist() == ["A-17", "A-17", "B-02"]
+    assert table["view"].tolist() == ["PA", "AP", "PA"] and table["age"].tolist() == [61, 61, 34]
+    assert table["scanner"].tolist() == ["Room-1", "Ward", "Room-1"]
+    assert table["follow_up"].tolist() == [1, 2, 1]
+    expected = [[1, 0, 0, np.nan, 0, 0], [1, 1, 0, 1, 0, np.nan], [0] * 6]
+    np.testing.assert_array_equal(table[KNOWN], expected)
+    assert table[OTHERS].isna().all(axis=None) and set(table[KNOWN].dtypes) == {np.dtype("f4")}
+    assert summary(data)["missing"] == ["split lists", "boxes", *OTHERS]
+    assert check_table(data)["count"].sum() == 0
+
+
+def test_the_example_with_words_reads_as_the_page_says(tmp_path):
+    data = read_nih(write(tmp_path, WORDS, WORDS_TABLE, ["a.png", "b.jpg", "deep/c.jpg"]))
+    assert data.table["path"].tolist() == ["a.png", "b.jpg", "deep/c.jpg"]
+    labels = data.table[["Effusion", "Cardiomegaly"]]
+    np.testing.assert_array_equal(labels, [[1, 0], [0, 0], [np.nan, np.nan]])
+    assert data.table[list(FINDINGS)].notna().sum().sum() == 4
+    assert {"ages", "sexes", "views", "scanners"} < {*summary(data)["missing"]}
+
+
+def test_the_page_names_the_findings_as_the_code_does():
+    assert ", ".join(FINDINGS) in " ".join(README.split())
+
+
+# --- the same pipeline as NIH's films
+
+
+def test_own_films_are_read_decoded_split_trained_and_evaluated_with_masks(tmp_path):
+    folder, settings = (
+        write_films(tmp_path / "own"),
+        tiny_settings(tmp_path / "work", num_clients=2),
+    )
+    data, report = prepare(folder, tmp_path / "work")
+    assert data.films_present == report["films"] == 80 and report["quarantined"] == {}
+    assert report["modes"] == {"RGB": 60, "L": 20}
+    index = read_index(settings.prepared)
+    gaps = data.table[KNOWN].isna().sum().sum()
+    assert gaps > 20 and index[KNOWN].isna().sum().sum() == gaps
+    clients = partition_patients(index, "scanner", 2, 0.5, 0)
+    assert set(clients["client"]) == {"scanner-Room-0", "scanner-Room-1"}
+    shares = partition_report(index, clients)
+    assert shares[OTHERS].isna().all(axis=None) and shares[KNOWN].notna().all(axis=None)
+    assert 0 <= label_skew(index, clients) <= 1
+    settings.run.mkdir(parents=True)
+    clients.to_csv(settings.run / "clients.csv", index=False)
+    films = read_films(settings)
+    history = Training(settings, films).train()
+    assert history["status"].eq("ok").all() and history["round"].max() == 2
+    rows = history[history["client"] == ""]
+    assert np.isfinite(rows[["train_loss", "val_loss", "val_auroc"]]).all(axis=None)
+    metrics = evaluate_models(predict_films(settings, films, "test"), films, 0)
+    auroc = metrics[metrics["metric"] == "auroc"].set_index("finding")
+    test = index[index["split"] == "test"]
+    assert auroc.loc[KNOWN, "n"].tolist() == test[KNOWN].notna().sum().tolist()
+    assert auroc.loc[KNOWN, "positives"].tolist() == test[KNOWN].sum().tolist()
+    assert auroc.loc[OTHERS, "value"].isna().all() and (auroc.loc[OTHERS, "n"] == 0).all()
+    assert auroc.loc["mean", "positives"] == 6 and auroc.loc["mean", "value"] > 0
+    assert set(tabulate(metrics).loc[OTHERS, "auroc"]) == {"not labelled"}
+
+
+def test_an_unknown_label_moves_neither_loss_nor_gradient():
+    import torch
+
+    labels = torch.tensor([[1.0] + [float("nan")] * 13, [0.0, 1.0] + [float("nan")] * 12])
+    for scores in (0.0, 50.0):
+        logits = torch.full((2, 14), scores)
+        logits[:, :2] = 0.3
+        logits.requires_grad_()
+        masked_loss(logits, labels).backward()
+        assert (logits.grad[:, 2:] == 0).all() and logits.grad[0, 1] == 0
+        assert (logits.grad[[0, 1, 1], [0, 0, 1]] != 0).all()
+
+
+def test_examples_and_titles_never_call_a_gap_no_finding(tmp_path):
+    data = open_data(str(write_films(tmp_path / "own", patients=8)), tmp_path)
+    films, boxes = example_films(data, 32)
+    assert set(films) <= set(KNOWN) and not any(boxes.values())
+    gap = np.full(14, np.nan)
+    assert format_labels(gap) == "not labelled"
+    gap[:6] = 0
+    assert format_labels(gap) == "none of 6 known"
+    labels = pd.DataFrame([gap, gap, gap], columns=FINDINGS)
+    labels.iloc[1, 0], labels.iloc[2, 0] = 1, np.nan
+    np.testing.assert_array_equal(no_finding(labels), [1, 0, np.nan])
+
+
+def test_jpeg_films_and_the_mapping_belong_to_the_identity_of_the_data(tmp_path):
+    folder = write(tmp_path / "own")
+    seen = {pipeline.identify(folder)}
+    (folder / "films.toml").write_text(MARKS + "# another word\n")
+    seen.add(pipeline.identify(folder))
+    (folder / "new.jpg").touch()
+    assert len(seen | {pipeline.identify(folder)}) == 3
+
+
+def test_own_films_are_found_by_folder_and_a_folder_too_high_is_told(tmp_path):
+    inner = write(tmp_path / "hospital" / "own")
+    assert find_data(str(inner)) == inner
+    assert find_data("", kaggle=tmp_path) == inner
+    with pytest.raises(InputError, match=f"there is one in {inner}: give that folder"):
+        find_data(str(tmp_path))
+
+
+def test_a_phantom_under_a_mapping_stays_a_phantom(tmp_path):
+    (write(tmp_path) / "PHANTOM.json").write_text("{}")
+    assert read_nih(tmp_path).release == "phantom"
+
+
+def test_equal_names_in_different_folders_are_different_films_when_named_by_path(tmp_path):
+    table = MARKS_TABLE.replace("pictures/A-17/first.png", "pictures\\A-17\\film.jpg")
+    films = ["pictures/A-17/film.jpg", "pictures/B-02/film.jpg", "pictures/A-17/second.JPG"]
+    data = read_nih(write(tmp_path, table=table, films=films))
+    counts = check_table(data).set_index("check")["count"]
+    assert data.table["path"].tolist() == ["pictures/A-17/film.jpg", "", films[1]]
+    assert counts["films in two folders"] == 0 and counts["orphaned films"] == 1
+
+
+def test_duplicate_rows_that_differ_in_a_gap_are_counted(tmp_path):
+    first = MARKS_TABLE.splitlines()[1]
+    data = read_nih(write(tmp_path, table=f"{MARKS_TABLE}{first}\n{first.replace(';;', ';1;')}\n"))
+    counts = check_table(data).set_index("check")["count"]
+    assert counts["duplicate rows"] == 2 and counts["duplicate rows that disagree"] == 1
+    assert len(data.table) == 3 and np.isnan(data.table.loc[0, "Edema"])
+
+
+# --- splits of one's own
+
+
+def with_splits(folder, *splits):
+    """The README's table with a column of splits, and a mapping that names it."""
+    header, *rows = MARKS_TABLE.splitlines()
+    lines = [f"{header};Part", *(f"{row};{s}" for row, s in zip(rows, splits, strict=True))]
+    mapping = MARKS.replace("[findings]", 'split = "Part"\n[findings]')
+    return write(folder, mapping, "\n".join(lines))
+
+
+def test_a_column_of_splits_is_followed(tmp_path):
+    table = read_nih(with_splits(tmp_path, "train", "train", "test")).table
+    assert table["official_split"].tolist() == ["train_val", "train_val", "test"]
+    assert set(split_patients(table, 0)) <= {"train", "val", "test"}
+    table = table.assign(official_split=["train", "val", "test"], patient_id=list("abc"))
+    assert split_patients(table, 0).tolist() == ["train", "val", "test"]
+
+
+def test_own_lists_are_followed_and_a_film_in_none_is_left_out(tmp_path):
+    folder = write(tmp_path)
+    (folder / "train_list.txt").write_text("pictures\\A-17\\first.png\r\n")
+    (folder / "val_list.txt").write_text("")
+    (folder / "test_list.txt").write_text("pictures/B-02/film.jpg")
+    data = read_nih(folder)
+    assert split_patients(data.table, 0).tolist() == ["train", "", "test"]
+    assert data.lists == ("train", "val", "test")
+
+
+def test_a_patient_in_two_own_splits_is_refused(tmp_path):
+    data = read_nih(with_splits(tmp_path, "train", "test", "test"))
+    assert check_table(data).set_index("check")["count"]["patients in both lists"] == 1
+    with pytest.raises(InputError, match="more than one split, such as A-17"):
+        split_patients(data.table, 0)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (("train", "Train", "test"), "table.csv, line 3: split 'Train'; write train, val or test"),
+        (("train", "train", ""), "name train_val alone; name films for train and for test"),
+        (("", "", "test"), "name test alone; name films for train and for test"),
+    ],
+)
+def test_unusable_own_splits_are_named(tmp_path, splits, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_nih(with_splits(tmp_path, *splits))
+
+
+# --- errors name the file, the row and what was found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (";0;0;0;0;0;0", ";0;yes;0;0;0;0", "table.csv, line 4 (pictures/B-02/film.jpg): column"
+         " 'Big heart' (Cardiomegaly) holds 'yes'; write 1 for present, 0 for absent, or leave it"),
+        (";0;0;0;0;0;0", ";0;-1;0;0;0;0", "line 4 (pictures/B-02/film.jpg): column 'Big heart'"),
+        (";0;0;0;0;0;0", ";0;0;0;0;0", "table.csv, line 4: 12 cells, but the header has 13"),
+        (";0;0;0;0;0;0", ";0;0;0;0;0;0;0", "table.csv, line 4: 14 cells, but the header has 13"),
+        ("film.jpg;B-02", "film.jpg;", "table.csv, line 4: no image index or no patient id"),
+        ("Big heart", "Heart", "table.csv: no columns 'Big heart', which films.toml names; found F"),
+        ("Lump", "File", "table.csv: 2 columns 'File'"),
+        ("61;F", '61;"F', "table.csv, line 2: is no CSV"),
+    ],
+)  # fmt: skip
+def test_a_table_that_cannot_be_read_is_named_with_its_row(tmp_path, old, new, message):
+    assert old in MARKS_TABLE
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        read_nih(write(tmp_path, table=MARKS_TABLE.replace(old, new)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("effusoin", "words.csv, line 3 (b.jpg): column 'Diagnosis' holds the unknown word 'eff"),
+        ('"normal, effusion"', "line 3 (b.jpg): a word for no finding stands beside a finding"),
+    ],
+)
+def test_an_unknown_or_contradicting_word_is_named_with_its_row(tmp_path, word, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        read_nih(write(tmp_path, WORDS, WORDS_TABLE.replace("normal", word)))
+
+
+def test_a_quoted_line_break_does_not_shift_the_row_number(tmp_path):
+    table = WORDS_TABLE.replace('"Pleural effusion, pacemaker"', '"Pleural effusion,\n\npacemaker"')
+    with pytest.raises(InputError, match=r"line 5 \(b.jpg\): .*'broken'"):
+        read_nih(write(tmp_path, WORDS, table.replace("normal", "broken")))
+
+
+def test_films_that_are_named_otherwise_than_the_files_are_an_error_that_shows_both(tmp_path):
+    with pytest.raises(InputError, match=r"line 2: 'a.png' is no film.*films there are x.png;"):
+        read_nih(write(tmp_path, WORDS, WORDS_TABLE, ["x.png"]))
+    shutil.rmtree(tmp_path / "none", ignore_errors=True)
+    assert read_nih(write(tmp_path / "none", WORDS, WORDS_TABLE)).films_present == 0
+
+
+@pytest.mark.parametrize(
+    ("mapping", "old", "new", "message"),
+    [
+        (MARKS, "Edema =", "Oedema =", "unknown 'Oedema' in [findings]; known: Atelectasis, Card"),
+        (MARKS, "Edema =", "Oedema =", "known name on the left and yours on the right, such as"),
+        (MARKS, "sex =", "gender =", "unknown 'gender' in [columns]; known: image, patient, view"),
+        (MARKS, "[findings]", "[finding]", "unknown 'finding'; known: table, columns, findings"),
+        (MARKS, 'table = "table.csv"', "", 'no table; add table = "..."'),
+        (MARKS, 'image = "File"', "", '[columns] has no image; add image = "..."'),
+        (MARKS, '"Projection"', "3", 'view = 3; give a text, such as view = "..."'),
+        (MARKS, '"Lump"', '["Lump", "File"]', "Mass = ['Lump', 'File']; give one column's name"),
+        (MARKS, '"Lump"', '"Shadow"', "'Shadow' stands for two things; name it once"),
+        (MARKS, 'table = "table.csv"', 'table = "../t.csv"', "table = '../t.csv'; give the name"),
+        (MARKS, 'table = "table.csv"', 'table = "t.csv"', "'t.csv' is not there; tables beside it:"),
+        (MARKS, 'table = "table.csv"', "table = table.csv", "films.toml: cannot be read (Invalid"),
+        (WORDS, 'separator = ","', "", '[labels] has no separator; add separator = "..."'),
+        (WORDS, 'separator = ","', "separator = 1", "separator = 1; give a text"),
+        (WORDS, '"pacemaker"', '"Effusion"', "'effusion' stands for two things"),
+        (WORDS, '"pacemaker"', "5", "ignore = ['rib fracture', 5]; give a text, or a list such as"),
+    ],
+)  # fmt: skip
+def test_a_mapping_that_cannot_be_used_says_what_to_write(tmp_path, mapping, old, new, message):
+    assert old in mapping
+    write(tmp_path, mapping)
+    (tmp_path / "films.toml").write_text(mapping.replace(old, new))
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        read_nih(tmp_path)
+    assert "films.toml: " in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_error_in_a_row_and_too_few_patients_end_with_status_2_before_any_notebook(
+    tmp_path, capsys
+):
+    def run(table):
+        data = write(tmp_path / "own", table=table)
+        options = ["--profile", "demo", "--data", str(data), "--work", str(tmp_path / "work")]
+        return main(["run", *options]), capsys.readouterr().err
+
+    status, said = run(MARKS_TABLE.replace(";1;0;0;;0;0", ";1;0;2;;0;0"))
+    assert status == 2 and said.count("\n") == 1
+    assert "table.csv, line 2 (pictures/A-17/first.png): column 'Collapsed lung'" in said
+    status, said = run(MARKS_TABLE)
+    assert status == 2 and "none of 2 patients falls to " in said and "give more patients" in said
+    assert not list((tmp_path / "work").rglob("*.ipynb"))
