@@ -12,6 +12,7 @@ Writes `work/bench.json`; exit status 1 when a target is missed.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import operator
@@ -33,6 +34,7 @@ from scipy.stats import binom
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+LIMIT = 3600  # seconds an arm may take
 TIMES_LONGER = 3  # as many pairs at most, where a target is missed
 COMPARE = {"<=": operator.le, "<": operator.lt, ">=": operator.ge}
 Rows = dict[str, list[float]]  # the values of some rows, one a pair
@@ -40,6 +42,10 @@ Rows = dict[str, list[float]]  # the values of some rows, one a pair
 
 class Skip(Exception):
     """This cannot be measured here, for the reason given."""
+
+
+class ArmFailed(Exception):
+    """A process that was to be measured failed; its output was printed."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +101,12 @@ def measure(bench: Bench, work: Path, fast: bool) -> list[Result]:
     for turn in range(calls * TIMES_LONGER):
         try:
             rows = bench.once(work, fast, turn)
-        except Skip as reason:
-            return [Result(n, None, t, None, note=str(reason)) for n, t in bench.targets.items()]
+        except Skip as why:
+            return [
+                Result(n, None, t, None, note=f"skipped: {why}") for n, t in bench.targets.items()
+            ]
+        except ArmFailed as why:
+            return [Result(n, None, t, False, note=str(why)) for n, t in bench.targets.items()]
         for name, values in rows.items():
             seen.setdefault(name, []).extend(values)
         results = [judge(n, v, bench.targets.get(n)) for n, v in seen.items()]
@@ -105,37 +115,52 @@ def measure(bench: Bench, work: Path, fast: bool) -> list[Result]:
     return results
 
 
-def run(script: str, **arguments: Any) -> dict[str, Any]:
+def run(script: str, env: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
     """Run an arm in a process of its own; add its wall time and the peak memory of all it started.
 
-    Raises RuntimeError with what it printed where it fails.
+    Raises ArmFailed, after printing what it said, where it fails or takes longer than LIMIT.
     """
     command = [sys.executable, str(HERE / script), json.dumps(arguments)]
-    began = time.perf_counter()
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as arm:
-        peak: list[float] = [0.0]
+    began, peak = time.perf_counter(), [0.0]
+    with tempfile.TemporaryFile("w+") as output:
+        streams = {"stdout": output, "stderr": subprocess.STDOUT, "env": os.environ | (env or {})}
+        arm = psutil.Popen(command, **streams)
         threading.Thread(target=follow_memory, args=(arm, peak), daemon=True).start()
-        output = arm.communicate()[0]
-    if arm.returncode:
-        raise RuntimeError(f"{script} failed:\n{output[-3000:]}")
-    lines = [line for line in output.splitlines() if line.startswith('{"')]
-    return json.loads(lines[-1]) | {"total": time.perf_counter() - began, "megabytes": peak[0]}
+        status = wait_for(arm)
+        took = time.perf_counter() - began
+        output.seek(0)
+        lines = output.read().splitlines()
+    measured = [text for text in lines if text.startswith('{"')]
+    if status or not measured:
+        print(*lines[-30:], sep="\n", flush=True)
+        raise ArmFailed(f"{script} failed with status {status}")
+    return json.loads(measured[-1]) | {"total": took, "megabytes": peak[0]}
 
 
-def follow_memory(arm: subprocess.Popen, peak: list[float]) -> None:
+def wait_for(arm: psutil.Popen) -> int:
+    """Wait for an arm; end it, and all that it started, where it takes too long."""
+    try:
+        return arm.wait(LIMIT)
+    except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
+        for part in [*arm.children(recursive=True), arm]:
+            part.kill()
+        return arm.wait()
+
+
+def follow_memory(arm: psutil.Popen, peak: list[float]) -> None:
     """Note the peak of the memory, in MB, of a process and its children, shared pages once."""
-    while arm.poll() is None:
-        total = 0.0
-        try:
-            process = psutil.Process(arm.pid)
-            for part in [process, *process.children(recursive=True)]:
-                total += part.memory_full_info().pss / 2**20
-        except psutil.NoSuchProcess:  # it ended while it was looked at
-            continue
-        peak[0] = max(peak[0], total)
-        time.sleep(1)
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ends while it is looked at
+        while arm.is_running():
+            parts = [arm, *arm.children(recursive=True)]
+            peak[0] = max(peak[0], sum(memory(part) for part in parts))
+            time.sleep(1)
+
+
+def memory(process: psutil.Process) -> float:
+    """Return the proportional memory of a process in MB, 0 where it has just ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.memory_full_info().pss / 2**20
+    return 0.0
 
 
 def in_turn(arms: dict[str, Callable[[], Any]], turn: int) -> dict[str, Any]:
@@ -248,6 +273,10 @@ def against_pfl(work: Path, fast: bool, turn: int) -> Rows:
     same = per_round(arms["plain"]) / per_round(arms["peer"])
     gain = per_round(arms["plain"]) / per_round(arms["cached"])
     rows = {"ours / pfl, same arithmetic, a round": [same], CACHE_GAIN: [gain]}
+    names = {"peer": "pfl", "plain": "ours", "cached": "ours, trunk cached, fp32"}
+    names |= {"bf16": "ours, trunk cached, bf16"}
+    for name, arm in arms.items():
+        rows[f"training films/s, validation included: {names[name]}"] = [FILMS / per_round(arm)]
     return rows | against("pfl", arms)
 
 
@@ -259,6 +288,20 @@ def against_flower(work: Path, fast: bool, turn: int) -> Rows:
     a_round = per_round(arms["peer"]) / per_round(arms["plain"])
     rows = {FLOWER_ALL: [whole], "Flower / ours, same arithmetic, a round": [a_round]}
     return rows | against("Flower", arms)
+
+
+def kept_memory(work: Path, fast: bool, turn: int) -> Rows:
+    """What it costs that glibc hands freed memory back to the kernel, where the project lets it."""
+    keep = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+    how: dict[str, Any] = {"work": prepared(work), "rounds": 3}
+    rows = {}
+    for name, change in {"uncached": {}, "cached": {"cache_features": True}}.items():
+        arms = {"kept": lambda change=change: run("ours.py", env=keep, **how, **change)}
+        arms["default"] = lambda change=change: run("ours.py", **how, **change)
+        seen = in_turn(arms, turn)
+        ratio = per_round(seen["default"]) / per_round(seen["kept"])
+        rows[f"glibc's default / memory kept by environment, a round, trunk {name}"] = [ratio]
+    return rows
 
 
 def handwritten(work: Path, fast: bool, turn: int) -> Rows:
@@ -346,6 +389,7 @@ def scale_resnet(work: Path, fast: bool, turn: int) -> Rows:
     return {MILLISECONDS: [1000 * (many - few) / 36]}
 
 
+FILMS = 768  # of the comparison, as in workload.py
 DECODE = "decode once: notebook 02 / Pillow alone, films/s"
 READ = "reading a batch / the training step"
 BARE = "federation / bare loop, a round"
@@ -380,6 +424,7 @@ BENCHMARKS = {
         3,
     ),
     "flower": Bench(against_flower, {FLOWER_ALL: ">= 1.5"} | peer_targets("Flower"), 3, 0),
+    "memory": Bench(kept_memory, {}, 3, 0),
     "handwritten": Bench(handwritten, {HAND: ">= 4", HAND_BF16: ">= 7"}, 1, 1),
     "scale": Bench(scale, {SCALE_TIME: "<= 1.15", SCALE_MEMORY: "<= 1.10"}, 3, 0),
     "scale_resnet": Bench(scale_resnet, {MILLISECONDS: None}, 3, 0),
@@ -390,7 +435,7 @@ def line(result: Result) -> str:
     """Write one row of the table."""
     met = {True: "yes", False: "NO", None: "-"}[result.met]
     if result.measured is None:
-        return f"| {result.name} | skipped: {result.note} | {result.target or '-'} | {met} |"
+        return f"| {result.name} | {result.note} | {result.target or '-'} | {met} |"
     low, high = result.interval or (result.measured, result.measured)
     spread = f" ({low:.3g} to {high:.3g}, n={result.pairs})" if result.pairs > 1 else ""
     return f"| {result.name} | {result.measured:.3g}{spread} | {result.target or '-'} | {met} |"

@@ -42,8 +42,17 @@ def test_what_cannot_be_measured_says_why_and_is_neither_met_nor_missed(tmp_path
         raise Skip("pfl is not installed")
 
     [row] = measure(Bench(absent, {"row": "<= 1"}, 3, 3), tmp_path, False)
-    assert (row.measured, row.met, row.note) == (None, None, "pfl is not installed")
+    assert (row.measured, row.met, row.note) == (None, None, "skipped: pfl is not installed")
     assert "skipped: pfl is not installed" in bench.line(row)
+
+
+def test_an_arm_that_fails_is_a_missed_target_not_a_skipped_one(tmp_path, capsys):
+    def broken(*_):
+        return bench.run("no_such_arm.py")
+
+    [row] = measure(Bench(broken, {"row": "<= 1"}, 1, 1), tmp_path, False)
+    assert (row.measured, row.met) == (None, False)
+    assert "no_such_arm.py failed" in row.note and "No such file" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("value", "status"), [(1.0, 0), (1.2, 1)])
