@@ -3,16 +3,20 @@
 from importlib import import_module
 from types import ModuleType
 
+from .calibration import calibrate, main_model, operating_points, tabulate_points
+from .card import write_card
 from .client import Client, Update, predict
 from .evaluation import (
     check_fingerprint,
     evaluate_models,
     predict_films,
     read_films,
+    record_files,
     tabulate,
     write_predictions,
     write_summary,
 )
+from .explain import fill_gallery, pick_gallery, pointing_game, pointing_words
 from .fedavg import STRATEGIES, FedAvg
 from .federation import FederationError, Training, best_rounds
 from .findings import FINDINGS, InputError, format_labels, parse_labels
@@ -36,7 +40,14 @@ from .partition import (
     split_patients,
 )
 from .phantom import write_phantom
-from .settings import Settings, __version__, print_environment, read_parameters, read_run
+from .settings import (
+    Settings,
+    __version__,
+    fetch_runs,
+    print_environment,
+    read_parameters,
+    read_run,
+)
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, evaluation, pipeline
+from . import __version__, evaluation, kaggle, pipeline
 from .findings import InputError
 from .pipeline import NotebookFailed
 
@@ -39,6 +39,11 @@ def build_parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="check a run folder: hashes, data, metrics")
     verify.add_argument("folder", type=Path, metavar="RUN", help="such as work/runs/NAME")
     verify.set_defaults(do=verify_run)
+    kit = commands.add_parser("kaggle", help="write folders for the `kaggle` command to send")
+    kit.add_argument("--user", required=True, metavar="NAME", help="your name on Kaggle")
+    kit.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    add_pairs(kit)
+    kit.set_defaults(do=write_kit, data=None, work=None, name=None, profile=None)
     render = commands.add_parser("render", help="write the demo's results as notebooks/*.ipynb")
     render.set_defaults(do=lambda options: pipeline.render(pipeline.FOLDER))
     return parser
@@ -52,10 +57,15 @@ def add_parameters(command: argparse.ArgumentParser) -> None:
               "profile": "auto, demo (seconds, no GPU, no network) or kaggle"}  # fmt: skip
     for option, text in places.items():
         command.add_argument(f"--{option}", metavar=option.upper(), help=text)
-    command.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
-                         help="a parameter, such as -p rounds=20; may be repeated")  # fmt: skip
+    add_pairs(command)
     command.add_argument("--force", action="store_true", help="execute what is unchanged, too")
     command.add_argument("--only", default="", metavar="01,02", help="these notebooks only")
+
+
+def add_pairs(command: argparse.ArgumentParser) -> None:
+    """Add the option that sets any parameter."""
+    command.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
+                         help="a parameter, such as -p rounds=20; may be repeated")  # fmt: skip
 
 
 def run_notebooks(options: argparse.Namespace) -> None:
@@ -76,6 +86,11 @@ def verify_run(options: argparse.Namespace) -> None:
     if wrong:
         raise NotebookFailed(f"{options.folder}: {'; '.join(wrong)}")
     print(f"{options.folder}: hashes, fingerprint and metrics are as they were written")
+
+
+def write_kit(options: argparse.Namespace) -> None:
+    """Write the Kaggle kit and print the commands that send it, in order."""
+    print("\n".join(kaggle.write_kit(options.user, options.out, read_values(options))))
 
 
 def read_values(options: argparse.Namespace) -> dict[str, str]:

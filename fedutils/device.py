@@ -1,5 +1,7 @@
 """The devices that replicas of the model live on, and the precision they compute in."""
 
+import contextlib
+import ctypes
 import re
 
 import torch
@@ -7,6 +9,30 @@ import torch
 from .findings import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def set_up(threads: int, wanted: str) -> None:
+    """Prepare this process for training: threads, repeatable kernels, and memory that is kept.
+
+    On CUDA, cuDNN then takes deterministic algorithms only, so that a run repeats on the same GPU,
+    torch and cuDNN; other GPUs round otherwise. Asked for fp32, it multiplies in fp32, not TF32.
+    """
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = wanted != "fp32"
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Stop glibc from handing large blocks back to the kernel, which clears them anew each step.
+
+    Returns False where the C library is another one, which keeps its own counsel.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; older versions allow 32 MB at most.
+        return bool(mallopt(-1, 2**31 - 1) and (mallopt(-3, 2**30) or mallopt(-3, 2**25)))
+    return False
 
 
 def find_devices(device: str) -> list[torch.device]:

@@ -136,6 +136,18 @@ def write_summary(settings: Settings, metrics: pd.DataFrame, source: str) -> dic
     return summary
 
 
+def record_files(settings: Settings, *names: str) -> None:
+    """Add files of the run folder to the hashes in `summary.json`, for `verify_run` to check.
+
+    For what is written after the summary; a name that is not there is left out.
+    """
+    path = settings.run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    files = {name: settings.run / name for name in names}
+    summary["sha256"] |= {name: _sha256(file) for name, file in files.items() if file.is_file()}
+    write_atomic(path, json.dumps(summary, indent=1).encode())
+
+
 def verify_run(run: Path) -> list[str]:
     """Check a run folder against its own summary; return what is wrong, a line each.
 

@@ -22,13 +22,14 @@ import torch
 from .findings import InputError
 from .images import ChestXrayDataset, write_atomic
 from .model import ChestResNet
+from .nih import KAGGLE
 from .settings import Settings
 from .weights import state_hash
 
 FEATURES_VERSION = 1
 BLOCK = 64  # films in one pass and one entry of the journal: what a kill costs at most
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
-KAGGLE_WORKING, KAGGLE_TEMP = Path("/kaggle/working"), Path("/kaggle/temp")
+KAGGLE_WORKING, KAGGLE_TEMP = KAGGLE / "working", KAGGLE / "temp"
 
 
 class FeatureStore:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import queue
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save
 from .batchnorm import PooledBatchNorm, measure_batchnorm
 from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress
 from .client import Client, Update, predict
-from .device import find_devices
+from .device import find_devices, set_up
 from .features import FeatureStore
 from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
@@ -329,7 +330,8 @@ class Training:
         self.strategy = strategy or STRATEGIES[settings.strategy]
         self.config = open_run(settings, self.strategy)
         # Before a model is built, whose calibration depends on the threads in its last bits.
-        torch.set_num_threads(self.config["threads"])
+        set_up(self.config["threads"], settings.precision)
+        self.seconds = 0.0  # that train() took in this session
         self.rows = {job.name: now.rows for job in self.jobs if (now := self._load(job))}
         self._models: list[ChestResNet] = []
         self._start: dict[int, State] = {}
@@ -349,6 +351,7 @@ class Training:
         next round would end after `max_hours`. Raises FederationError when too few clients answer,
         and InputError when another process writes this run, or features would take too long.
         """
+        began = time.perf_counter()
         with run_lock(self.run):
             (self.run / "finished.json").unlink(missing_ok=True)
             deadline = time.monotonic() + (self.settings.max_hours or math.inf) * 3600
@@ -357,6 +360,7 @@ class Training:
             if all([self._train_job(job, deadline, on_round) for job in self.jobs]):
                 self._write_global_model()
                 write_atomic(self.run / "finished.json", json.dumps(self.config).encode())
+        self.seconds = time.perf_counter() - began
         return self.history()
 
     def history(self) -> pd.DataFrame:
@@ -377,9 +381,17 @@ class Training:
         train = [trial.fit(model, sent, {}, round)[0].seconds for round in (1, 2)][-1]
         began = time.perf_counter()
         predict(model, trial.films)
-        each = np.array([train, time.perf_counter() - began]) / len(trial.films)
+        each = np.array([train, time.perf_counter() - began, 0.0]) / len(trial.films)
+        each[2] = self._boundary_seconds(sent)
         rounds = float(sum(each @ self._films_left(job) for job in self.jobs))
         return ahead + rounds if rounds else 0.0
+
+    def _boundary_seconds(self, state: State) -> float:
+        """Time what each round does beside training: hash the state, and save it."""
+        began, folder = time.perf_counter(), self.run / "checkpoint" / "trial"
+        save_progress(folder, Progress(state, rows=[{"state_sha256": state_hash(state)}]), "trial")
+        shutil.rmtree(folder)
+        return time.perf_counter() - began
 
     def _compute_features(self, progress: OnFeatures) -> None:
         """Let the frozen trunk run once, where its output is not there yet, and train from that."""
@@ -392,12 +404,12 @@ class Training:
         self.jobs = plan(self.settings, self.films.holding(self.features.fill(progress)))
 
     def _films_left(self, job: Job) -> np.ndarray:
-        """Count the films that are still to be trained on and validated, on one device."""
+        """Count films still to be trained on, to be validated on one device, and rounds."""
         rounds = self.settings.rounds - max([0, *(r["round"] for r in self.rows.get(job.name, []))])
         side_by_side = min(len(job.clients), len(find_devices(self.settings.device)))
         films = sum(len(c.films) for c in job.clients) * self.settings.client_fraction
         train = films * self.settings.local_epochs / side_by_side
-        return max(0, rounds) * np.array([train, len(job.validation)])
+        return max(0, rounds) * np.array([train, len(job.validation), 1.0])
 
     def _identity(self, job: Job) -> str:
         """Return a hash of all that a job's model depends on, and of nothing else."""
@@ -551,10 +563,16 @@ def open_run(settings: Settings, strategy: type[FedAvg]) -> dict[str, Any]:
     path = settings.run / "config.json"
     old = json.loads(path.read_text()) if path.is_file() else {}
     share = max(1, (os.cpu_count() or 1) // len(find_devices(settings.device)))
+    report = read_report(settings.prepared)
+    if (size := report.get("image_size", settings.image_size)) != settings.image_size:
+        raise InputError(
+            f"{settings.prepared} holds films of {size} pixels, but image_size is"
+            f" {settings.image_size}: give the same profile or image_size to notebooks 02 and 03"
+        )
     config = settings.identity() | {
         "threads": settings.threads or old.get("threads") or share,
         "server": strategy.__name__,
-        "fingerprint": read_report(settings.prepared)["fingerprint"],
+        "fingerprint": report["fingerprint"],
     }
     for key in [key for key in config if old and old.get(key) != config[key]]:
         raise InputError(

@@ -330,9 +330,9 @@ def normalise(films: Tensor, rng: np.random.Generator | None = None) -> Tensor:
     grey = films.float().div_(255)
     if rng is not None:
         grey = _turn_and_shift(grey, rng)
-    mean = torch.tensor(IMAGENET_MEAN, device=grey.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=grey.device).view(1, 3, 1, 1)
-    return ((grey - mean) / std).contiguous(memory_format=torch.channels_last)
+    # With plain numbers, since a tensor made here would make a GPU wait for the CPU in every step.
+    channels = [(grey - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    return torch.cat(channels, dim=1).contiguous(memory_format=torch.channels_last)
 
 
 def _turn_and_shift(grey: Tensor, rng: np.random.Generator) -> Tensor:
@@ -340,6 +340,7 @@ def _turn_and_shift(grey: Tensor, rng: np.random.Generator) -> Tensor:
     angle = np.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE, len(grey)))
     shift = rng.uniform(-2 * MAX_SHIFT, 2 * MAX_SHIFT, (2, len(grey)))  # the grid spans -1 to 1
     rows = [[np.cos(angle), -np.sin(angle), shift[0]], [np.sin(angle), np.cos(angle), shift[1]]]
-    theta = torch.from_numpy(np.array(rows, np.float32).transpose(2, 0, 1)).to(grey.device)
+    theta = torch.from_numpy(np.array(rows, np.float32).transpose(2, 0, 1))
+    theta = theta.to(grey.device, non_blocking=True)
     grid = F.affine_grid(theta, list(grey.shape), align_corners=False)
     return F.grid_sample(grey, grid, padding_mode="border", align_corners=False)

@@ -35,6 +35,8 @@ from fedutils.own import MAPPING_NAME, OwnTable, own_lists, read_mapping
 from fedutils.phantom import write_phantom
 
 PHANTOM_MARKER = "PHANTOM.json"
+# The variable lets a test have a Kaggle of its own, in the kernels of its notebooks too.
+KAGGLE = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle")
 TABLE_NAME = re.compile(r"(Data_Entry.*|sample_labels)\.csv(\.gz)?")
 BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
 LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
@@ -102,7 +104,7 @@ class NihData:
         return int((self.table["path"] != "").sum())
 
 
-def find_data(data_dir: str = "", kaggle: Path = Path("/kaggle/input")) -> Path | None:
+def find_data(data_dir: str = "", kaggle: Path = KAGGLE / "input") -> Path | None:
     """Return the data folder: `data_dir`, else NIH_DATA_DIR, else a Kaggle mount.
 
     None means: use the phantom. A mount is searched `KAGGLE_DEPTH` folders deep, without entering
@@ -215,9 +217,7 @@ def _tables(folder: Path) -> list[Path]:
 
 def _problem(folder: Path) -> str:
     """Say why a folder cannot be used and what to do; "" if it can."""
-    todo = (
-        f"give the folder that holds Data_Entry_2017*.csv, or for films of your own {MAPPING_NAME}"
-    )
+    todo = f"give the folder that holds Data_Entry_2017*.csv or your own {MAPPING_NAME}"
     todo += " (see data/README.md)"
     try:
         names = sorted(path.name for path in folder.iterdir())

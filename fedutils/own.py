@@ -66,7 +66,7 @@ class OwnTable:
         rows = raw[list(self.columns.values())].set_axis(list(self.columns), axis=1)
         rows = rows.reindex(columns=list(COLUMNS.values()), fill_value="")
         marks = raw[[self.labels] if self.labels else list(self.words)]
-        rows["labels"] = marks.agg(MARK_SEPARATOR.join, axis=1)
+        rows["labels"] = [MARK_SEPARATOR.join(row) for row in marks.to_numpy()]
         return self._tidy(rows)
 
     def _tidy(self, rows: pd.DataFrame) -> pd.DataFrame:

@@ -43,11 +43,12 @@ FOLDER = PACKAGE.parent / "notebooks"
 # Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
 TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")
 PREPARED = ("prepared/report.json", "prepared/index.csv")
-INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, *TRAINED)), strict=True))
+BOXES = "prepared/boxes.csv"
+INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, BOXES, *TRAINED)), strict=True))
 OUTPUTS = {
-    "02_preprocess": (*PREPARED, "prepared/images.npy"),
+    "02_preprocess": (*PREPARED, BOXES, "prepared/images.npy"),
     "03_federated_train": TRAINED,
-    "04_evaluate": ("runs/{}/evaluation/*",),
+    "04_evaluate": ("runs/{}/evaluation/*", "runs/{}/MODEL_CARD.md"),
 }
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
 OPTIONS = ("profile", "data_dir", "work_dir", "name")  # have an option of their own
@@ -136,7 +137,7 @@ def run(
     """
     chosen = _choose(only)
     nodes = {stem: read_notebook(notebooks, stem) for stem in NOTEBOOKS}
-    settings, data = _resolve(values, nodes)
+    settings, data = resolve(values, nodes)
     jobs = [Job(stem, nodes[stem], settings, notebooks, identify(data)) for stem in chosen]
     _check_before(jobs, data, force)
     for job in jobs:
@@ -176,7 +177,7 @@ def sweep(
     for row in itertools.product(*grid.values()):
         name = "-".join([values["name"], *row]) if values.get("name") else ""
         runs.append(dict(values) | dict(zip(grid, row, strict=True)) | {"name": name})
-    resolved = [_resolve(one, nodes)[0] for one in runs]
+    resolved = [resolve(one, nodes)[0] for one in runs]
     runs[-1]["compare"] = ",".join(settings.name for settings in resolved[:-1])
     stems, failures = _choose(only), []
     for number, one in enumerate(runs, start=1):
@@ -315,7 +316,7 @@ def _choose(only: str) -> list[str]:
     return [stem for number, stem in numbers.items() if number in wanted]
 
 
-def _resolve(
+def resolve(
     values: Mapping[str, Any], nodes: Mapping[str, NotebookNode]
 ) -> tuple[Settings, Path | None]:
     """Check names and values, find the data, and return the resolved parameters and its folder."""

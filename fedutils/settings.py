@@ -7,6 +7,8 @@ import math
 import os
 import platform
 import re
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ import torchvision
 
 from .device import PRECISIONS, find_devices
 from .findings import InputError
-from .nih import find_data
+from .nih import KAGGLE, find_data, search_files
 from .partition import METHODS
 from .weights import find_weights, load_weights
 
@@ -118,8 +120,11 @@ class Settings:
 
     @property
     def prepared(self) -> Path:
-        """The folder that notebook 02 writes."""
-        return Path(self.work_dir) / "prepared"
+        """The prepared films to read: of this work folder, else of an attached kernel's output."""
+        here, report = Path(self.work_dir) / "prepared", "prepared/report.json"
+        if (here / "report.json").is_file():
+            return here
+        return next((found.parent for found in search_files(KAGGLE / "input", report)), here)
 
     @property
     def run(self) -> Path:
@@ -233,18 +238,49 @@ def read_run(
 ) -> Settings:
     """Return the settings of a run that notebook 03 began; without a name that of the latest.
 
-    Raises InputError where there is none.
+    Raises InputError where there is none, here or attached.
     """
     work = Path(work_dir).resolve() if work_dir else find_root() / "work"
+    fetch_runs(work)
     found = sorted(work.glob(f"runs/{name or '*'}/config.json"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise InputError(f"no run in {work / 'runs' / name}: run notebook 03_federated_train first")
+        attached = f" and none in {KAGGLE / 'input'}" if KAGGLE.is_dir() else ""
+        raise InputError(
+            f"no run in {work / 'runs' / name}{attached}: run notebook 03_federated_train first"
+        )
     config = json.loads(found[-1].read_text())
     given = {key: config[key] for key in TYPES if key in config}
     here = {"work_dir": str(work), "name": found[-1].parent.name, "device": device}
     settings = dataclasses.replace(Settings(**given), **here)
     # A run may have been trained without a cache: then there is none to be used.
     return dataclasses.replace(settings, cache_features=cache_features and not settings.augment)
+
+
+def fetch_runs(work_dir: str | Path) -> None:
+    """Copy the runs that are attached on Kaggle to the work folder, where it does not have them.
+
+    The output of another kernel, or of an earlier version of the same one, can only be read.
+    Copied, notebook 03 goes on with a run or shares its models, and notebook 04 writes beside it.
+    """
+    found = search_files(KAGGLE / "input", "runs/*/config.json")
+    latest_last = sorted(found, key=lambda path: path.stat().st_mtime)
+    for name, config in {path.parent.name: path for path in latest_last}.items():
+        if not Path(work_dir, "runs", name, "config.json").is_file():
+            _copy_run(config.parent, Path(work_dir))
+
+
+def _copy_run(source: Path, work: Path) -> None:
+    """Copy a run folder, but for its lock, under `work`; a kill leaves no half of it there."""
+    half, whole = work / f"fetching-{source.name}", work / "runs" / source.name
+    shutil.rmtree(half, ignore_errors=True)
+    for file in (path for path in source.rglob("*") if path.is_file() and path.name != "run.lock"):
+        target = half / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)  # without its mode: what is attached may not be written to
+        os.utime(target, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    shutil.rmtree(whole, ignore_errors=True)  # without config.json nothing was trained there
+    whole.parent.mkdir(exist_ok=True)
+    half.rename(whole)
 
 
 def _short_hash(settings: Settings) -> str:
@@ -254,19 +290,31 @@ def _short_hash(settings: Settings) -> str:
 
 
 def find_profile() -> str:
-    """Return 'kaggle' where there is a usable GPU and ImageNet weights, else 'demo'."""
-    if find_devices("auto")[0].type == "cpu":
-        return "demo"
-    try:
-        return "kaggle" if find_weights("imagenet") or load_weights("imagenet") else "demo"
-    except InputError:
-        return "demo"
+    """Return 'kaggle' where there is a usable GPU and ImageNet weights, else 'demo'.
+
+    Warns where somebody who has a GPU, or who is on Kaggle, gets the demo.
+    """
+    problem = "there is no GPU" if (KAGGLE / "working").is_dir() else ""
+    if find_devices("auto")[0].type != "cpu":
+        try:
+            if find_weights("imagenet") or load_weights("imagenet"):
+                return "kaggle"
+        except InputError as error:
+            problem = f"there is a GPU, but {error}"
+    if problem:
+        warnings.warn(
+            f"profile=auto is the demo here (64 pixels, no ImageNet weights): {problem}. Attach a"
+            " data set with resnet34-b627a593.pth and set profile=kaggle in every notebook for 224"
+            " pixels; profile=demo says that the demo is meant",
+            stacklevel=2,
+        )
+    return "demo"
 
 
 def find_root() -> Path:
     """Return the project's folder, from wherever a notebook runs; on Kaggle the output folder."""
-    if Path("/kaggle/working").is_dir():
-        return Path("/kaggle/working")
+    if (KAGGLE / "working").is_dir():
+        return KAGGLE / "working"
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / ROOT_MARKER).is_file()), here)
 
@@ -286,5 +334,17 @@ def environment() -> dict[str, Any]:
 
 
 def print_environment() -> None:
-    """Print versions and device in one line, the first output of each notebook."""
-    print(" · ".join(f"{name} {value}" for name, value in environment().items()))
+    """Print versions and device in one line, and which copy of fedutils this is."""
+    about = environment()
+    about["fedutils"] += f" ({find_copy()})"
+    print(" · ".join(f"{name} {value}" for name, value in about.items()))
+
+
+def find_copy() -> str:
+    """Say where this fedutils lies: beside the notebooks, attached on Kaggle, or installed."""
+    here = Path(__file__).resolve().parent
+    if here.is_relative_to((KAGGLE / "input").resolve()):
+        return f"attached, {here}"
+    beside = (here.parent / ROOT_MARKER).is_file()
+    beside |= here.parent in (Path.cwd(), *Path.cwd().parents)
+    return "beside the notebooks" if beside else "installed"

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torchvision.models import ResNet34_Weights
 
 from .findings import InputError
-from .nih import search_files
+from .nih import KAGGLE, search_files
 from .rng import generator
 
 State = dict[str, Tensor]  # names as in the model's state_dict
-KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_INPUT = KAGGLE / "input"
 PRIOR = 0.05  # probability of each finding that a new head starts from
 
 

@@ -27,19 +27,19 @@ profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empt
 seed: int = 0  # fixes the split of patients
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
-# first line of output says which versions ran.
+# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
+# first of these that there is. The line below says which copy ran, and the versions.
 
 # %%
+import os
 import sys
 from pathlib import Path
-
-places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
-
-import fedutils
 from IPython.display import HTML, Markdown, display
-
+kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
+attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
+places = [Path.cwd(), *Path.cwd().parents, *attached]
+sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import fedutils
 fedutils.print_environment()
 
 # %% [markdown]

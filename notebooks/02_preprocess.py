@@ -30,19 +30,19 @@ image_size: int = 0  # side of the stored films in pixels; 0: 64 in the demo, 22
 max_films: int = 0  # at most so many films, of whole patients, for a quick first result; 0: all
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
-# first line of output says which versions ran.
+# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
+# first of these that there is. The line below says which copy ran, and the versions.
 
 # %%
+import os
 import sys
 from pathlib import Path
-
-places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
-
-import fedutils
 from IPython.display import HTML, Markdown, display
-
+kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
+attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
+places = [Path.cwd(), *Path.cwd().parents, *attached]
+sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import fedutils
 fedutils.print_environment()
 
 # %% [markdown]
@@ -72,11 +72,11 @@ counts.reindex(["train", "val", "test"], fill_value=0)
 # journal is written behind each chunk of films.
 
 # %%
-size = settings.image_size
+size, prepared = settings.image_size, Path(settings.work_dir) / "prepared"
 display(Markdown(f"The store will take **{len(table) * size**2 / 1e9:.2f} GB** at {size} x {size} pixels."))
 live = display(Markdown("decoding ..."), display_id=True)
 films = fedutils.decode_films(
-    table, data.folder, settings.prepared, size,
+    table, data.folder, prepared, size,
     progress=lambda done, total: live.update(Markdown(f"{done:,} of {total:,} films decoded")),
 )
 
@@ -92,7 +92,7 @@ def count(counts):
 
 
 about = {"release": data.release, "seed": settings.seed, "image_size": size, "lists": list(data.lists)}
-report = fedutils.write_index(table, films, data.boxes, settings.prepared, about)
+report = fedutils.write_index(table, films, data.boxes, prepared, about)
 display(Markdown(
     f"**{report['films']:,} films of {report['patients']:,} patients** are prepared, with "
     f"{report['boxes']} boxes. Groups of films with the same pixels: {len(report['duplicates'])}. "
@@ -115,7 +115,7 @@ display(broken.to_frame() if len(broken) else Markdown("None: every film could b
 # than its training list; a random split of patients has not.
 
 # %%
-index = fedutils.read_index(settings.prepared)
+index = fedutils.read_index(prepared)
 shares = index.groupby("split")[list(fedutils.FINDINGS)].mean().T
 shares = shares.reindex(columns=["train", "val", "test"])
 HTML(shares.to_html(float_format="{:.1%}".format, na_rep="not labelled"))
@@ -127,7 +127,7 @@ HTML(shares.to_html(float_format="{:.1%}".format, na_rep="not labelled"))
 # corners and tubes stay in: that is what real films look like.
 
 # %%
-dataset = fedutils.ChestXrayDataset(settings.prepared)
+dataset = fedutils.ChestXrayDataset(prepared)
 some = dataset.index.iloc[:: max(1, len(dataset) // 10)].head(10)
 titles = [fedutils.format_labels(row).replace("|", "\n") for row in some[list(fedutils.FINDINGS)].to_numpy()]
 fedutils.plots.film_grid([dataset[i][0][0].numpy() for i in some.index], titles, data.release)

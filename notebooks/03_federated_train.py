@@ -66,29 +66,31 @@ threads: int = 0  # CPU threads a model replica; 0: the cores divided among the 
 max_hours: float = 0.0  # stop cleanly at a round boundary before this; 0: never
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
-# first line of output says which versions ran.
+# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
+# first of these that there is. The line below says which copy ran, and the versions.
 
 # %%
+import os
 import sys
 from pathlib import Path
-
-places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
-
-import fedutils
 from IPython.display import HTML, Markdown, display
-
+kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
+attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
+places = [Path.cwd(), *Path.cwd().parents, *attached]
+sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import fedutils
 fedutils.print_environment()
 
 # %% [markdown]
 # ## The films, and which hospital has them
 #
 # Patients, never films, are placed at clients; test patients too, so that each hospital has test films
-# of its own.
+# of its own. On Kaggle the films come from the output of notebook 02, and runs from the output of an
+# earlier version of this notebook, where they are attached: a run goes on from there.
 
 # %%
 settings = fedutils.read_parameters(globals())
+fedutils.fetch_runs(settings.work_dir)
 report = fedutils.read_report(settings.prepared)
 index = fedutils.read_index(settings.prepared)
 how = settings.partition, settings.num_clients, settings.alpha, settings.seed
@@ -171,7 +173,10 @@ def show_features(done, total):
 
 
 history = training.train(show, show_features)
-live.update(Markdown("All rounds are done; the curves stand below."))
+done = (settings.run / "finished.json").is_file()
+live.update(Markdown("All rounds are done; the curves stand below." if done else (
+    "**Stopped at `max_hours`, after a whole round.** Run this notebook again to go on; on Kaggle, attach"
+    " the output of this version to the next one first.")))
 
 # %% [markdown]
 # ## Learning curves
@@ -203,16 +208,17 @@ last = per_round[per_round["round"] == per_round["round"].max()]
 HTML(last[shown].to_html(index=False, float_format="{:.3f}".format))
 
 # %% [markdown]
-# Faults over all rounds, and what the federation sent in all:
+# Faults over all rounds, what the federation sent in all, and how far off the estimate was:
 
 # %%
-took = history[(history["client"] == "") | (history["arm"] == "local")]["seconds"].sum()
+off = training.seconds / estimate - 1 if estimate else 0
+said = f", {abs(off):.0%} {'more' if off > 0 else 'less'} than estimated" if estimate else ""
 faults = history[~history["status"].isin(["ok"])]
 sent_gb = per_round[["bytes_up", "bytes_down"]].to_numpy().sum() / 1e9
 display(faults[["round", "client", "status", "reason"]] if len(faults) else Markdown("No client failed."))
 display(Markdown(
-    f"**{sent_gb:.2f} GB** travelled in all. Training took {took / 60:.1f} minutes, "
-    f"all sessions together; {estimate / 60:.1f} were estimated for this one."
+    f"**{sent_gb:.2f} GB** travelled in all. This session trained for "
+    f"**{training.seconds / 60:.1f} minutes**{said}."
 ))
 
 # %% [markdown]

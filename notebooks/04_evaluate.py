@@ -18,7 +18,8 @@
 # reports AUROC and average precision for all 14 findings with 95 % intervals over patients.
 #
 # **Reads** `work/prepared/` and `work/runs/NAME/`. **Writes** `work/runs/NAME/evaluation/`:
-# `predictions.csv.gz`, `metrics.csv`, `summary.json` and the figures. **Takes** seconds for the demo.
+# `predictions.csv.gz`, `metrics.csv`, `summary.json`, tables of calibration, operating points and
+# pointing, and the figures; beside it `MODEL_CARD.md`. **Takes** seconds for the demo.
 
 # %% tags=["parameters"]
 work_dir: str = ""  # where results are; empty: work/ beside the notebooks
@@ -28,19 +29,19 @@ cache_features: bool = False  # read the trunk's output from notebook 03's store
 compare: str = ""  # names of other runs, such as A,B, to lay beside this one
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed. The
-# first line of output says which versions ran.
+# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
+# first of these that there is. The line below says which copy ran, and the versions.
 
 # %%
+import os
 import sys
 from pathlib import Path
-
-places = [Path.cwd(), *Path.cwd().parents, *Path("/kaggle/input").glob("*")]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
-
-import fedutils
 from IPython.display import HTML, Markdown, display
-
+kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
+attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
+places = [Path.cwd(), *Path.cwd().parents, *attached]
+sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import fedutils
 fedutils.print_environment()
 
 # %% [markdown]
@@ -137,6 +138,139 @@ figure
 figure = fedutils.plots.pr_curves(test.labels, scores, title)
 figure.savefig(folder / "precision_recall.png")
 figure
+
+# %% [markdown]
+# ## Calibration
+#
+# Is a finding there in 20 % of the films that are given 0.20? Temperature scaling divides all logits
+# of a model by one number, fitted on validation films (Guo et al. 2017); the order of films, and so
+# AUROC, stays. A local model is given its own hospital's validation films only.
+
+# %%
+seen = fedutils.predict_films(settings, films, "val")
+validation = fedutils.write_predictions(seen, folder / "validation.csv.gz")
+calibration = fedutils.calibrate(validation, predictions, films.index)
+calibration.to_csv(folder / "calibration.csv", index=False)
+
+# %% [markdown]
+# Means over the findings, before and after (`scaled`). Brier: mean squared error of the probability.
+# ECE: the gap between predicted and observed in 15 bins of equal width, weighted by films. Always
+# giving the prevalence is perfectly calibrated and worthless: read them beside AUROC.
+
+# %%
+means = calibration[calibration["finding"] == "mean"].set_index("arm")
+means[["seed", "client", "temperature", "brier", "brier_scaled", "ece", "ece_scaled"]].round(4)
+
+# %% [markdown]
+# As a picture, for the federated model of the first seed (without that arm: the first model). Left,
+# on the dotted line a prediction means what it says; the larger the dot, the more films. Of rare
+# findings nearly all films are in the first bin, so few films make the dots at the right.
+
+# %%
+main = fedutils.main_model(calibration)
+mine, test = predictions.merge(main), films.where(films.index["split"] == "test")
+chances = mine[list(fedutils.FINDINGS)].to_numpy()
+heat = calibration.merge(main)["temperature"].iloc[0]
+figure = fedutils.plots.reliability_diagram(test.labels, chances, heat, title)
+figure.savefig(folder / "calibration.png")
+figure
+
+# %% [markdown]
+# ## Operating points
+#
+# Where to cut a probability is chosen on validation films, and judged on test films: *Youden* makes
+# sensitivity + specificity largest, the other cut is the highest that still finds 90 % of the
+# validation films with the finding; on test films that can be more or less.
+
+# %%
+points = fedutils.operating_points(validation, predictions, films.index)
+points.to_csv(folder / "operating_points.csv", index=False)
+
+# %% [markdown]
+# The same model's. PPV, the share of alarms that are right, and NPV hold **at the prevalence that
+# stands beside them**: where a finding is rarer, more alarms are false. *No cut*: validation lacks
+# films with the finding, or without it.
+
+# %%
+HTML(fedutils.tabulate_points(points.merge(main)).to_html())
+
+# %% [markdown]
+# ## Where it looks
+#
+# Grad-CAM on `layer4` marks what raises a finding's score. In the *pointing game* its hottest cell
+# must lie in a box that was drawn for that finding on that film: no tolerance, and with several boxes
+# any of them counts. Position alone can win it, so two points stand beside the model that never look:
+# the image centre, and the best fixed point *fitted on other patients' films* (a finding that only one
+# patient has boxes of has none).
+
+# %%
+pointing = fedutils.pointing_game(settings, films)
+pointing.to_csv(folder / "pointing.csv", index=False)
+display(Markdown(fedutils.pointing_words(pointing, settings.image_size)))
+
+# %% [markdown]
+# As a picture, where it could be played. Bars are Wilson's 95 % intervals; the orange tick is the
+# upper bound of a fixed point, since it was fitted on these very boxes.
+
+# %%
+if len(pointing):
+    figure = fedutils.plots.pointing(pointing, title)
+    figure.savefig(folder / "pointing.png")
+    display(figure)
+
+# %% [markdown]
+# The films by a fixed rule: for each finding the true positive and the false positive with the highest
+# probability, and the missed film with the lowest, cut at *Youden*. Boxes are orange; the more blue,
+# the more the place raised the score (from 224 pixels on). *No film*: there is none of that kind, or
+# validation gave no cut. An empty box list of a film does not mean that nothing is there.
+
+# %%
+panels = fedutils.pick_gallery(mine, points.merge(main), films.index)
+panels = fedutils.fill_gallery(settings, test, panels, main)
+figure = fedutils.plots.gallery(panels, title)
+figure.savefig(folder / "gallery.png")
+figure
+
+# %% [markdown]
+# ## The model leaves
+#
+# `global_model.safetensors` needs nothing of this project: torchvision loads it, and a film needs only
+# to be grey, of the run's size, and normalised as for ImageNet.
+
+# %%
+import torch
+from safetensors.torch import load_file
+from torchvision.models import resnet34
+
+
+def predict_alone(path, film):
+    model = resnet34(num_classes=14)
+    model.load_state_dict(load_file(path))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+    with torch.no_grad():
+        return model.eval()((film / 255 - mean)[None] / std).sigmoid()[0].numpy()
+
+# %% [markdown]
+# One test film, and what the run itself said of it:
+
+# %%
+path, said = settings.run / "global_model.safetensors", "No federated arm, so no global model leaves."
+if path.is_file():
+    gap = abs(predict_alone(path, test[0][0]) - chances[0]).max()
+    same = "the same" if gap < 1e-5 else "not the same (half precision, or local BatchNorm)"
+    name = test.index["image_index"][0]
+    said = f"Film {name}: torchvision alone and the run differ by at most {gap:.1e}, which is {same}."
+display(Markdown(said))
+
+# %% [markdown]
+# The model card goes with it, as `MODEL_CARD.md` in the run's folder. What was written since the
+# summary is added to the hashes there.
+
+# %%
+card = fedutils.write_card(settings)
+tables = ("validation.csv.gz", "calibration.csv", "operating_points.csv", "pointing.csv")
+fedutils.record_files(settings, "MODEL_CARD.md", *(f"evaluation/{table}" for table in tables))
+display(Markdown("> " + card.replace("\n", "\n> ")))
 
 # %% [markdown]
 # ## What this is, and what it is not

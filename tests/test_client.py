@@ -34,7 +34,7 @@ def test_one_client_equals_an_independent_training_loop_bit_for_bit(tmp_path, fi
 
     plain = build_resnet34("none", "all", seed=3)
     plain.train()
-    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     rng = generator(3, "shuffle", 1, "client-1")
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     losses = []
@@ -186,3 +186,22 @@ def test_optimisers_are_the_named_ones(tmp_path):
     assert isinstance(make_optimizer(parameter, tiny_settings(tmp_path)), torch.optim.AdamW)
     sgd = make_optimizer(parameter, tiny_settings(tmp_path, optimizer="sgd", momentum=0.5))
     assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.5
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_trains_close_to_float32_and_leaves_float32_weights(
+    tmp_path, films, precision
+):
+    """In fp16 through the GradScaler, as on a T4; here on the CPU."""
+    settings = tiny_settings(tmp_path, tracked="fc", precision=precision, augment=False)
+    model = build_resnet34("none", "fc", precision=precision)
+    sent = start_state(model)
+    update, _ = Client("a", films, settings, 0).fit(model, sent, {}, 1)
+    full = build_resnet34("none", "fc", precision="fp32")
+    full.load(model.state_dict() | sent)
+    plain = tiny_settings(tmp_path, tracked="fc", precision="fp32", augment=False)
+    expected, _ = Client("a", films, plain, 0).fit(full, sent, {}, 1)
+    assert update.state["fc.weight"].dtype is torch.float32
+    assert not torch.equal(update.state["fc.weight"], expected.state["fc.weight"])
+    assert update.train_loss == pytest.approx(expected.train_loss, rel=0.02)
+    assert np.allclose(predict(model, films), predict(full, films), atol=0.2)

@@ -1,10 +1,14 @@
 """Which devices are used, and in which precision; no GPU is needed to know."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny import fake_gpus
 
-from fedutils.device import autocast, find_devices, precision
+from fedutils.device import autocast, find_devices, precision, set_up
 from fedutils.findings import InputError
 
 CPU = torch.device("cpu")
@@ -44,3 +48,33 @@ def test_autocast_computes_in_that_precision_on_the_cpu(wanted, dtype, recwarn):
     with autocast(CPU, wanted):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
     assert not recwarn
+
+
+def test_training_is_set_up_to_repeat_and_fp32_is_not_tf32():
+    for wanted, tf32 in (("auto", True), ("fp32", False)):
+        set_up(1, wanted)
+        assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert torch.get_num_threads() == 1
+
+
+FAULTS = """
+import resource, sys, torch
+from fedutils.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for i in range(30):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt if i == 10 else before if i else 0
+    torch.ones(10_000_000)  # 40 MB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_for_the_next_step():
+    command = [sys.executable, "-c", FAULTS]
+    faults = {
+        how: int(subprocess.run([*command, how], capture_output=True, check=True).stdout)
+        for how in ("keep", "give")
+    }
+    assert faults["keep"] < 1000 < faults["give"]

@@ -163,3 +163,12 @@ def test_verify_wants_an_evaluated_run(tmp_path):
 def test_too_few_films_for_an_interval_are_said_so(run):
     one = run[-1].head(1).assign(value=0.5, ci_low=np.nan, ci_high=np.nan, finding="mean")
     assert "0.500 (no interval: too few films)" in evaluation.headline(one, "tiny")[0]
+
+
+def test_verify_checks_what_was_written_after_the_summary_too(finished):
+    settings = evaluation.read_run(str(finished.parent.parent), finished.name, "cpu")
+    (finished / "MODEL_CARD.md").write_text("a card")
+    evaluation.record_files(settings, "MODEL_CARD.md", "evaluation/pointing.csv")
+    assert evaluation.verify_run(finished) == []  # what is not there is not recorded
+    (finished / "MODEL_CARD.md").write_text("a nicer card")
+    assert evaluation.verify_run(finished) == ["MODEL_CARD.md has changed"]

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from fedutils import plots
+from fedutils import explain, plots
 from fedutils.findings import FINDINGS, NO_FINDING
 from fedutils.metrics import YARDSTICKS_OFFICIAL
 
@@ -51,6 +51,30 @@ def metrics_table(arms, clients=("",)):
         rows.append([arm, "", client, "all", finding, "auroc", *ci, 100, 0 if lost else 13])
     columns = "arm,seed,client,test_set,finding,metric,value,ci_low,ci_high,n,positives"
     return pd.DataFrame(rows, columns=columns.split(","))
+
+
+def pointing_table(arms, findings):
+    """Rows of pointing.csv, every tally 3 of 984."""
+    owners = [(explain.MODEL, arm) for arm in arms]
+    owners += [(m, np.nan) for m in (explain.CENTRE, explain.ELSEWHERE, explain.UPPER)]
+    rows = [
+        [method, arm, 0, "", finding, 3, 984, 3 / 984, 0.001, 0.009]
+        for method, arm in owners
+        for finding in (*findings, explain.ALL)
+    ]
+    return pd.DataFrame(rows, columns=explain.POINTING)
+
+
+def gallery_panels(findings):
+    """Panels as `explain.fill_gallery` returns them: with a heat map, without, and without film."""
+    film, nothing = np.zeros((8, 8), np.uint8), {"probability": None, "film": None, "heat": None}
+    shown = {"probability": 0.97, "film": film, "heat": np.eye(2), "boxes": [[1, 2, 3, 4]]}
+    kinds = (shown, shown | {"probability": 0.001, "heat": None}, nothing | {"boxes": []})
+    return [
+        {"finding": finding, "kind": kind} | panel
+        for finding in findings
+        for kind, panel in zip(explain.KINDS, kinds, strict=True)
+    ]
 
 
 def client_report(clients):
@@ -95,6 +119,9 @@ def every_figure(films=30, clients=3, rounds=5):
         "roc_curves": plots.roc_curves(truth, truth * 0.5, "phantom"),
         "pr_curves": plots.pr_curves(truth, truth * 0.5, "phantom"),
         "auroc_forest": plots.auroc_forest(metrics_table(["federated"]), title="phantom"),
+        "reliability_diagram": plots.reliability_diagram(truth, truth * 0.5, 1.2, "phantom"),
+        "pointing": plots.pointing(pointing_table(["federated"], FINDINGS[:clients]), "phantom"),
+        "gallery": plots.gallery(gallery_panels(FINDINGS[:clients]), "phantom"),
     }
 
 
@@ -256,3 +283,39 @@ def test_forest_shows_local_models_by_client_and_prefers_the_mean_over_seeds():
     assert "federated 0.700 [0.650, 0.750]" in said
     assert "local 0.700 to 0.700 by client" in said
     assert "federated 0.100 [0.650, 0.750]" in texts(plots.auroc_forest(pd.concat([seed, local])))
+
+
+def test_reliability_shows_what_was_observed_before_and_after_scaling():
+    truth = np.tile([1, 1, 1, 0, 0.0], 14 * 8).reshape(40, 14)
+    truth[:, 13] = np.nan
+    figure = plots.reliability_diagram(truth, np.full((40, 14), 0.2), 2.0)
+    _, before, after = figure.axes[0].lines
+    assert before.get_xydata().ravel() == pytest.approx([0.2, np.nanmean(truth)])
+    assert after.get_xdata()[0] == pytest.approx(1 / 3)  # logit of 0.2 halved
+    assert texts(figure).count("no labels") == 1
+    assert any("temperature 2.00" in text for text in texts(figure))
+
+
+@pytest.mark.parametrize("arms", [["federated"], ["federated", "centralised", "local"]])
+def test_pointing_names_models_and_baselines_once_without_overlap(arms):
+    figure = plots.pointing(pointing_table(arms, FINDINGS[:8]), "phantom")
+    said = texts(figure)
+    for name in (*arms, explain.CENTRE, explain.ELSEWHERE):
+        assert said.count(f"3 of 984  {name}") == 1
+    assert said.count("3 of 984") == (len(arms) + 2) * 8
+    assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
+
+
+def test_gallery_panels_stay_apart_and_say_kind_and_probability():
+    figure = plots.gallery(gallery_panels(FINDINGS), "phantom")
+    said = texts(figure)
+    assert said.count("true positive 0.97") == said.count("false positive <0.01") == 14
+    assert said.count("false negative") == said.count("no film") == 14 and set(FINDINGS) <= set(
+        said
+    )
+    assert_apart([ax.title for ax in figure.axes], figure)
+    first, second, _ = figure.axes[:3]
+    assert len(first.images) == 2 and len(second.images) == 1
+    assert first.images[1].get_extent() == [-0.5, 7.5, 7.5, -0.5]  # the heat map covers the film
+    (box,) = first.patches
+    assert (*box.get_xy(), box.get_width(), box.get_height()) == (1, 2, 3, 4)

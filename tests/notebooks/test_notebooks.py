@@ -73,6 +73,28 @@ def test_the_global_model_opens_with_plain_torchvision(phantom):
     )
 
 
+def test_the_notebook_shows_that_the_model_leaves_well(phantom):
+    said, card = texts(phantom, "04_evaluate"), (phantom / "runs/quick/MODEL_CARD.md").read_text()
+    assert re.search(
+        r"torchvision alone and the run differ by at most \S+, which is the same", said
+    )
+    assert "Trained on phantom films" in card and "Trained on phantom films" in said
+    assert "not measurable at this size" in said and "not measurable at this size" in card
+
+
+def test_calibration_and_operating_points_are_there_for_every_model(phantom):
+    folder = phantom / "runs/quick/evaluation"
+    models = len(
+        pd.read_csv(folder / "predictions.csv.gz").groupby(["arm", "client"], dropna=False)
+    )
+    assert models > 3
+    assert len(pd.read_csv(folder / "calibration.csv")) == models * 15
+    assert len(pd.read_csv(folder / "operating_points.csv")) == models * 14 * 2
+    assert {"calibration.png", "gallery.png"} <= {path.name for path in folder.iterdir()}
+    hashes = json.loads((folder / "summary.json").read_text())["sha256"]
+    assert {"MODEL_CARD.md", "evaluation/calibration.csv", "evaluation/pointing.csv"} <= set(hashes)
+
+
 def test_a_saved_notebook_holds_no_stale_progress(phantom):
     node = nbformat.read(phantom / "notebooks/quick/02_preprocess.ipynb", as_version=4)
     assert "decoding ..." not in texts(phantom, "02_preprocess")

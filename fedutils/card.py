@@ -1,0 +1,172 @@
+"""The model card that leaves with a run: MODEL_CARD.md, written from the run's own files."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .calibration import main_model
+from .evaluation import read_films
+from .explain import pointing_words
+from .federation import best_rounds, read_history
+from .findings import FINDINGS
+from .images import read_report, write_atomic
+from .metrics import MEAN
+from .partition import SPLITS
+from .settings import Settings
+
+PHANTOM = (
+    "**Trained on phantom films, which are drawn: nothing here is evidence about patients, and the"
+    " model knows nothing of real films.**"
+)
+
+
+def write_card(settings: Settings) -> str:
+    """Write `MODEL_CARD.md` into the run folder (Mitchell et al., FAT* 2019) and return its text.
+
+    Everything in it comes from the run's files: settings, report, history, and the tables of
+    notebook 04 (metrics, calibration, pointing). Raises FileNotFoundError where one is missing.
+    """
+    report = read_report(settings.prepared)
+    config = json.loads((settings.run / "config.json").read_text())
+    phantom = report["release"] == "phantom"
+    metrics, calibration = (_read(settings, name) for name in ("metrics", "calibration"))
+    lines = [f"# Model card: run {settings.name}", "", *([PHANTOM, ""] if phantom else [])]
+    lines += _model(settings, config) + _data(settings, report, phantom)
+    lines += _figures(metrics, calibration) + [
+        pointing_words(_read(settings, "pointing"), settings.image_size),
+        "",
+    ]
+    lines += _limits(settings, phantom) + _use(phantom)
+    text = "\n".join(lines) + "\n"
+    write_atomic(settings.run / "MODEL_CARD.md", text.encode())
+    return text
+
+
+def _read(settings: Settings, name: str) -> pd.DataFrame:
+    """Read a table of the evaluation, with empty texts where a model has no seed or owner."""
+    path = settings.run / "evaluation" / f"{name}.csv"
+    table = pd.read_csv(path, dtype={"seed": str, "client": str})
+    seed = table["seed"].str.removesuffix(".0")  # beside an empty seed pandas writes 0 as 0.0
+    return table.assign(seed=seed).fillna({"seed": "", "client": ""})
+
+
+def _model(settings: Settings, config: dict[str, Any]) -> list[str]:
+    """Say what the model is, how it was trained, and in which file it leaves."""
+    history = read_history(settings.run)
+    best = best_rounds(history)
+    trained = history["round"].max()  # the number of rounds is no part of config.json
+    rounds = best[best["arm"] == "federated"].head(1)["round"].tolist()
+    leaves = f"`global_model.safetensors`, of round {rounds[0]}" if rounds else ""
+    file = leaves or "none: this run has no federated arm, so no global model leaves"
+    return [
+        "## Model", "",
+        f"- ResNet-34, 14 outputs (one a finding); input one grey film of {settings.image_size}"
+        f" x {settings.image_size} pixels, normalised as for ImageNet",
+        f"- Arms of this run: {settings.arms}; training seeds {settings.seeds};"
+        f" {trained} rounds, local epochs in each: {settings.local_epochs}",
+        f"- Strategy {settings.strategy}, aggregation {settings.aggregation}, optimiser"
+        f" {settings.optimizer} (lr {settings.lr:g}); trained and sent: {settings.tracked};"
+        f" BatchNorm {settings.batchnorm}; start: {settings.weights}",
+        f"- File: {file}" + ("; loads with `torchvision.models.resnet34(num_classes=14)` and"
+                             " `load_state_dict`" if leaves else ""),
+        f"- Chosen by validation AUROC; threads {config['threads']}", "",
+    ]  # fmt: skip
+
+
+def _data(settings: Settings, report: dict[str, Any], phantom: bool) -> list[str]:
+    """Say which films it was trained, chosen and tested on, and how patients were placed."""
+    splits = [
+        f"{name} {report['splits'][name]['films']:,} films of"
+        f" {report['splits'][name]['patients']:,} patients"
+        for name in SPLITS
+        if name in report["splits"]
+    ]
+    lists = "NIH's official lists" if report["lists"] else "a hash of the patient"
+    clients = read_films(settings).index["client"].nunique()
+    source = "Synthetic phantom" if phantom else f"NIH ChestX-ray14, release {report['release']}"
+    return [
+        "## Data", "",
+        f"- {source}: {report['films']:,} films of {report['patients']:,} patients",
+        f"- Split by patient, after {'the phantom’s own lists' if phantom else lists}:"
+        f" {'; '.join(splits)}",
+        f"- {clients} clients, partition {settings.partition}; a patient is at one client only",
+        f"- Fingerprint of data and split: `{report['fingerprint']}`", "",
+    ]  # fmt: skip
+
+
+def _figures(metrics: pd.DataFrame, calibration: pd.DataFrame) -> list[str]:
+    """Tabulate the mean AUROC of each model, and one model's figures by finding."""
+    whole = metrics[(metrics["metric"] == "auroc") & (metrics["test_set"] == "all")]
+    means = whole[whole["finding"] == MEAN]
+    over_seeds = means[means["seed"] == ""]
+    lines = ["## Figures on test films", "", "95 % intervals over patients.", ""]
+    lines += ["| arm | client | seed | mean AUROC | findings in it |", "|---|---|---|---|---|"]
+    for row in (over_seeds if len(over_seeds) else means).itertuples():
+        names = f"| {row.arm} | {row.client or '–'} | {row.seed or 'mean over seeds'} "
+        lines.append(f"{names}| {_interval(row)} | {row.positives} |")
+    return [*lines, "", *_by_finding(whole, calibration), ""]
+
+
+def _by_finding(metrics: pd.DataFrame, calibration: pd.DataFrame) -> list[str]:
+    """Tabulate the findings of the model that leaves, or else of the first one."""
+    main = main_model(calibration)
+    arm, seed, client = main.iloc[0]
+    own, area = (table.merge(main).set_index("finding") for table in (calibration, metrics))
+    lines = [
+        f"By finding, of {arm}, seed {seed}{client and ', '}{client}. Calibration is that after"
+        f" temperature {own['temperature'].iloc[0]:.2f}, fitted on validation films.", "",
+        "| finding | prevalence | AUROC | Brier | calibration error |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for finding in FINDINGS:
+        parts = own.loc[finding, ["prevalence", "brier_scaled", "ece_scaled"]]
+        share, brier, error = ("–" if np.isnan(part) else f"{part:.3f}" for part in parts)
+        lines.append(
+            f"| {finding} | {share} | {_interval(area.loc[finding])} | {brier} | {error} |"
+        )
+    return [*lines, "", "Operating points: `evaluation/operating_points.csv`."]
+
+
+def _interval(row: Any) -> str:
+    """Write a value with its interval, or that it is not defined."""
+    if np.isnan(row.value):
+        return "not defined"
+    interval = "" if np.isnan(row.ci_low) else f" ({row.ci_low:.3f} to {row.ci_high:.3f})"
+    return f"{row.value:.3f}{interval}"
+
+
+def _limits(settings: Settings, phantom: bool) -> list[str]:
+    """Say what the figures do not show."""
+    labels = (
+        "Signs and labels were drawn by a program; only their plumbing resembles real data."
+        if phantom else
+        "Labels were mined from reports by text: they are not a radiologist's truth. Chest drains"
+        " give Pneumothorax away, and the view position (AP, PA) gives away who is bedridden."
+    )  # fmt: skip
+    lines = [
+        labels,
+        "One source of data: nothing is known of other hospitals, scanners or populations.",
+        "PPV and NPV hold at the prevalence that stands beside them, and at no other.",
+        "Temperature and cuts were fitted on validation films; for rare findings these are few.",
+        "Films stayed with their client, but updates can leak: this is not privacy.",
+    ]
+    if settings.batchnorm == "local":
+        lines.append(
+            "BatchNorm is local: the file holds the clients' average, not one client's own."
+        )
+    return ["## Limits", "", *(f"- {line}" for line in lines), ""]
+
+
+def _use(phantom: bool) -> list[str]:
+    """Say what it is for, and what not."""
+    real = "any use on real films" if phantom else "lateral films, and films of other sources"
+    return [
+        "## Intended use", "",
+        "- Research and teaching on federated learning: comparing ways of training on one data set",
+        "", "## Not for", "",
+        "- Diagnosis, triage, or any other decision about a patient",
+        f"- {real[0].upper()}{real[1:]}",
+        "- Claims of privacy, or of fairness between groups, that the tables do not show", "",
+        "Versions, revision of the code and hashes of all files: `evaluation/summary.json`.",
+    ]  # fmt: skip
