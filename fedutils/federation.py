@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from .batchnorm import PooledBatchNorm, measure_batchnorm
-from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress
+from .checkpoint import Progress, Writer, last_identity, load_progress, run_lock, save_progress
 from .client import Client, Update, predict
 from .device import find_devices, set_up
 from .features import FeatureStore
@@ -326,6 +326,7 @@ class Training:
         self, settings: Settings, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
         self.settings, self.run, self.films = settings, settings.run, films
+        self.writer = Writer()
         self.jobs = plan(settings, films)
         self.strategy = strategy or STRATEGIES[settings.strategy]
         self.config = open_run(settings, self.strategy)
@@ -478,17 +479,19 @@ class Training:
         if now is None:
             local, first = model.local_names(), to_cpu(model.tracked_state())
             now = Progress({k: v for k, v in first.items() if k not in local})
-        while now.round < self.settings.rounds:
-            began = time.monotonic()
-            if began + seconds > deadline:
-                return False
-            self._one_round(job, now, replicas, strategy)
-            save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
-            self._write_history(job, now.rows)
-            seconds = time.monotonic() - began
-            if on_round:
-                on_round(now.rows[-1], self.history())
-        return True
+        try:
+            while now.round < self.settings.rounds:
+                began = time.monotonic()
+                if began + seconds > deadline:
+                    return False
+                self._one_round(job, now, replicas, strategy)
+                self._write_boundary(job, now, model.local_names())
+                seconds = time.monotonic() - began
+                if on_round:
+                    on_round(now.rows[-1], self.history())
+            return True
+        finally:
+            self.writer.wait()
 
     def _one_round(self, job: Job, now: Progress, replicas: Replicas, strategy: FedAvg) -> None:
         """Train, aggregate, validate the aggregated model, and keep it if it is the best so far."""
@@ -496,7 +499,8 @@ class Training:
         try:
             rows = run_round(job, now, replicas, strategy)
         except FederationError as error:
-            self._write_history(job, now.rows + error.rows)
+            self.writer.wait()
+            write_atomic(self.run / "history.csv", self._history_with(job, now.rows + error.rows))
             raise
         row = aggregate_row(job, now, rows, replicas.models[0])
         row["seconds"] = time.perf_counter() - began
@@ -505,11 +509,25 @@ class Training:
         score = [-math.inf if math.isnan(v) else v for v in (row["val_auroc"], -row["val_loss"])]
         if score > now.best or score[1] == -math.inf:  # without validation films the last is kept
             now.best, now.best_round = score, now.round
-            self._write_models(job, now, replicas.models[0].local_names())
 
-    def _write_history(self, job: Job, rows: list[Row]) -> None:
+    def _write_boundary(self, job: Job, now: Progress, local: set[str]) -> None:
+        """Write a round boundary, and the model if it is the best, while the next round trains."""
+        now = dataclasses.replace(now, clients=dict(now.clients), rows=list(now.rows))
+        history = self._history_with(job, now.rows)
+
+        def write() -> None:
+            """Write the model, the checkpoint and the history, in this order."""
+            if now.best_round == now.round:
+                self._write_models(job, now, local)
+            save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
+            write_atomic(self.run / "history.csv", history)
+
+        self.writer.start(write)
+
+    def _history_with(self, job: Job, rows: list[Row]) -> bytes:
+        """Return the content of `history.csv` with these rows of a job."""
         self.rows[job.name] = rows
-        write_atomic(self.run / "history.csv", self.history().to_csv(index=False).encode())
+        return self.history().to_csv(index=False).encode()
 
     def _write_models(self, job: Job, now: Progress, local: set[str]) -> None:
         """Write the tracked state, and each client's own BatchNorm beside it where it is local."""

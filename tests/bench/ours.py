@@ -6,11 +6,16 @@ from typing import Any
 
 import workload
 
-from fedutils import Training
+from fedutils import Training, device
 
 
-def main(work: str, rounds: int, **changes: Any) -> None:
-    """Train from the prepared films to the last round; `changes` are parameters of the run."""
+def main(work: str, rounds: int, keep_memory: bool = True, **changes: Any) -> None:
+    """Train from the prepared films to the last round; `changes` are parameters of the run.
+
+    Without `keep_memory` glibc does as it does by default.
+    """
+    if not keep_memory:
+        device.keep_freed_memory = lambda: False
     settings = workload.settings(Path(work), rounds=rounds, **changes)
     shutil.rmtree(settings.run, ignore_errors=True)
     training, laps = Training(settings, workload.films(Path(work))), workload.Laps()

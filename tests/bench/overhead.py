@@ -1,7 +1,9 @@
 """Federation against a bare loop on the same batches, turn by turn in one process; itemised.
 
-After each round of the federation, from sending the state to the written checkpoint, the bare loop
-trains one model of its own on the batches of that round and validates the same films.
+After each round of the federation, from sending the state to its history, the bare loop trains one
+model of its own on the batches of that round and validates the same films. A checkpoint is written
+while the next round trains: here it begins after the bare loop's turn, so that the federation's next
+round meets it, as in use, and the bare loop never does.
 """
 
 import shutil
@@ -14,6 +16,7 @@ import workload
 from torch import Tensor
 
 from fedutils import FedAvg, Training, federation
+from fedutils.checkpoint import Writer
 from fedutils.client import predict
 from fedutils.fedavg import WeightedMean
 from fedutils.metrics import log_loss, mean_auroc
@@ -23,10 +26,28 @@ ITEMS = [
     (WeightedMean, "result", "aggregation"),
     (FedAvg, "step", "aggregation"),
     (federation, "state_hash", "hash of the state"),
-    (federation, "save_progress", "checkpoint"),
-    (Training, "_write_history", "checkpoint"),
-    (Training, "_write_models", "best model"),
+    (Writer, "wait", "waiting for the checkpoint"),
+    (Training, "_history_with", "history"),
+    (federation, "save_progress", "checkpoint, beside the next round"),
+    (Training, "_write_models", "best model, beside the next round"),
 ]
+
+
+class Deferred(Writer):
+    """Begins to write when it is told that the bare loop's turn is over."""
+
+    held: Callable[[], None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Wait as the writer does, and hold back what comes."""
+        self.wait()
+        self.held = write
+
+    def release(self) -> None:
+        """Begin to write."""
+        if self.held:
+            super().start(self.held)
+        self.held = None
 
 
 def bare_loop(training: Training) -> Callable[[int], None]:
@@ -67,6 +88,7 @@ def main(work: str, pairs: int) -> None:
     for item in ITEMS:
         watch.on(*item)
     training = Training(settings, films)
+    training.writer = Deferred()
     startup = time.perf_counter() - began
     bare = bare_loop(training)
     laps, federated, plain = workload.Laps(), [], []
@@ -80,6 +102,8 @@ def main(work: str, pairs: int) -> None:
         bare(len(federated))
         laps.lap()
         plain.append(laps.seconds[-1])
+        training.writer.release()
+        laps.lap()
 
     training.train(turn)
     startup += watch.seconds.pop("start")

@@ -6,6 +6,7 @@ Two workers of one thread, so that clients run side by side.
 """
 
 import functools
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,22 @@ def worker(work: str) -> tuple[ChestResNet, list[tuple[torch.Tensor, torch.Tenso
 
 @client_app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train one epoch on this client's films from the state that the server sent."""
+    """Train the local epochs on this client's films from the state that the server sent."""
     model, clients = worker(os.environ["BENCH_WORK"])
     films, labels = clients[int(context.node_config["partition-id"])]
     model.load(message.content["arrays"].to_torch_state_dict())
     optimizer, total = workload.optimizer(model), 0.0
     model.train()
-    for batch in torch.randperm(len(films)).split(workload.BATCH):
+    batches = (torch.randperm(len(films)).split(workload.BATCH) for _ in range(workload.EPOCHS))
+    for batch in itertools.chain.from_iterable(batches):
         loss = workload.loss(model, films[batch], labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         total += loss.item() * len(batch)
-    metrics = MetricRecord({"loss": total / len(films), "num-examples": len(films)})
+    metrics = MetricRecord(
+        {"loss": total / len(films) / workload.EPOCHS, "num-examples": len(films)}
+    )
     state = ArrayRecord(model.tracked_state())
     return Message(RecordDict({"arrays": state, "metrics": metrics}), reply_to=message)
 

@@ -76,7 +76,9 @@ def main(work: str, rounds: int) -> None:
         backend,
         model,
         NNTrainHyperParams(
-            local_batch_size=workload.BATCH, local_num_epochs=1, local_learning_rate=workload.RATE
+            local_batch_size=workload.BATCH,
+            local_num_epochs=workload.EPOCHS,
+            local_learning_rate=workload.RATE,
         ),
         NNEvalHyperParams(local_batch_size=workload.BATCH),
         [validation],

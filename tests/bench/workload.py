@@ -1,7 +1,9 @@
 """What every arm of the comparison trains: the same films, clients, model and hyper-parameters.
 
 The films are a phantom's, written once and decoded once by the project's own code. BatchNorm is
-frozen in every arm, since pfl exchanges no buffers: so all of them do the same arithmetic.
+frozen in every arm, since pfl exchanges no buffers: so all of them do the same arithmetic. What a
+federation adds is a fixed cost a client and round; a client here trains on 192 films twice a round, a
+hundredth of what one of five clients has of NIH's films.
 """
 
 import functools
@@ -27,7 +29,7 @@ from fedutils.metrics import mean_auroc
 from fedutils.model import ChestResNet
 
 CLIENTS, FILMS, VALIDATION, SIZE = 4, 768, 96, 64
-BATCH, RATE, MOMENTUM = 32, 0.01, 0.9
+BATCH, EPOCHS, RATE, MOMENTUM = 32, 2, 0.01, 0.9
 PATIENTS = 1000  # of the phantom: enough for FILMS / CLIENTS training films at each client
 THREADS = os.cpu_count() or 1
 
@@ -37,7 +39,13 @@ def settings(work: Path, **changes: Any) -> fedutils.Settings:
     values = {"work_dir": str(work), "profile": "demo", "name": "run", "image_size": SIZE}
     values |= {"num_clients": CLIENTS, "tracked": "layer4,fc", "batchnorm": "frozen"}
     values |= {"optimizer": "sgd", "lr": RATE, "momentum": MOMENTUM, "weight_decay": 0.0}
-    values |= {"batch_size": BATCH, "device": "cpu", "threads": THREADS, "augment": False}
+    values |= {
+        "batch_size": BATCH,
+        "local_epochs": EPOCHS,
+        "device": "cpu",
+        "threads": THREADS,
+        "augment": False,
+    }
     return fedutils.read_parameters(values | {"precision": "fp32"} | changes)
 
 
