@@ -8,17 +8,21 @@ from .card import write_card
 from .client import Client, Update, predict
 from .evaluation import (
     check_fingerprint,
+    compare_runs,
     evaluate_models,
+    hospitals,
     predict_films,
     read_films,
     record_files,
     tabulate,
+    tabulate_differences_text,
+    training_cost,
     write_predictions,
     write_summary,
 )
 from .explain import fill_gallery, pick_gallery, pointing_game, pointing_words
 from .fedavg import STRATEGIES, FedAvg
-from .federation import FederationError, Training, best_rounds
+from .federation import FederationError, Training, best_rounds, read_history
 from .findings import FINDINGS, InputError, format_labels, parse_labels
 from .images import (
     ChestXrayDataset,

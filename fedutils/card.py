@@ -21,6 +21,15 @@ PHANTOM = (
     " model knows nothing of real films.**"
 )
 
+# By the release that `read_nih` names; all others are NIH's.
+SOURCES = {"phantom": "Synthetic phantom", "own": "Films and table of the user's own"}
+LABELS = {
+    "phantom": "Signs and labels were drawn by a program; only their plumbing resembles real data.",
+    "own": "Labels are those of the table as it was given: how they came about is not known here.",
+    "nih": "Labels were mined from reports by text: they are not a radiologist's truth. Chest"
+    " drains give Pneumothorax away, and the view position (AP, PA) gives away who is bedridden.",
+}
+
 
 def write_card(settings: Settings) -> str:
     """Write `MODEL_CARD.md` into the run folder (Mitchell et al., FAT* 2019) and return its text.
@@ -30,15 +39,19 @@ def write_card(settings: Settings) -> str:
     """
     report = read_report(settings.prepared)
     config = json.loads((settings.run / "config.json").read_text())
-    phantom = report["release"] == "phantom"
+    release = report["release"]
     metrics, calibration = (_read(settings, name) for name in ("metrics", "calibration"))
-    lines = [f"# Model card: run {settings.name}", "", *([PHANTOM, ""] if phantom else [])]
-    lines += _model(settings, config) + _data(settings, report, phantom)
+    lines = [
+        f"# Model card: run {settings.name}",
+        "",
+        *([PHANTOM, ""] if release == "phantom" else []),
+    ]
+    lines += _model(settings, config) + _data(settings, report)
     lines += _figures(metrics, calibration) + [
         pointing_words(_read(settings, "pointing"), settings.image_size),
         "",
     ]
-    lines += _limits(settings, phantom) + _use(phantom)
+    lines += _limits(settings, release) + _use(release)
     text = "\n".join(lines) + "\n"
     write_atomic(settings.run / "MODEL_CARD.md", text.encode())
     return text
@@ -75,7 +88,7 @@ def _model(settings: Settings, config: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _data(settings: Settings, report: dict[str, Any], phantom: bool) -> list[str]:
+def _data(settings: Settings, report: dict[str, Any]) -> list[str]:
     """Say which films it was trained, chosen and tested on, and how patients were placed."""
     splits = [
         f"{name} {report['splits'][name]['films']:,} films of"
@@ -83,14 +96,13 @@ def _data(settings: Settings, report: dict[str, Any], phantom: bool) -> list[str
         for name in SPLITS
         if name in report["splits"]
     ]
-    lists = "NIH's official lists" if report["lists"] else "a hash of the patient"
+    lists = "the lists that came with the data" if report["lists"] else "a hash of the patient"
     clients = read_films(settings).index["client"].nunique()
-    source = "Synthetic phantom" if phantom else f"NIH ChestX-ray14, release {report['release']}"
+    source = SOURCES.get(report["release"], f"NIH ChestX-ray14, release {report['release']}")
     return [
         "## Data", "",
         f"- {source}: {report['films']:,} films of {report['patients']:,} patients",
-        f"- Split by patient, after {'the phantom’s own lists' if phantom else lists}:"
-        f" {'; '.join(splits)}",
+        f"- Split by patient, after {lists}: {'; '.join(splits)}",
         f"- {clients} clients, partition {settings.partition}; a patient is at one client only",
         f"- Fingerprint of data and split: `{report['fingerprint']}`", "",
     ]  # fmt: skip
@@ -136,16 +148,10 @@ def _interval(row: Any) -> str:
     return f"{row.value:.3f}{interval}"
 
 
-def _limits(settings: Settings, phantom: bool) -> list[str]:
+def _limits(settings: Settings, release: str) -> list[str]:
     """Say what the figures do not show."""
-    labels = (
-        "Signs and labels were drawn by a program; only their plumbing resembles real data."
-        if phantom else
-        "Labels were mined from reports by text: they are not a radiologist's truth. Chest drains"
-        " give Pneumothorax away, and the view position (AP, PA) gives away who is bedridden."
-    )  # fmt: skip
     lines = [
-        labels,
+        LABELS.get(release, LABELS["nih"]),
         "One source of data: nothing is known of other hospitals, scanners or populations.",
         "PPV and NPV hold at the prevalence that stands beside them, and at no other.",
         "Temperature and cuts were fitted on validation films; for rare findings these are few.",
@@ -158,15 +164,16 @@ def _limits(settings: Settings, phantom: bool) -> list[str]:
     return ["## Limits", "", *(f"- {line}" for line in lines), ""]
 
 
-def _use(phantom: bool) -> list[str]:
+def _use(release: str) -> list[str]:
     """Say what it is for, and what not."""
-    real = "any use on real films" if phantom else "lateral films, and films of other sources"
+    phantom = release == "phantom"
+    real = "Any use on real films" if phantom else "Lateral films, and films of other sources"
     return [
         "## Intended use", "",
         "- Research and teaching on federated learning: comparing ways of training on one data set",
         "", "## Not for", "",
         "- Diagnosis, triage, or any other decision about a patient",
-        f"- {real[0].upper()}{real[1:]}",
+        f"- {real}",
         "- Claims of privacy, or of fairness between groups, that the tables do not show", "",
         "Versions, revision of the code and hashes of all files: `evaluation/summary.json`.",
     ]  # fmt: skip

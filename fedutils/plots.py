@@ -22,10 +22,22 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fedutils.calibration import calibration_error, reliability, rescale
 from fedutils.explain import ALL, CENTRE, ELSEWHERE, KINDS, UPPER
 from fedutils.findings import FINDINGS, NO_FINDING, no_finding
-from fedutils.metrics import MEAN, auroc, average_precision, pr_points, roc_points, undefined
+from fedutils.metrics import (
+    ALL_FILMS,
+    LEAST_POSITIVES,
+    MEAN,
+    ONE_FILM,
+    SHOWN,
+    auroc,
+    average_precision,
+    pr_points,
+    roc_points,
+    undefined,
+)
 
 INK, GREY, PALE = "#222222", "#767676", "#eeeeee"
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
+LIGHT = "#bbbbbb"
 ORANGE, PURPLE, SKY = "#E69F00", "#CC79A7", "#56B4E9"
 ARMS = {"federated": BLUE, "centralised": VERMILION, "local": GREEN}
 WIDTH, DPI, FONT = 8.8, 100, 9.5  # inches, pixels an inch, points
@@ -127,12 +139,21 @@ def prevalence(table: pd.DataFrame, title: str = "") -> Figure:
     return fig
 
 
-def _heat(ax: Axes, values: np.ndarray, texts: np.ndarray, rows: list[str], **style: Any) -> None:
-    """Draw an annotated heat map with the 14 findings along the x axis; NaN stays grey."""
+def _heat(
+    ax: Axes,
+    values: np.ndarray,
+    texts: np.ndarray,
+    rows: list[str],
+    columns: Sequence[str] = FINDINGS,
+    **style: Any,
+) -> None:
+    """Draw an annotated heat map, the findings along the x axis if not else; NaN stays grey."""
     ax.set_facecolor(PALE)
     look = {"fmt": "", "linewidths": 1, "linecolor": PALE, "annot_kws": {"size": 9}}
     sns.heatmap(values, annot=texts, ax=ax, **look, **style)
-    ax.set_xticklabels(FINDINGS, rotation=40, ha="right", rotation_mode="anchor")
+    few = len(columns) < 7
+    turn = {} if few else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, **({"rotation": 0} | turn))
     ax.set_yticks(np.arange(len(rows)) + 0.5, rows, rotation=0)
     ax.tick_params(length=0)
 
@@ -467,24 +488,25 @@ def _with_interval(row: pd.Series) -> str:
     return f"{row['value']:.3f}" + ("" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]")
 
 
-def _forest_arm(ax: Axes, rows: pd.DataFrame, shift: float, colour: str, name: str) -> None:
-    """Draw one arm in its lane, its mean written at the right; a lone arm has no name, but all.
+def _forest_arm(
+    ax: Axes, rows: pd.DataFrame, shift: float, colour: str, name: str, all_said: bool = False
+) -> None:
+    """Draw one arm in its lane of each row (`lane`), its mean written at the right, or every value.
 
     Models of single clients are small circles without an interval.
     """
-    lane = rows["finding"].map([MEAN, *FINDINGS].index) + shift
-    single = ~_blank(rows["client"])
+    lane, single = rows["lane"] + shift, ~_blank(rows["client"])
     ax.plot(rows["value"][single], lane[single], "o", ms=4, mfc="none", mec=colour, alpha=0.7)
-    ax.hlines(lane[~single], rows["ci_low"][~single], rows["ci_high"][~single], color=colour)
-    ax.plot(rows["value"][~single], lane[~single], "o", ms=5.5, color=colour)
-    said = (rows["finding"] == MEAN) | rows["value"].isna() | (name == "")
-    texts = {lane[index]: _with_interval(row) for index, row in rows[~single & said].iterrows()}
-    own = rows["value"][single & (rows["finding"] == MEAN)]
-    if len(own) and not texts:
-        texts = {shift: f"{own.min():.3f} to {own.max():.3f} by client"}
-    for y, text in texts.items():
-        place = {"va": "center", "transform": ax.get_yaxis_transform(), "fontsize": 9}
-        ax.text(1.01, y, f"{name} {text}".strip(), color=colour, **place)
+    for index, row in rows[~single].iterrows():
+        shade = LIGHT if row.get("few", False) else colour
+        ax.hlines(lane[index], row["ci_low"], row["ci_high"], color=shade)
+        ax.plot(row["value"], lane[index], "o", ms=5.5, color=shade)
+        if all_said or row["lane"] == 0 or np.isnan(row["value"]):
+            text = f"{name} {_with_interval(row)}".strip()
+            place = {"va": "center", "transform": ax.get_yaxis_transform(), "fontsize": 9}
+            ax.text(
+                1.01, lane[index], text, color=GREY if row.get("few", False) else colour, **place
+            )
 
 
 def _yardsticks(ax: Axes, yardsticks: dict[str, float], step: float) -> float:
@@ -509,25 +531,154 @@ def auroc_forest(
     ci_high, n, positives`. Shown are the rows of the test set `all`, of the mean over seeds
     (else of the first seed). `yardsticks` are published means, right only for that test set.
     """
-    whole = metrics[(metrics["metric"] == "auroc") & (metrics["test_set"] == "all")]
-    arms = _by_arm(whole)
-    lane, gap = 0.16, 0.2  # inches, of an arm and of a yardstick's name
-    pitch = max(0.26, lane * len(arms) + 0.06)
-    height = 15 * pitch + 1.0 + gap * len(yardsticks or {})
-    fig, (ax,) = _canvas("AUROC with 95 % interval over patients", title, height)
-    for k, (arm, colour, rows) in enumerate(arms):
-        mean = rows[_blank(rows["seed"])]
-        rows = mean if len(mean) else rows[rows["seed"] == rows["seed"].min()]
-        shift = (k - (len(arms) - 1) / 2) * lane / pitch
-        _forest_arm(ax, rows, shift, colour, arm if len(arms) > 1 else "")
-    for row in range(0, len(FINDINGS), 2):
-        ax.axhspan(row - 0.5, row + 0.5, color=PALE, zorder=0, linewidth=0)
-    top = _yardsticks(ax, yardsticks, gap / pitch) if yardsticks else 0.5
+    whole = metrics[(metrics["metric"] == "auroc") & (metrics["test_set"] == ALL_FILMS)]
+    whole = whole.assign(lane=whole["finding"].map([MEAN, *FINDINGS].index))
     means = whole.loc[whole["finding"] == MEAN, "positives"]
     names = [f"mean of {means.max():.0f}" if len(means) else MEAN, *FINDINGS]
+    lone = whole["arm"].nunique() == 1
+    return _forest("AUROC with 95 % interval over patients", title, whole, names, yardsticks, lone)
+
+
+def _forest(
+    heading: str,
+    title: str,
+    rows: pd.DataFrame,
+    names: Sequence[str],
+    yardsticks: dict[str, float] | None = None,
+    all_said: bool = True,
+) -> Figure:
+    """Draw points with intervals, a row a name and a lane an arm; `rows` has the column `lane`.
+
+    Of several seeds the rows of their mean are shown, else those of the first.
+    """
+    arms = _by_arm(rows.reset_index(drop=True))
+    height, gap = 0.16, 0.2  # inches, of an arm's lane and of a yardstick's name
+    pitch = max(0.26, height * len(arms) + 0.06)
+    size = len(names) * pitch + 1.0 + gap * len(yardsticks or {})
+    fig, (ax,) = _canvas(heading, title, size)
+    for k, (arm, colour, own) in enumerate(arms):
+        mean = own[_blank(own["seed"])]
+        own = mean if len(mean) else own[own["seed"] == own["seed"].min()]
+        shift = (k - (len(arms) - 1) / 2) * height / pitch
+        name = ("mean local" if arm == "local" else arm) if len(arms) > 1 else ""
+        _forest_arm(ax, own, shift, colour, name, all_said)
+    for row in range(0, len(names), 2):
+        ax.axhspan(row - 0.5, row + 0.5, color=PALE, zorder=0, linewidth=0)
+    top = _yardsticks(ax, yardsticks, gap / pitch) if yardsticks else 0.5
     ax.set_yticks(range(len(names)), names)
-    ax.set(ylim=(len(FINDINGS) + 0.5, -top), xlabel="AUROC (0.5 is chance)")
+    ax.set(ylim=(len(names) - 0.5, -top), xlabel="AUROC (0.5 is chance)")
     ax.tick_params(axis="y", length=0)
+    ax.spines["left"].set_visible(False)
+    return fig
+
+
+@_figure
+def subgroup_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """Mean AUROC of each subgroup with 95 % intervals, arms side by side; the rest as metrics.csv.
+
+    Subgroups with under 30 positive labels in all are grey: nothing is to be concluded from them.
+    """
+    whole = metrics[(metrics["metric"] == "auroc") & _blank(metrics["client"])]
+    names = [n for n in whole["test_set"].unique() if n in (ALL_FILMS, ONE_FILM) or "=" in n]
+    rows = whole[(whole["finding"] == MEAN) & whole["test_set"].isin(names)]
+    labels = whole[whole["finding"] != MEAN].drop_duplicates(["test_set", "finding"])
+    positives = labels.groupby("test_set")["positives"].sum()
+    rows = rows.assign(
+        lane=rows["test_set"].map(names.index),
+        few=rows["test_set"].map(positives) < LEAST_POSITIVES,
+    )
+    films = rows.drop_duplicates("test_set").set_index("test_set")["n"]
+    names = [f"{name} ({films[name]:,} films)" for name in names]
+    heading = f"Mean AUROC by subgroup (grey: under {LEAST_POSITIVES} positives)"
+    return _forest(heading, title, rows, names)
+
+
+@_figure
+def subgroup_heatmap(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """AUROC of the first arm by subgroup and finding; grey where there are under 30 positives."""
+    rows = metrics[(metrics["metric"] == "auroc") & (metrics["finding"] != MEAN)]
+    arm = rows["arm"].iloc[0]
+    rows = rows[(rows["arm"] == arm) & _blank(rows["seed"]) & _blank(rows["client"])]
+    names = [n for n in rows["test_set"].unique() if n in (ALL_FILMS, ONE_FILM) or "=" in n]
+    wide = rows.pivot(index="test_set", columns="finding", values=["value", "positives"])
+    value = wide["value"].loc[names, list(FINDINGS)].to_numpy(dtype=float)
+    count = wide["positives"].loc[names, list(FINDINGS)].to_numpy(dtype=float)
+    texts = np.where(np.isnan(value), "–", np.char.mod("%.2f", np.nan_to_num(value)))
+    heading = f"AUROC by subgroup, {arm} (grey: under {LEAST_POSITIVES} positives)"
+    fig, (ax,) = _canvas(heading, title, 1.9 + 0.28 * len(names))
+    cmap = sns.blend_palette([VERMILION, "white", BLUE], as_cmap=True)
+    shown = np.where(count < LEAST_POSITIVES, np.nan, value)
+    _heat(ax, shown, texts, names, cmap=cmap, vmin=0, vmax=1, cbar=False)
+    for (row, column), text in np.ndenumerate(texts):
+        if np.isnan(shown[row, column]):
+            ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", size=9, color=GREY)
+    return fig
+
+
+@_figure
+def client_matrix(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """Mean AUROC of every model (rows) on every client's test films (columns), as metrics.csv.
+
+    A frame marks a local model on the films of its own hospital.
+    """
+    rows = metrics[(metrics["metric"] == "auroc") & (metrics["finding"] == MEAN)]
+    rows = rows[_blank(rows["seed"]) & ~rows["test_set"].isin([ALL_FILMS, ONE_FILM])]
+    rows = rows[~rows["test_set"].str.contains("=")]
+    clients = list(rows["test_set"].unique())
+    arm = rows["arm"].replace("local", "mean local model")
+    rows = rows.assign(model=arm.where(_blank(rows["client"]), "local " + rows["client"]))
+    models = sorted(rows["model"].unique(), key=lambda name: name.startswith("local "))
+    wide = rows.set_index(["model", "test_set"]).reindex(
+        pd.MultiIndex.from_product([models, clients])
+    )
+    texts = np.array([_with_interval(row).replace(" ", "\n", 1) for _, row in wide.iterrows()])
+    shape = len(models), len(clients)
+    fig, (ax,) = _canvas(
+        "Mean AUROC of each model on each hospital’s films", title, 1.5 + 0.42 * len(models)
+    )
+    cmap = sns.blend_palette(["white", BLUE], as_cmap=True)
+    value = wide["value"].to_numpy(dtype=float).reshape(shape)
+    look = {"cmap": cmap, "cbar": False, "vmin": 0.5, "vmax": 1.1}
+    films = wide["n"].groupby(level=1).max()
+    columns = [f"{name}\n{films[name]:,.0f} films" for name in clients]
+    _heat(ax, value, texts.reshape(shape), models, columns, **look)
+    for row, model in enumerate(models):
+        if model.removeprefix("local ") in clients:
+            place = clients.index(model.removeprefix("local ")), row
+            ax.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor=INK, linewidth=2))
+    return fig
+
+
+@_figure
+def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
+    """Differences of AUROC with 95 % intervals: of the mean for each pair, then by finding.
+
+    `differences` is differences.csv; used are its rows on all test films. Filled: shown. Hollow: no
+    difference shown. Small lines: the training seeds' smallest and largest value.
+    """
+    rows = differences[(differences["metric"] == "auroc") & (differences["test_set"] == ALL_FILMS)]
+    first, pairs = rows["first"].iloc[0], list(rows["second"].unique())
+    main = [name for name in pairs if not name.startswith("local ")] or pairs
+    colours = dict(zip(main, [VERMILION, GREEN, PURPLE, ORANGE] + [INK] * len(main), strict=False))
+    lanes = [(MEAN, name, f"mean: − {name}") for name in pairs]
+    lanes += [(f, name, f if name == main[0] else "") for f in FINDINGS for name in main]
+    size = 0.2 * len(lanes) + 1.2
+    heading = f"AUROC of {first} minus others (filled: shown)"
+    fig, (ax,) = _canvas(heading, title, size)
+    table = rows.set_index(["finding", "second"])
+    for lane, (finding, name, _) in enumerate(lanes):
+        _difference(ax, table.loc[(finding, name)], lane, colours.get(name, GREY), finding == MEAN)
+    ax.axvline(0, color=INK, linewidth=0.8)
+    for start in range(len(pairs), len(lanes), 2 * len(main)):
+        ax.axhspan(start - 0.5, start + len(main) - 0.5, color=PALE, zorder=0, linewidth=0)
+    places = [
+        k + (len(main) - 1) / 2 * (k >= len(pairs)) for k, lane in enumerate(lanes) if lane[2]
+    ]
+    ax.set_yticks(places, [text for *_, text in lanes if text])
+    ax.set(ylim=(len(lanes) - 0.5, -0.5), xlabel=f"AUROC of {first} minus that of the other model")
+    ax.tick_params(axis="y", length=0)
+    for label, (_, name, _) in zip(ax.get_yticklabels(), lanes[: len(pairs)], strict=False):
+        label.set_color(colours.get(name, GREY))
     ax.spines["left"].set_visible(False)
     return fig
 
@@ -609,6 +760,63 @@ def pointing(table: pd.DataFrame, title: str = "") -> Figure:
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     return fig
+
+
+def _difference(ax: Axes, row: pd.Series, lane: float, colour: str, said: bool) -> None:
+    """Draw one difference with its interval and the range of its seeds."""
+    shown = row["verdict"] == SHOWN
+    ax.hlines(lane, row["ci_low"], row["ci_high"], color=colour)
+    ax.vlines([row["seed_low"], row["seed_high"]], lane - 0.3, lane + 0.3, color=colour, lw=0.9)
+    ax.plot(row["value"], lane, "o", ms=5.5, mec=colour, mfc=colour if shown else "white")
+    text = "not defined"
+    if not np.isnan(row["value"]):
+        text = f"{row['value']:+.3f} [{row['ci_low']:+.3f}, {row['ci_high']:+.3f}]"
+        text += (" shown" if shown else " not shown") if said else ""
+    place = {"va": "center", "transform": ax.get_yaxis_transform(), "fontsize": 9}
+    ax.text(1.01, lane, text, color=colour, **place)
+
+
+@_figure
+def cost_curves(cost: pd.DataFrame, title: str = "") -> Figure:
+    """Validation AUROC against gigabytes sent and against films seen, for each arm.
+
+    `cost` has columns `arm, seed, round, films_seen, gigabytes, val_auroc`. An arm that sends
+    nothing is a dotted line at its best AUROC in the left panel.
+    """
+    fig, axes = _canvas("What the AUROC on validation films costs", title, 3.6, columns=2)
+    units = {"gigabytes": "gigabytes of model states sent", "films_seen": "films trained on"}
+    for ax, (column, unit) in zip(axes, units.items(), strict=True):
+        ends = []
+        for arm, colour, rows in _by_arm(cost):
+            mean = rows.groupby("round")[[column, "val_auroc"]].mean().dropna()
+            name = "mean local" if arm == "local" else arm
+            if mean.empty:
+                continue
+            if column == "gigabytes" and not mean[column].any():
+                best = mean["val_auroc"].max()
+                ax.axhline(best, color=colour, linestyle=":")
+                ends.append((1.0, best, f"{name}\nsends nothing", colour))
+                continue
+            ax.plot(mean[column], mean["val_auroc"], "o-", color=colour, ms=4)
+            ends.append((*mean.iloc[-1], name, colour))
+        ax.set(xlabel=unit, xlim=(0, None))
+        right = ax.get_xlim()[1]
+        _end_labels(ax, [(right if e[2].endswith("nothing") else e[0], *e[1:]) for e in ends])
+    axes[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes[0].set_ylabel("AUROC, validation")
+    return fig
+
+
+@_figure
+def run_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """Mean AUROC of several runs with 95 % intervals, arms side by side.
+
+    `metrics` is that of `compare_runs`: metrics.csv with a first column `run`.
+    """
+    rows = metrics[(metrics["metric"] == "auroc") & (metrics["finding"] == MEAN)]
+    runs = list(rows["run"].unique())
+    rows = rows.assign(lane=rows["run"].map(runs.index))
+    return _forest("Mean AUROC by run, 95 % interval over patients", title, rows, runs)
 
 
 def _gallery_panel(ax: Axes, panel: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ class Settings:
     max_films: int = 0
     weights: str = ""
     tracked: str = ""
-    batchnorm: str = "average"
+    batchnorm: str = "precise"
     partition: str = "iid"
     num_clients: int = 0
     alpha: float = 0.5

@@ -18,8 +18,9 @@
 # reports AUROC and average precision for all 14 findings with 95 % intervals over patients.
 #
 # **Reads** `work/prepared/` and `work/runs/NAME/`. **Writes** `work/runs/NAME/evaluation/`:
-# `predictions.csv.gz`, `metrics.csv`, `summary.json`, tables of calibration, operating points and
-# pointing, and the figures; beside it `MODEL_CARD.md`. **Takes** seconds for the demo.
+# `predictions.csv.gz`, `metrics.csv`, `differences.csv`, `summary.json`, tables of calibration, operating
+# points and pointing, and the figures; beside it `MODEL_CARD.md`. **Takes** seconds for the demo,
+# minutes for 20 models on all of NIH's test films.
 
 # %% tags=["parameters"]
 work_dir: str = ""  # where results are; empty: work/ beside the notebooks
@@ -77,33 +78,44 @@ predictions = fedutils.write_predictions(predicted, folder / "predictions.csv.gz
 predictions.iloc[:3, :9]
 
 # %% [markdown]
-# ## AUROC and average precision
+# ## In words
 #
-# Patients, not films, are drawn in the bootstrap, since films of a patient resemble one another. The
-# mean is taken over the findings with at least ten positive test patients.
+# Patients, not films, are drawn in the bootstrap, since films of a patient resemble one another, and the
+# same 1,000 draws serve all models, so that differences are paired. Every sentence is computed from the
+# tables below.
 
 # %%
-metrics = fedutils.evaluate_models(predictions, films, settings.seed)
-summary = fedutils.write_summary(settings, metrics, title)
+result = fedutils.evaluate_models(predictions, films, settings.seed)
+summary = fedutils.write_summary(settings, result, title)
 display(Markdown("\n".join(f"- {line}" for line in summary["headline"])))
 
 # %% [markdown]
-# The first model's figures by finding:
+# The primary figure is the mean over one fixed set of findings, those with at least ten positive test
+# patients. Labels alone decide, no model. Here they are:
 
 # %%
-first = metrics.merge(metrics[["arm", "seed", "client"]].head(1))
-HTML(fedutils.tabulate(first).to_html())
+display(Markdown(f"**{len(result.mean_over)} findings:** {', '.join(result.mean_over) or 'none'}."))
+
+# %% [markdown]
+# ## The table: every arm, every finding
+#
+# AUROC and average precision, as means over the training seeds, with 95 % intervals over patients. The
+# *mean local model* is what a hospital gets on average if each trains alone.
+
+# %%
+HTML(fedutils.tabulate(result.metrics).to_html())
 
 # %% [markdown]
 # ## The same as a picture
 #
-# A point is the AUROC, the bar its 95 % interval over patients; 0.5 is guessing. Published figures
-# appear only if these are NIH's own films with NIH's own test list: other splits do not compare.
+# A point is the AUROC, the bar its 95 % interval over patients; 0.5 is guessing. Small circles are the
+# models of single hospitals. Published figures appear only if these are NIH's own films with NIH's own
+# test list: other splits do not compare.
 
 # %%
 official = report["lists"] == ["train_val", "test"] and report["release"] in ("2017", "2020")
 yardsticks = fedutils.YARDSTICKS_OFFICIAL if official and report["films"] > 100_000 else None
-figure = fedutils.plots.auroc_forest(metrics, yardsticks, title)
+figure = fedutils.plots.auroc_forest(result.metrics, yardsticks, title)
 figure.savefig(folder / "auroc.png")
 figure
 
@@ -118,12 +130,13 @@ display(Markdown(note))
 # %% [markdown]
 # ## ROC curves
 #
-# Sensitivity against the share of false alarms, one panel for each finding. The dotted diagonal is
-# guessing.
+# Sensitivity against the share of false alarms, one panel for each finding, of the first model of the
+# run. The dotted diagonal is guessing.
 
 # %%
 test = films.where(films.index["split"] == "test")
-scores = predictions.merge(first[["arm", "seed", "client"]].head(1))[list(fedutils.FINDINGS)].to_numpy()
+first = predictions[["arm", "seed", "client"]].head(1)
+scores = predictions.merge(first)[list(fedutils.FINDINGS)].to_numpy()
 figure = fedutils.plots.roc_curves(test.labels, scores, title)
 figure.savefig(folder / "roc.png")
 figure
@@ -138,6 +151,111 @@ figure
 figure = fedutils.plots.pr_curves(test.labels, scores, title)
 figure.savefig(folder / "precision_recall.png")
 figure
+
+# %% [markdown]
+# ## Differences between the arms
+#
+# The federated model minus each other one, on the same draws of patients. A difference counts as *shown*
+# when its interval excludes 0 and every training seed has its sign; for single findings its p, adjusted
+# for 14 of them (Holm), must be below 0.05 as well. Otherwise no difference is shown, which does not say
+# that there is none.
+
+# %%
+alone = f"Only one arm was trained ({settings.arms}): nothing to compare it with."
+differences = fedutils.tabulate_differences_text(result.differences)
+HTML(differences.to_html(index=False)) if len(differences) else Markdown(alone)
+
+# %% [markdown]
+# The same as a picture, by finding too. Filled points are shown differences, hollow ones are not; the
+# short upright lines are the smallest and the largest value over the training seeds.
+
+# %%
+if len(result.differences):
+    figure = fedutils.plots.difference_forest(result.differences, title)
+    figure.savefig(folder / "differences.png")
+    display(figure)
+
+# %% [markdown]
+# ## Fairness between hospitals
+#
+# Every model on every hospital's own test films, over the findings that all hospitals have enough of. A
+# frame marks a local model at home: does federation give that hospital more than it had?
+
+# %%
+figure = fedutils.plots.client_matrix(result.metrics, title)
+figure.savefig(folder / "hospitals.png")
+figure
+
+# %% [markdown]
+# The hospital for which the first arm does least, and what its interval allows to say:
+
+# %%
+at_hospitals = fedutils.hospitals(result.metrics, settings.arm_list[0]).sort_values("value")
+shown = ["arm", "test_set", "value", "ci_low", "ci_high", "n"]
+HTML(at_hospitals[shown].to_html(index=False, float_format="{:.3f}".format))
+
+# %% [markdown]
+# ## Subgroups
+#
+# Mean AUROC by sex, age, view position and scanner, each family over the findings that all its groups
+# have enough of. Grey groups hold under 30 positive labels: nothing is to be concluded from them. The
+# last line takes one film a patient, the first, so that no patient counts more than another.
+
+# %%
+figure = fedutils.plots.subgroup_forest(result.metrics, title)
+figure.savefig(folder / "subgroups.png")
+figure
+
+# %% [markdown]
+# The first arm by subgroup and finding. A cell is grey where under 30 films are positive.
+
+# %%
+figure = fedutils.plots.subgroup_heatmap(result.metrics, title)
+figure.savefig(folder / "subgroups_by_finding.png")
+figure
+
+# %% [markdown]
+# ## What it cost
+#
+# The AUROC on validation films after each round, against the gigabytes that travelled until then and the
+# films that were trained on. Only federation sends models; centralised training sends the films.
+
+# %%
+history = fedutils.read_history(settings.run)
+cost = fedutils.training_cost(history, settings.local_epochs)
+figure = fedutils.plots.cost_curves(cost, title)
+figure.savefig(folder / "cost.png")
+figure
+
+# %% [markdown]
+# What each arm had spent when it was best on validation, the mean over seeds:
+
+# %%
+known = cost.dropna(subset="val_auroc")
+best = known.loc[known.groupby(["arm", "seed"], sort=False)["val_auroc"].idxmax()]
+best = best.groupby("arm", sort=False)[["round", "films_seen", "gigabytes", "val_auroc"]].mean()
+HTML(best.to_html(float_format="{:,.3f}".format))
+
+# %% [markdown]
+# ## Beside other runs
+#
+# `compare` names runs on the same films, such as other partitions; a sweep names them by itself. Their
+# federated models are compared on the same draws of patients.
+
+# %%
+others = [fedutils.read_run(work_dir, other.strip(), device) for other in compare.split(",") if other]
+beside = fedutils.compare_runs([*others, settings]) if others else None
+none = Markdown("No other run was named.")
+none if beside is None else HTML(fedutils.tabulate_differences_text(beside.differences).to_html(index=False))
+
+# %% [markdown]
+# Every arm of these runs, with the intervals of its mean AUROC:
+
+# %%
+if beside is not None:
+    figure = fedutils.plots.run_forest(beside.metrics, report["release"])
+    figure.savefig(folder / "compare.png")
+    display(figure)
 
 # %% [markdown]
 # ## Calibration

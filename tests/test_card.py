@@ -61,6 +61,12 @@ def test_on_the_phantom_the_card_says_phantom(tmp_path):
     assert "NIH" not in text and "mined" not in text and "Any use on real films" in text
 
 
+def test_the_card_of_own_films_does_not_speak_of_nih(tmp_path):
+    text = write_card(evaluated(tmp_path, report=REPORT | {"release": "own"}))
+    assert "Films and table of the user's own" in text and "as it was given" in text
+    assert "NIH" not in text and "mined" not in text and "hantom" not in text
+
+
 def test_without_a_federated_arm_the_card_says_that_no_model_leaves(tmp_path):
     settings = evaluated(tmp_path, arms=("local",), report=REPORT | {"lists": []},
                          batchnorm="local")  # fmt: skip

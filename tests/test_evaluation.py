@@ -1,7 +1,9 @@
 """What notebook 04 writes, and that it can be recomputed from the files alone."""
 
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ from fedutils.__main__ import main
 from fedutils.federation import Training
 from fedutils.findings import FINDINGS, InputError
 from fedutils.images import read_report
+from fedutils.settings import read_run
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +26,47 @@ def run(tmp_path_factory):
     settings = tiny_settings(work, arms="federated,local", rounds=1)
     films = tiny_films(work, films=120)
     Training(settings, films).train()
+    clients = films.index[["patient_id", "client", "split"]].drop_duplicates()
+    clients.to_csv(settings.run / "clients.csv", index=False)
     folder = settings.run / "evaluation"
     predicted = evaluation.predict_films(settings, films, "test")
     read = evaluation.write_predictions(predicted, folder / "predictions.csv.gz")
-    metrics = evaluation.evaluate_models(read, films, seed=0)
-    return settings, films, predicted, read, metrics
+    result = evaluation.evaluate_models(read, films, seed=0)
+    return settings, films, predicted, read, result
+
+
+def invented(seeds=3, gain=1.0, films=240, clients=3):
+    """Predictions of all arms on films of two each patient; federated sees more by `gain`."""
+    rng = np.random.default_rng(0)
+    truth = (rng.random((films, 14)) < 0.3).astype(int)
+    truth[:, 13] = 0
+    index = pd.DataFrame(truth, columns=FINDINGS).assign(
+        image_index=[f"{k:06d}.png" for k in range(films)],
+        patient_id=[str(k // 2) for k in range(films)],
+        client=[f"client-{1 + k // 2 % clients}" for k in range(films)],
+        sex=rng.choice(["F", "M", ""], films),
+        view=rng.choice(["AP", "PA"], films),
+        scanner="0.143",
+        age=rng.integers(1, 90, films).astype(float),
+    )
+    names = [("federated", ""), ("centralised", "")]
+    names += [("local", f"client-{1 + k}") for k in range(clients)]
+    tables = []
+    for seed, (arm, client) in itertools.product(range(seeds), names):
+        sees = gain if arm == "federated" else 0.5
+        logits = rng.normal(size=truth.shape) + sees * truth
+        table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=FINDINGS)
+        table.insert(0, "image_index", index["image_index"])
+        for name, value in (("client", client), ("seed", seed), ("arm", arm)):
+            table.insert(0, name, value)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True), SimpleNamespace(index=index)
+
+
+@pytest.fixture(scope="module")
+def three_arms():
+    """All arms, three seeds, and a federated model that sees more."""
+    return evaluation.evaluate_models(*invented(), seed=0, repeats=200)
 
 
 def test_predictions_are_written_with_nine_digits_and_read_back(run):
@@ -52,23 +91,14 @@ def test_equal_predictions_make_equal_bytes(run, tmp_path):
 
 
 def test_metrics_equal_scikit_learns_on_the_written_file(run):
-    settings, films, _, _, metrics = run
+    settings, films, _, _, result = run
     table = pd.read_csv(settings.run / "evaluation" / "predictions.csv.gz", keep_default_na=False)
     truth = films.index.set_index("image_index")
-    columns = [
-        "arm",
-        "seed",
-        "client",
-        "test_set",
-        "finding",
-        "metric",
-        "value",
-        "ci_low",
-        "ci_high",
+    columns = "arm,seed,client,test_set,finding,metric,value,ci_low,ci_high,n,positives"
+    assert ",".join(result.metrics.columns) == columns
+    metrics = result.metrics[
+        (result.metrics["test_set"] == "all") & (result.metrics["seed"] == "0")
     ]
-    assert list(metrics.columns) == [*columns, "n", "positives"] and set(metrics["test_set"]) == {
-        "all"
-    }
     for (arm, client), rows in table.groupby(["arm", "client"]):
         mine = metrics[(metrics["arm"] == arm) & (metrics["client"] == client)]
         value = mine.set_index(["finding", "metric"])["value"]
@@ -79,28 +109,175 @@ def test_metrics_equal_scikit_learns_on_the_written_file(run):
             assert value[finding, "average_precision"] == pytest.approx(precision)
 
 
+def value(table, **names):
+    """The one value of a table's row that has these names."""
+    for name, wanted in names.items():
+        table = table[table[name] == wanted]
+    return table["value"].item()
+
+
+def test_means_over_seeds_and_over_local_models_are_rows_of_their_own(three_arms):
+    metrics = three_arms.metrics.query("test_set == 'all' and finding == 'Mass'")
+    metrics = metrics[metrics["metric"] == "auroc"]
+    local = metrics[
+        (metrics["arm"] == "local") & (metrics["client"] != "") & (metrics["seed"] != "")
+    ]
+    assert len(local) == 9
+    assert value(metrics, arm="local", client="", seed="") == pytest.approx(local["value"].mean())
+    second = local[local["seed"] == "1"]["value"].mean()
+    assert value(metrics, arm="local", client="", seed="1") == pytest.approx(second)
+
+
+def test_differences_are_differences_of_the_values_and_paired(three_arms):
+    rows = three_arms.differences.query("test_set == 'all' and metric == 'auroc'")
+    assert set(rows["second"]) == {
+        "centralised", "mean local model", "local client-1", "local client-2", "local client-3",
+    }  # fmt: skip
+    metrics = three_arms.metrics.query("test_set == 'all' and metric == 'auroc' and seed == ''")
+    for second, arm, client in (
+        ("centralised", "centralised", ""),
+        ("mean local model", "local", ""),
+        ("local client-2", "local", "client-2"),
+    ):
+        expected = value(metrics, arm="federated", finding="mean")
+        expected -= value(metrics, arm=arm, client=client, finding="mean")
+        assert value(rows, second=second, finding="mean") == pytest.approx(expected)
+    mean = rows[rows["finding"] == "mean"]
+    assert (mean["verdict"] == "shown").all() and (mean["seeds"] == 3).all()
+    assert (mean["seed_low"] <= mean["value"]).all() and (mean["value"] <= mean["seed_high"]).all()
+
+
+def test_equal_models_differ_by_exactly_nothing():
+    predictions, films = invented(seeds=1)
+    federated = predictions[predictions["arm"] == "federated"]
+    twice = pd.concat([federated, federated.assign(arm="centralised")])
+    rows = evaluation.evaluate_models(twice, films, seed=0, repeats=50).differences
+    known = rows[rows["finding"] != "Hernia"]
+    assert (known[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
+    assert set(known["verdict"]) == {"no difference shown"}
+
+
+def test_every_model_is_judged_on_every_clients_films(three_arms):
+    on_clients = three_arms.metrics[three_arms.metrics["test_set"].map(evaluation.is_client)]
+    mean = on_clients.query("finding == 'mean' and seed == ''")
+    assert len(mean) == (2 + 3 + 1) * 3  # two arms, three local models and their mean
+    films = invented()[1].index
+    sizes = films["client"].value_counts()
+    assert (mean["n"] == mean["test_set"].map(sizes)).all()
+    one = films[films["client"] == "client-2"]
+    rows = invented()[0].query("arm == 'local' and client == 'client-1' and seed == 0")
+    rows = rows.set_index("image_index").loc[one["image_index"]]
+    mine = on_clients.query("arm == 'local' and client == 'client-1' and test_set == 'client-2'")
+    found = value(mine[mine["seed"] == "0"], finding="Edema")
+    assert found == pytest.approx(roc_auc_score(one["Edema"], rows["Edema"]))
+
+
+def test_subgroups_are_named_and_the_unknown_are_in_none(three_arms):
+    films = invented()[1].index
+    groups = evaluation.test_groups(films)
+    assert list(groups["sex"]) == ["sex=F", "sex=M"]
+    assert sum(groups["sex"].values()).sum() == (films["sex"] != "").sum()
+    assert sum(groups["age"].values()).max() == 1 and sum(groups["age"].values()).sum() == 240
+    rows = three_arms.metrics.query("finding == 'mean' and arm == 'federated' and seed == ''")
+    assert set(rows["test_set"]) >= {"sex=F", "age=60+", "view=AP", "scanner=0.143"}
+    assert set(rows.query("test_set == 'sex=F'")["metric"]) == {"auroc"}
+
+
+def test_one_film_a_patient_is_the_first_by_name(three_arms):
+    films = invented()[1].index.set_index("image_index")
+    (mask,) = evaluation.test_groups(films)["sensitivity"].values()
+    assert list(films.index[mask]) == [f"{k:06d}.png" for k in range(0, 240, 2)]
+    shuffled = films.sample(frac=1, random_state=0)
+    (mask,) = evaluation.test_groups(shuffled)["sensitivity"].values()
+    assert sorted(shuffled.index[mask]) == [f"{k:06d}.png" for k in range(0, 240, 2)]
+
+
+def test_the_primary_mean_is_over_findings_with_ten_positive_patients(three_arms):
+    assert three_arms.mean_over == [*FINDINGS[:13]]
+    mean = three_arms.metrics.query("finding == 'mean' and test_set == 'all'")
+    assert (mean["positives"] == 13).all()
+
+
+def test_words_say_who_wins_and_what_is_undecided(three_arms):
+    said = "\n".join(evaluation.headline(three_arms, "2017 data"))
+    assert "federated is shown to be above the centralised model in mean AUROC: +0." in said
+    assert "federated is shown to be above the mean local model in mean AUROC: +0." in said
+    assert "shown to be above 3 and below 0 of 3 local models" in said
+    assert "mean of 3 seeds" in said and "the federated model is worst on the films of" in said
+    assert "leaves out Hernia" in said and "mined from reports by text" in said
+    even = evaluation.evaluate_models(*invented(gain=0.5), seed=0, repeats=200)
+    said = "\n".join(evaluation.headline(even, "phantom data"))
+    assert "federated is not shown to differ from the centralised model" in said
+    assert "drawn, not taken" in said and "mined" not in said
+    worse = evaluation.evaluate_models(*invented(gain=0.0), seed=0, repeats=200)
+    said = "\n".join(evaluation.headline(worse, "phantom data"))
+    assert "federated is shown to be below the centralised model in mean AUROC: -0." in said
+
+
+@pytest.mark.parametrize("arm", ["federated", "local", "centralised"])
+def test_words_and_tables_are_true_of_one_arm_alone(arm):
+    predictions, films = invented(seeds=1)
+    result = evaluation.evaluate_models(predictions[predictions["arm"] == arm], films, 0, 50)
+    assert result.differences.empty
+    said = "\n".join(evaluation.headline(result, "2017 data"))
+    assert f"only one arm was trained ({arm})" in said and "one training seed" in said
+    assert len(evaluation.tabulate_differences_text(result.differences)) == 0
+    assert list(evaluation.tabulate(result.metrics).index) == ["mean of 13", *FINDINGS]
+
+
+def test_words_survive_a_test_set_on_which_nothing_is_defined():
+    predictions, films = invented(seeds=1)
+    films.index[list(FINDINGS)] = 0
+    result = evaluation.evaluate_models(predictions, films, 0, 50)
+    said = "\n".join(evaluation.headline(result, "2017 data"))
+    assert "federated against the centralised model: not defined" in said and "nan" not in said
+
+
 def test_summary_tells_what_repeating_takes(run):
-    settings, _, _, _, metrics = run
-    summary = evaluation.write_summary(settings, metrics, "tiny data")
+    settings, _, _, _, result = run
+    summary = evaluation.write_summary(settings, result, "tiny data")
     stored = json.loads((settings.run / "evaluation" / "summary.json").read_text())
-    assert stored["headline"] == summary["headline"] and len(stored["headline"]) == 4
-    assert "tiny data: federated (seed 0) reaches a mean AUROC of 0." in stored["headline"][0]
+    assert stored["headline"] == summary["headline"]
+    assert "tiny data: federated reaches a mean AUROC of 0." in stored["headline"][0]
+    assert stored["mean_over"] == result.mean_over
     assert stored["fingerprint"] == "tiny" and stored["settings"]["threads"] == 1
     assert "models/federated-s0.safetensors" in stored["sha256"]
     assert "evaluation/predictions.csv.gz" in stored["sha256"]
     assert {"torch", "device", "cores"} <= stored["environment"].keys()
 
 
-def test_tabulate_says_what_is_not_defined(run):
-    metrics = run[-1]
-    one = metrics[metrics["arm"] == "federated"].copy()
-    one.loc[one["finding"].isin(["Hernia", "Mass"]), ["value", "ci_low", "ci_high"]] = np.nan
-    one.loc[one["finding"] == "Hernia", "positives"] = 0
-    one.loc[one["finding"] == "Mass", ["positives", "n"]] = 0
-    table = evaluation.tabulate(one)
-    assert table.loc["Hernia", "auroc"] == "not defined (0 positives)"
-    assert table.loc["Mass", "auroc"] == "not labelled"
-    assert list(table.index) == [*FINDINGS, "mean"]
+def test_tables_are_read_back_as_they_were_written(run):
+    settings, _, _, _, result = run
+    evaluation.write_summary(settings, result, "tiny data")
+    for name in ("metrics", "differences"):
+        table = evaluation.read_table(settings.run / "evaluation" / f"{name}.csv")
+        pd.testing.assert_frame_equal(table, getattr(result, name), check_dtype=False)
+
+
+def test_tabulate_has_a_column_an_arm_and_says_what_is_not_defined(three_arms):
+    table = evaluation.tabulate(three_arms.metrics)
+    arms = ["federated", "centralised", "mean local model"]
+    assert list(table.columns) == [
+        f"{m}, {a}" for m in ("AUROC", "average precision") for a in arms
+    ]
+    assert list(table.index) == ["mean of 13", *FINDINGS]
+    assert set(table.loc["Hernia"]) == {"not defined (0 positives)"}
+    metrics = three_arms.metrics.copy()
+    metrics.loc[metrics["finding"] == "Hernia", "n"] = 0
+    assert set(evaluation.tabulate(metrics).loc["Hernia"]) == {"not labelled"}
+
+
+def test_cost_sums_films_and_bytes_and_averages_local_models():
+    rows = [
+        ["federated", 0, 1, "", 100, 4e9, 6e9, 0.6], ["federated", 0, 2, "", 100, 4e9, 6e9, 0.7],
+        ["federated", 0, 1, "a", 60, 2e9, 3e9, np.nan],
+        ["local", 0, 1, "a", 60, 0, 0, 0.5], ["local", 0, 1, "b", 40, 0, 0, 0.7],
+    ]  # fmt: skip
+    names = ["arm", "seed", "round", "client", "examples", "bytes_up", "bytes_down", "val_auroc"]
+    cost = evaluation.training_cost(pd.DataFrame(rows, columns=names), local_epochs=2)
+    assert cost["films_seen"].tolist() == [200, 400, 200]
+    assert cost["gigabytes"].tolist() == [10, 20, 0]
+    assert cost["val_auroc"].tolist() == pytest.approx([0.6, 0.7, 0.6])
 
 
 def test_other_data_are_refused_by_name(run):
@@ -114,22 +291,49 @@ def test_other_data_are_refused_by_name(run):
 
 def test_clients_of_films_come_from_the_runs_own_table(run):
     settings, films, _, _, _ = run
-    clients = films.index[["patient_id", "client", "split"]].drop_duplicates()
-    clients.to_csv(settings.run / "clients.csv", index=False)
-    assert (
-        evaluation.read_films(settings).index["client"].tolist() == films.index["client"].tolist()
-    )
+    read = evaluation.read_films(settings).index
+    assert read["client"].tolist() == films.index["client"].tolist()
 
 
 @pytest.fixture
 def finished(run, tmp_path):
     """A copy of the run with its work folder, to damage."""
-    settings, films, _, _, metrics = run
-    clients = films.index[["patient_id", "client", "split"]].drop_duplicates()
-    clients.to_csv(settings.run / "clients.csv", index=False)
-    evaluation.write_summary(settings, metrics, "tiny data")
+    settings, _, _, _, result = run
+    evaluation.write_summary(settings, result, "tiny data")
     shutil.copytree(settings.work_dir, tmp_path / "work")
     return tmp_path / "work" / "runs" / "run"
+
+
+def test_runs_are_compared_on_the_same_patients(finished):
+    shutil.copytree(finished, finished.with_name("other"))
+    path = finished.with_name("other") / "evaluation" / "predictions.csv.gz"
+    table = evaluation.read_predictions(path)
+    table[list(FINDINGS)] = 1 - table[list(FINDINGS)]
+    evaluation.write_predictions(table, path)
+    runs = [read_run(str(finished.parents[1]), name) for name in ("run", "other")]
+    both = evaluation.compare_runs(runs, repeats=50)
+    assert list(both.metrics["run"].unique()) == ["run", "other"]
+    assert set(both.metrics["arm"]) == {"federated", "local"}
+    mean = both.metrics.query("arm == 'federated' and metric == 'auroc' and finding == 'mean'")
+    assert mean["value"].sum() == pytest.approx(1)
+    rows = both.differences
+    assert set(rows["first"]) == {"run"} and set(rows["second"]) == {"other"}
+    difference = value(rows, metric="auroc", finding="mean")
+    assert difference == pytest.approx(mean["value"].iloc[0] - mean["value"].iloc[1])
+    assert len(evaluation.tabulate_differences_text(rows)) == 1
+
+
+def test_runs_on_other_data_or_not_evaluated_are_refused_by_name(finished):
+    other = finished.with_name("other")
+    shutil.copytree(finished, other)
+    runs = [read_run(str(finished.parents[1]), name) for name in ("run", "other")]
+    summary = other / "evaluation" / "summary.json"
+    summary.write_text(summary.read_text().replace('"tiny"', '"another"'))
+    with pytest.raises(InputError, match=r"run and other do not compare.*tiny and another"):
+        evaluation.compare_runs(runs)
+    summary.unlink()
+    with pytest.raises(InputError, match=r"run notebook 04_evaluate on other first"):
+        evaluation.compare_runs(runs)
 
 
 def test_verify_finds_nothing_wrong_with_a_whole_run(finished):
@@ -141,6 +345,9 @@ def test_verify_names_what_was_changed(finished, capsys):
     metrics = pd.read_csv(finished / "evaluation/metrics.csv")
     metrics.loc[0, "value"] += 0.01
     metrics.to_csv(finished / "evaluation/metrics.csv", index=False)
+    differences = pd.read_csv(finished / "evaluation/differences.csv")
+    differences.loc[differences["second"] == "local client-2", "ci_low"] -= 0.01
+    differences.to_csv(finished / "evaluation/differences.csv", index=False)
     (finished / "models/local-s0-client-1.safetensors").unlink()
     model = finished / "models/federated-s0.safetensors"
     state = load_file(model)
@@ -151,6 +358,7 @@ def test_verify_names_what_was_changed(finished, capsys):
     assert "federated-s0.safetensors has changed" in wrong
     assert "federated-s0.safetensors is the state of no round" in wrong
     assert "metrics.csv says" in wrong and "'Atelectasis'" in wrong
+    assert "differences.csv says" in wrong and "'local client-2'" in wrong
     assert main(["verify", str(finished)]) == 1
     (finished.parent.parent / "prepared/report.json").write_text('{"fingerprint": "other"}')
     assert "holds other data" in evaluation.verify_run(finished)[-1]
@@ -160,9 +368,9 @@ def test_verify_wants_an_evaluated_run(tmp_path):
     assert main(["verify", str(tmp_path)]) == 2
 
 
-def test_too_few_films_for_an_interval_are_said_so(run):
-    one = run[-1].head(1).assign(value=0.5, ci_low=np.nan, ci_high=np.nan, finding="mean")
-    assert "0.500 (no interval: too few films)" in evaluation.headline(one, "tiny")[0]
+def test_too_few_films_for_an_interval_are_said_so():
+    row = SimpleNamespace(value=0.5, ci_low=np.nan, ci_high=np.nan)
+    assert evaluation.with_interval(row) == "0.500 (no interval: too few films)"
 
 
 def test_verify_checks_what_was_written_after_the_summary_too(finished):

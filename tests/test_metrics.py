@@ -35,6 +35,15 @@ def ward(rng, patients=150, true_auroc=0.75, findings=14):
     return truth, truth * NormalDist().inv_cdf(true_auroc) * np.sqrt(2) + noise, owner
 
 
+def table_of(truth, score, patients, repeats):
+    """The rows of one model, as notebook 04 computes them."""
+    resamples = metrics.patient_resamples(patients, repeats, seed=0)
+    columns = zip(truth.T, score.T, strict=True)
+    draws = np.stack([metrics.bootstrap(*column, resamples) for column in columns], axis=1)
+    chosen = metrics.evaluable_findings(truth, patients)
+    return metrics.tabulate_draws(metrics.with_mean(draws, chosen), truth, chosen)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(3, 60), ties=st.booleans())
 def test_point_values_are_scikit_learns(seed, n, ties):
@@ -49,22 +58,27 @@ def test_point_values_are_scikit_learns(seed, n, ties):
 def test_bootstrap_equals_scikit_learn_with_multiplicities_as_weights(seed, n, ties):
     rng = np.random.default_rng(seed)
     truth, score = labels_and_scores(rng, n, ties)
-    times = metrics.patient_resamples(rng.integers(0, max(n // 3, 1), n), 2 * metrics.CHUNK + 1, 5)
-    resampled = metrics.bootstrap(truth, score, times)
+    draws = metrics.patient_resamples(rng.integers(0, max(n // 3, 1), n), 2 * metrics.CHUNK + 1, 5)
+    films = rng.random(n) < 0.8
+    resampled = metrics.bootstrap(truth, score, draws, films)
     oracles = (roc_auc_score, average_precision_score)
-    for name, oracle in zip(("auroc", "average_precision"), oracles, strict=True):
-        for value, weight in zip(resampled[name][::9], times[::9], strict=True):
+    for values, oracle in zip(resampled, oracles, strict=True):
+        for value, times in zip(values[::9], draws.times.T[::9], strict=True):
+            weight = times[draws.owner] * films
             if 0 < weight @ truth < weight.sum():
                 assert value == pytest.approx(oracle(truth, score, sample_weight=weight))
             else:
                 assert np.isnan(value)
 
 
-def test_counting_every_film_once_gives_the_point_value():
-    truth, score = labels_and_scores(np.random.default_rng(0), 200, ties=True)
-    once = metrics.bootstrap(truth, score, np.ones((1, 200), dtype=np.uint8))
-    assert once["auroc"][0] == pytest.approx(metrics.auroc(truth, score))
-    assert once["average_precision"][0] == pytest.approx(metrics.average_precision(truth, score))
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_first_column_is_the_value_on_the_films_themselves(ties):
+    truth, score = labels_and_scores(np.random.default_rng(0), 200, ties)
+    draws = metrics.patient_resamples(np.arange(200) // 4, 3, seed=0)
+    area, precision = metrics.bootstrap(truth, score, draws)[:, 0]
+    assert area == pytest.approx(metrics.auroc(truth, score), abs=1e-12)
+    assert precision == pytest.approx(metrics.average_precision(truth, score), abs=1e-12)
+    assert metrics.bootstrap(truth, score, draws, wanted=["auroc"])[0, 0] == area
 
 
 def test_unlabelled_films_are_masked_in_values_and_in_resamples():
@@ -72,11 +86,10 @@ def test_unlabelled_films_are_masked_in_values_and_in_resamples():
     truth, score = labels_and_scores(rng, 120, ties=False)
     known = rng.random(120) < 0.6
     masked = np.where(known, truth, np.nan)
-    times = metrics.patient_resamples(np.arange(120) // 2, 30, seed=0)
+    draws = metrics.patient_resamples(np.arange(120) // 2, 30, seed=0)
     assert metrics.auroc(masked, score) == roc_auc_score(truth[known], score[known])
-    expected = metrics.bootstrap(truth[known], score[known], times[:, known])
-    for name, values in metrics.bootstrap(masked, score, times).items():
-        np.testing.assert_allclose(values, expected[name])
+    expected = metrics.bootstrap(truth, score, draws, films=known)
+    np.testing.assert_array_equal(metrics.bootstrap(masked, score, draws), expected)
 
 
 @pytest.mark.parametrize("truth", [[0, 0, 0], [1, 1, 1], [np.nan] * 3, [1, np.nan, np.nan]])
@@ -86,8 +99,8 @@ def test_undefined_is_nan_and_has_no_curve(truth):
     assert np.isnan(metrics.average_precision(truth, score))
     assert all(len(axis) == 0 for axis in metrics.roc_points(truth, score))
     assert all(len(axis) == 0 for axis in metrics.pr_points(truth, score))
-    resampled = metrics.bootstrap(truth, score, np.ones((4, 3), dtype=np.uint8))
-    assert all(np.isnan(values).all() and len(values) == 4 for values in resampled.values())
+    resampled = metrics.bootstrap(truth, score, metrics.patient_resamples(np.arange(3), 4, 0))
+    assert resampled.shape == (2, 5) and np.isnan(resampled).all()
 
 
 @pytest.mark.parametrize(
@@ -108,41 +121,38 @@ def test_curves_enclose_the_areas():
     assert area == pytest.approx(metrics.average_precision(truth, score))
 
 
-def test_resamples_draw_whole_patients():
+def test_resamples_draw_whole_patients_as_many_as_there_are():
     patients = np.repeat(np.array(["a", "b", "c", "d"]), [1, 5, 2, 7])
-    times = metrics.patient_resamples(patients, repeats=400, seed=3)
-    assert times.shape == (400, 15)
-    for name in "abcd":
-        assert (np.ptp(times[:, patients == name], axis=1) == 0).all()
-    drawn = times[:, [0, 1, 6, 8]].astype(int)
-    assert (drawn.sum(axis=1) == 4).all()
-    np.testing.assert_allclose(drawn.mean(axis=0), 1, atol=0.15)
+    owner, times = metrics.patient_resamples(patients, repeats=400, seed=3)
+    assert times.shape == (4, 401) and (np.array(list("abcd"))[owner] == patients).all()
+    assert (times[:, 0] == 1).all() and (times.sum(axis=0) == 4).all()
+    np.testing.assert_allclose(times.mean(axis=1), 1, atol=0.15)
 
 
 def test_resamples_depend_on_the_seed_alone():
     patients = np.arange(30) // 3
-    first = metrics.patient_resamples(patients, 20, seed=7)
-    np.testing.assert_array_equal(first, metrics.patient_resamples(patients, 20, seed=7))
-    assert (first != metrics.patient_resamples(patients, 20, seed=8)).any()
+    first = metrics.patient_resamples(patients, 20, seed=7).times
+    np.testing.assert_array_equal(first, metrics.patient_resamples(patients, 20, seed=7).times)
+    assert (first != metrics.patient_resamples(patients, 20, seed=8).times).any()
 
 
 def test_an_empty_test_set_is_refused():
     with pytest.raises(ValueError, match="no film"):
-        metrics.evaluate(np.empty((0, 14)), np.empty((0, 14)), np.empty(0), seed=0)
+        metrics.patient_resamples(np.empty(0), repeats=5, seed=0)
 
 
 def test_evaluate_has_a_row_for_every_finding_even_undefined_ones():
     truth, score, patients = ward(np.random.default_rng(4))
     truth[:, 13] = 0
     truth[:40, 0] = np.nan
-    table = metrics.evaluate(truth, score, patients, seed=0, repeats=100)
+    table = table_of(truth, score, patients, 100)
     assert ",".join(table.columns) == "finding,metric,value,ci_low,ci_high,n,positives"
     auroc = table[table.metric == "auroc"].set_index("finding")
     assert list(auroc.index) == [*FINDINGS, "mean"]
     assert auroc.loc["Hernia", ["value", "ci_low", "ci_high"]].isna().all()
     assert auroc.loc["Hernia", ["n", "positives"]].tolist() == [len(truth), 0]
     assert auroc.loc["Atelectasis", "n"] == len(truth) - 40
-    assert auroc.loc["Effusion", "value"] == roc_auc_score(truth[:, 2], score[:, 2])
+    assert auroc.loc["Effusion", "value"] == pytest.approx(metrics.auroc(truth[:, 2], score[:, 2]))
     defined = auroc[auroc.value.notna()]
     assert (defined.ci_low <= defined.value).all() and (defined.value <= defined.ci_high).all()
 
@@ -153,7 +163,7 @@ def test_mean_is_taken_over_the_evaluable_findings():
     few = np.flatnonzero(np.diff(patients, prepend=-1))[:9]
     truth[:, 12] = np.isin(np.arange(len(truth)), few)
     assert metrics.evaluable_findings(truth, patients) == list(FINDINGS[:12])
-    table = metrics.evaluate(truth, score, patients, seed=0, repeats=50)
+    table = table_of(truth, score, patients, 50)
     for _, rows in table.groupby("metric"):
         rows = rows.set_index("finding")
         assert rows.value["mean"] == pytest.approx(rows.value[list(FINDINGS[:12])].mean())
@@ -173,7 +183,7 @@ def test_a_tiny_test_set_falls_back_to_what_is_defined():
     truth[0, 3], truth[:2, 5], truth[:, 7] = 1, 1, 1
     assert metrics.evaluable_findings(truth, np.arange(6)) == ["Infiltration", "Nodule"]
     assert metrics.evaluable_findings(np.zeros((6, 14)), np.arange(6)) == []
-    table = metrics.evaluate(np.zeros((6, 14)), np.zeros((6, 14)), np.arange(6), 0, repeats=5)
+    table = table_of(np.zeros((6, 14)), np.zeros((6, 14)), np.arange(6), 5)
     assert table.value.isna().all() and len(table) == 30
 
 
@@ -183,21 +193,79 @@ def test_an_interval_of_a_minority_of_resamples_is_not_given():
     assert metrics.interval(values[40:]) == pytest.approx((0.025, 0.975))
 
 
+def test_groups_are_compared_over_the_findings_that_all_of_them_have():
+    truth, patients = np.zeros((80, 14)), np.arange(80)
+    left, right = patients < 40, patients >= 40
+    truth[5:20, :2] = truth[50:65, 1:3] = 1
+    assert metrics.evaluable_findings(truth, patients) == [*FINDINGS[:3]]
+    assert metrics.evaluable_findings(truth, patients, [left, right]) == [FINDINGS[1]]
+    nobody = np.zeros(80, dtype=bool)
+    assert metrics.evaluable_findings(truth, patients, [left, right, nobody]) == [FINDINGS[1]]
+    assert metrics.evaluable_findings(truth, patients, [nobody]) == []
+
+
+def test_holm_is_the_step_down_of_the_paper():
+    p = np.array([0.01, 0.04, np.nan, 0.03, 0.005])
+    np.testing.assert_allclose(metrics.holm(p), [0.03, 0.06, np.nan, 0.06, 0.02])
+    assert np.isnan(metrics.holm(np.full(3, np.nan))).all()
+
+
+@given(p=st.lists(st.floats(0.001, 1), min_size=1, max_size=14))
+def test_holm_never_lowers_a_p_and_keeps_their_order(p):
+    adjusted = metrics.holm(np.array(p))
+    assert (adjusted >= p).all() and (adjusted <= 1).all()
+    assert (np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0).all()
+
+
+def test_p_is_small_only_where_resamples_lie_on_one_side_of_zero():
+    rng = np.random.default_rng(0)
+    assert metrics.bootstrap_p(rng.normal(0, 1, 999)) > 0.5
+    assert metrics.bootstrap_p(rng.normal(9, 1, 999)) == pytest.approx(0.002)
+    assert metrics.bootstrap_p(np.zeros(99)) == 1
+    assert np.isnan(metrics.bootstrap_p(np.full(9, np.nan)))
+
+
+def differences(values, seeds):
+    """The rows of a difference whose resamples lie around `values` (14,), in so many seeds."""
+    noise = 0.01 * np.random.default_rng(1).normal(size=(14, 1001))
+    noise[:, 0] = 0
+    draws = metrics.with_mean(np.asarray(values)[:, None] + noise, FINDINGS)[None]
+    by_seed = np.array(seeds)[:, None, None] + draws[None, ..., 0]
+    table = metrics.tabulate_differences(draws, by_seed, ["auroc"])
+    return table.set_index("finding")
+
+
+def test_a_difference_is_shown_only_with_its_interval_every_seed_and_holm():
+    clear = differences([0.1] * 14, seeds=[0.0, 0.01, -0.01])
+    assert (clear["verdict"] == "shown").all() and (clear["seeds_agree"] == 3).all()
+    one_seed_disagrees = differences([0.1] * 14, seeds=[0.1, 0.05, -0.15])
+    assert (one_seed_disagrees["ci_low"] > 0).all()
+    assert (one_seed_disagrees["verdict"] == "no difference shown").all()
+    assert one_seed_disagrees["seed_low"]["mean"] == pytest.approx(-0.05)
+    # An interval just beside 0: shown alone, not among 14.
+    barely = differences([0.0225] + [0.0] * 13, seeds=[0.0]).iloc[0]
+    assert barely["ci_low"] > 0 and barely["p"] < 0.05 < barely["p_holm"]
+    assert barely["verdict"] == "no difference shown"
+    undefined = differences([np.nan] + [0.1] * 13, seeds=[0.0])
+    assert undefined["verdict"].iloc[0] == "not defined" == undefined["verdict"]["mean"]
+
+
 def coverage(runs, level="patient", repeats=200):
     """Share of 14 x `runs` intervals that hold the true AUROC of 0.75, and their mean width."""
     inside, widths = [], []
     for run in range(runs):
         truth, score, owner = ward(np.random.default_rng([9, run]))
         unit = owner if level == "patient" else np.arange(len(owner))
-        times = metrics.patient_resamples(unit, repeats, seed=run)
+        draws = metrics.patient_resamples(unit, repeats, seed=run)
         for column in zip(truth.T, score.T, strict=True):
-            low, high = metrics.interval(metrics.bootstrap(*column, times)["auroc"])
+            low, high = metrics.interval(metrics.bootstrap(*column, draws, None, ["auroc"])[0, 1:])
             inside.append(low <= 0.75 <= high)
             widths.append(high - low)
     return np.mean(inside), np.mean(widths)
 
 
 def test_patient_intervals_cover_and_image_intervals_are_too_narrow():
+    """36 test sets of 14 findings each: 504 repetitions."""
     by_patient, width = coverage(36)
     by_image, narrow = coverage(36, level="image")
     assert 0.92 <= by_patient <= 0.98
@@ -209,7 +277,7 @@ def test_bootstrap_of_a_full_size_test_set_stays_within_its_budget():
     rng = np.random.default_rng(6)
     patients = rng.integers(0, 2797, 25_596)
     truth, score = labels_and_scores(rng, 25_596, ties=False, prevalence=0.18)
-    start = time.perf_counter()
+    start = time.process_time()
     metrics.bootstrap(truth, score, metrics.patient_resamples(patients, 100, seed=0))
-    seconds_for_all = (time.perf_counter() - start) * 10 * 14
+    seconds_for_all = (time.process_time() - start) * 10 * 14
     assert seconds_for_all < 60, "1,000 resamples of 14 findings"

@@ -12,7 +12,7 @@ from tiny import tiny_settings
 from fedutils import pipeline
 from fedutils.__main__ import main
 from fedutils.client import masked_loss
-from fedutils.evaluation import evaluate_models, predict_films, read_films, tabulate
+from fedutils.evaluation import evaluate_models, over_seeds, predict_films, read_films, tabulate
 from fedutils.federation import Training
 from fedutils.findings import FINDINGS, InputError, format_labels, no_finding
 from fedutils.images import decode_films, example_films, read_index, write_index
@@ -91,14 +91,14 @@ def test_own_films_are_read_decoded_split_trained_and_evaluated_with_masks(tmp_p
     assert history["status"].eq("ok").all() and history["round"].max() == 2
     rows = history[history["client"] == ""]
     assert np.isfinite(rows[["train_loss", "val_loss", "val_auroc"]]).all(axis=None)
-    metrics = evaluate_models(predict_films(settings, films, "test"), films, 0)
-    auroc = metrics[metrics["metric"] == "auroc"].set_index("finding")
+    metrics = evaluate_models(predict_films(settings, films, "test"), films, 0).metrics
+    auroc = over_seeds(metrics).query("metric == 'auroc'").set_index("finding")
     test = index[index["split"] == "test"]
     assert auroc.loc[KNOWN, "n"].tolist() == test[KNOWN].notna().sum().tolist()
     assert auroc.loc[KNOWN, "positives"].tolist() == test[KNOWN].sum().tolist()
     assert auroc.loc[OTHERS, "value"].isna().all() and (auroc.loc[OTHERS, "n"] == 0).all()
     assert auroc.loc["mean", "positives"] == 6 and auroc.loc["mean", "value"] > 0
-    assert set(tabulate(metrics).loc[OTHERS, "auroc"]) == {"not labelled"}
+    assert set(tabulate(metrics).loc[OTHERS, "AUROC, federated"]) == {"not labelled"}
 
 
 def test_an_unknown_label_moves_neither_loss_nor_gradient():

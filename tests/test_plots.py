@@ -42,15 +42,51 @@ def history(arms, seeds=1, rounds=5, clients=3):
     return pd.DataFrame(rows, columns=columns)
 
 
-def metrics_table(arms, clients=("",)):
+def metrics_table(arms, clients=("",), test_sets=("all",)):
     """Rows of metrics.csv for every finding and the mean, Hernia undefined."""
     rows = []
-    for arm, client, finding in itertools.product(arms, clients, ("mean", *FINDINGS)):
-        lost = finding == "Hernia"
+    for arm, client, name, finding in itertools.product(
+        arms, clients, test_sets, ("mean", *FINDINGS)
+    ):
+        lost, few = finding == "Hernia", name == "sex=F"
         ci = [np.nan] * 3 if lost else [0.7, 0.65, 0.75]
-        rows.append([arm, "", client, "all", finding, "auroc", *ci, 100, 0 if lost else 13])
+        rows.append(
+            [arm, "", client, name, finding, "auroc", *ci, 100, 0 if lost else 13 - 12 * few]
+        )
     columns = "arm,seed,client,test_set,finding,metric,value,ci_low,ci_high,n,positives"
     return pd.DataFrame(rows, columns=columns.split(","))
+
+
+EVERYWHERE = ("all", "h0", "h1", "sex=F", "sex=M", "view=AP", "one film a patient")
+
+
+def three_arms():
+    """Rows of metrics.csv for all arms, two local models, on every kind of test set."""
+    local = metrics_table(["local"], ["", "h0", "h1"], EVERYWHERE)
+    both = metrics_table(["federated", "centralised"], test_sets=EVERYWHERE)
+    return pd.concat([both, local], ignore_index=True)
+
+
+def difference_table(seconds):
+    """Rows of differences.csv: Mass is shown, Hernia undefined, no other difference shown."""
+    rows = []
+    for second, finding in itertools.product(seconds, ("mean", *FINDINGS)):
+        values = [0.03, 0.01, 0.05] if finding == "Mass" else [0.0, -0.02, 0.02]
+        values = [np.nan] * 3 if finding == "Hernia" else values
+        verdict = "shown" if finding == "Mass" else "no difference shown"
+        rows.append(["federated", second, "all", finding, "auroc", *values, -0.01, 0.04, verdict])
+    columns = "first,second,test_set,finding,metric,value,ci_low,ci_high,seed_low,seed_high,verdict"
+    return pd.DataFrame(rows, columns=columns.split(","))
+
+
+def cost_table(arms, rounds=3):
+    """What each arm had spent at each round; only federated sends anything."""
+    rows = [
+        [arm, 0, r, 100 * r, 0.5 * r * (arm == "federated"), 0.7 - 0.1 / r]
+        for arm, r in itertools.product(arms, range(1, rounds + 1))
+    ]
+    columns = ["arm", "seed", "round", "films_seen", "gigabytes", "val_auroc"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def pointing_table(arms, findings):
@@ -119,6 +155,12 @@ def every_figure(films=30, clients=3, rounds=5):
         "roc_curves": plots.roc_curves(truth, truth * 0.5, "phantom"),
         "pr_curves": plots.pr_curves(truth, truth * 0.5, "phantom"),
         "auroc_forest": plots.auroc_forest(metrics_table(["federated"]), title="phantom"),
+        "subgroup_forest": plots.subgroup_forest(three_arms(), "phantom"),
+        "subgroup_heatmap": plots.subgroup_heatmap(three_arms(), "phantom"),
+        "client_matrix": plots.client_matrix(three_arms(), "phantom"),
+        "difference_forest": plots.difference_forest(difference_table(["centralised"]), "phantom"),
+        "cost_curves": plots.cost_curves(cost_table(["federated"], rounds), "phantom"),
+        "run_forest": plots.run_forest(three_arms().assign(run="iid"), "phantom"),
         "reliability_diagram": plots.reliability_diagram(truth, truth * 0.5, 1.2, "phantom"),
         "pointing": plots.pointing(pointing_table(["federated"], FINDINGS[:clients]), "phantom"),
         "gallery": plots.gallery(gallery_panels(FINDINGS[:clients]), "phantom"),
@@ -275,14 +317,74 @@ def test_forest_labels_stay_apart(arms):
     assert any("Wang 2017" in text for text in texts(figure))
 
 
-def test_forest_shows_local_models_by_client_and_prefers_the_mean_over_seeds():
+def test_forest_shows_local_models_as_circles_and_prefers_the_mean_over_seeds():
     table = metrics_table(["federated"])
-    seed = table.assign(seed=0, value=0.1)
-    local = metrics_table(["local"], clients=["h0", "h1"])
-    said = texts(plots.auroc_forest(pd.concat([table, seed, local], ignore_index=True)))
-    assert "federated 0.700 [0.650, 0.750]" in said
-    assert "local 0.700 to 0.700 by client" in said
-    assert "federated 0.100 [0.650, 0.750]" in texts(plots.auroc_forest(pd.concat([seed, local])))
+    seed = table.assign(seed="0", value=0.1)
+    local = metrics_table(["local"], clients=["", "h0", "h1"])
+    figure = plots.auroc_forest(pd.concat([table, seed, local], ignore_index=True))
+    assert {"federated 0.700 [0.650, 0.750]", "mean local 0.700 [0.650, 0.750]"} <= set(
+        texts(figure)
+    )
+    circles = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none"]
+    assert max(len(line.get_xdata()) for line in circles) == 2 * 15
+    alone = pd.concat([seed, local], ignore_index=True)
+    assert "federated 0.100 [0.650, 0.750]" in texts(plots.auroc_forest(alone))
+
+
+def test_subgroups_with_few_positives_are_grey():
+    figure = plots.subgroup_forest(three_arms(), "phantom")
+    colours = {text.get_position()[1] // 1: text.get_color() for text in figure.axes[0].texts}
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == [f"{n} (100 films)" for n in EVERYWHERE if not n.startswith("h")]
+    grey = names.index("sex=F (100 films)")
+    assert colours[grey] == plots.GREY and plots.GREY not in {*colours.values()} - {colours[grey]}
+    cells = plots.subgroup_heatmap(three_arms()).axes[0].collections[0].get_array()
+    assert np.ma.getmaskarray(cells).all()  # 13 positives, under 30
+
+
+def test_heat_map_of_subgroups_shows_cells_with_enough_positives():
+    figure = plots.subgroup_heatmap(three_arms().assign(positives=30))
+    cells = figure.axes[0].collections[0].get_array().reshape(5, 14)
+    assert cells.mask[:, 13].all() and not cells.mask[:, :13].any()
+    assert (cells[:, :13] == 0.7).all()
+
+
+def test_matrix_has_a_row_a_model_and_frames_local_models_at_home():
+    figure = plots.client_matrix(three_arms(), "phantom")
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert rows == ["federated", "centralised", "mean local model", "local h0", "local h1"]
+    frames = [patch.get_xy() for patch in figure.axes[0].patches]
+    assert frames == [(0, 3), (1, 4)]
+    assert texts(figure).count("0.700 [0.650, 0.750]") == 10
+
+
+@pytest.mark.parametrize("locals_", [0, 1, 8])
+def test_differences_are_filled_only_where_shown_and_labels_stay_apart(locals_):
+    seconds = ["centralised", "mean local model", *(f"local client-{k}" for k in range(locals_))]
+    figure = plots.difference_forest(difference_table(seconds), "phantom")
+    points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
+    filled = [line for line in points if line.get_markerfacecolor() != "white"]
+    assert len(filled) == 2 and all(line.get_xdata()[0] == 0.03 for line in filled)
+    assert texts(figure).count("not defined") == 2
+    assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
+
+
+def test_an_arm_that_sends_nothing_is_a_line_in_the_left_panel():
+    figure = plots.cost_curves(cost_table(["federated", "centralised", "local"]), "phantom")
+    left, right = figure.axes
+    assert [line.get_linestyle() for line in left.lines] == ["-", ":", ":"]
+    assert [line.get_linestyle() for line in right.lines] == ["-", "-", "-"]
+    assert "centralised sends nothing" in texts(figure) and "mean local" in texts(figure)
+    for ax in figure.axes:
+        assert_apart(ax.texts, figure)
+
+
+def test_runs_stand_below_each_other():
+    table = pd.concat([three_arms().query("client == '' and test_set == 'all'").assign(run=r)
+                       for r in ("iid", "scanner")])  # fmt: skip
+    figure = plots.run_forest(table)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["iid", "scanner"]
+    assert texts(figure).count("mean local 0.700 [0.650, 0.750]") == 2
 
 
 def test_reliability_shows_what_was_observed_before_and_after_scaling():

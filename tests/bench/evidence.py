@@ -17,7 +17,7 @@ import pandas as pd
 from fedutils import write_phantom
 from fedutils.evaluation import read_table
 from fedutils.federation import best_rounds, read_history
-from fedutils.metrics import ALL, MEAN
+from fedutils.metrics import ALL_FILMS, MEAN
 from fedutils.pipeline import run, sweep
 from fedutils.settings import ARMS, Settings, find_root
 
@@ -27,12 +27,12 @@ RATES = ["0.0003", "0.001", "0.003"]
 FIGURES = ("auroc", "differences", "hospitals", "compare")
 
 
-def train_trunk(work: Path, common: dict[str, str]) -> str:
+def train_trunk(work: Path) -> str:
     """Train all layers on public phantom films; return the file of weights."""
     data = write_phantom(work / "public", seed=1)
     values = {"data_dir": str(data), "work_dir": str(work / "trunk"), "name": "trunk"}
-    values |= {"arms": "centralised", "rounds": "8"}
-    return str(run(common | values, only="02,03").run / "models/centralised-s0.safetensors")
+    values |= {"profile": "demo", "arms": "centralised", "rounds": "8"}
+    return str(run(values, only="02,03").run / "models/centralised-s0.safetensors")
 
 
 def choose_rates(values: dict[str, str]) -> dict[str, str]:
@@ -61,7 +61,7 @@ def report(title: str, runs: list[Settings]) -> str:
         metrics, differences = (read_table(folder / f"{n}.csv") for n in ("metrics", "differences"))
         means = metrics[metrics["seed"] == ""]
         for table, value in ((means, "{:.3f}"), (differences, "{:+.3f}")):
-            whole = (table["test_set"] == ALL) & (table["finding"] == MEAN)
+            whole = (table["test_set"] == ALL_FILMS) & (table["finding"] == MEAN)
             for row in table[whole & (table["metric"] == "auroc")].itertuples():
                 compared = getattr(row, "first", None)
                 compared = f"{compared} − {row.second}" if compared else f"{row.arm} {row.client}"
@@ -96,7 +96,7 @@ def main() -> None:
     common = {"profile": "demo", "precision": options.precision}
     parts = []
     if options.only != "nih64":
-        tuned = {"weights": train_trunk(root, common), "tracked": "layer4,fc", "rounds": "10"}
+        tuned = {"weights": train_trunk(root), "tracked": "layer4,fc", "rounds": "10"}
         tuned |= {"cache_features": "true", "augment": "false"}
         parts.append(evidence("phantom", "Phantom, layer4 and fc", common | tuned, root))
     real = os.environ.get("NIH_TEST_DATA")
