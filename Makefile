@@ -5,10 +5,10 @@ NEEDS := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench evidence flower flower-test privacy render lint
+.PHONY: help demo test bench bench-fast evidence flower flower-test privacy render lint
 
 help:  ## print this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 19
 
 demo: .venv/.installed  ## run the four notebooks on synthetic films: no GPU, no network
 	@$(VENV) -m fedutils run --profile demo
@@ -16,8 +16,12 @@ demo: .venv/.installed  ## run the four notebooks on synthetic films: no GPU, no
 test: .venv/.installed  ## run the tests
 	@$(VENV) -m pytest -m 'not slow' -n 2 --dist loadfile
 
-bench: .venv/.installed  ## run the longer proofs
+bench: .venv/.bench  ## run the longer proofs, and measure every promised ratio beside its peers
 	@$(VENV) -m pytest -m slow
+	@$(VENV) tests/bench/bench.py
+
+bench-fast: .venv/.bench-fast  ## the fast half of the measurements: under 5 minutes, no Flower
+	@$(VENV) tests/bench/bench.py --fast
 
 evidence: .venv/.installed  ## compare federated, centralised and local training, with intervals
 	@$(VENV) tests/bench/evidence.py
@@ -60,4 +64,8 @@ lint: .venv/.installed  ## check style
 	@$(PYTHON) -m venv .venv
 	@$(VENV) -m pip install -q -r requirements.txt
 	@$(VENV) -m pip install -q -e '.[test]'
+	@touch $@
+
+.venv/.bench .venv/.bench-fast: .venv/.bench%: .venv/.installed
+	@$(VENV) -m pip install -q -e '.[bench$*]'
 	@touch $@

@@ -10,7 +10,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,27 @@ def _unflatten(tensors: State, about: dict[str, Any]) -> Progress:
         part, _, name = key.partition("|")
         parts[part][name] = value
     return Progress(parts["state"], parts["server"], clients, **about)
+
+
+class Writer:
+    """Writes while the next round trains: one thing at a time, in a thread of its own.
+
+    What goes wrong there is raised at the next `wait` or `start`.
+    """
+
+    def __init__(self) -> None:
+        self.pool, self.last = ThreadPoolExecutor(1, "writer"), None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin to write, once what was begun before is written."""
+        self.wait()
+        self.last = self.pool.submit(write)
+
+    def wait(self) -> None:
+        """Return when all is written."""
+        last, self.last = self.last, None
+        if last:
+            last.result()
 
 
 @contextlib.contextmanager

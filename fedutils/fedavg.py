@@ -6,7 +6,7 @@ import torch
 
 from .client import VARIATE
 from .settings import Settings
-from .weights import State
+from .weights import State, add_in_place
 
 CHUNK = 1 << 20  # coordinates that are sorted at a time
 
@@ -22,8 +22,8 @@ class WeightedMean:
         """Add a client's state with its weight."""
         for name, value in state.items():
             if name not in self.sums:
-                self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
-            self.sums[name].add_(value, alpha=weight)  # in float64, without a copy
+                self.sums[name] = torch.zeros(value.shape, dtype=torch.float64)
+            add_in_place(self.sums[name], value, weight)
         self.weight, self.count = self.weight + weight, self.count + 1
 
     def result(self) -> State:

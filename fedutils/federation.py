@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from .batchnorm import PooledBatchNorm, measure_batchnorm
-from .checkpoint import Progress, last_identity, load_progress, run_lock, save_progress
+from .checkpoint import Progress, Writer, last_identity, load_progress, run_lock, save_progress
 from .client import Client, Update, predict
 from .device import find_devices, set_up
 from .features import FeatureStore
@@ -185,7 +185,8 @@ def fit_safely(
     except Exception as error:  # any fault of a client is named in the history
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")
         return Update(client.name, 0, status="failed", reason=reason), kept
-    bad = [name for name, value in update.state.items() if not torch.isfinite(value).all()]
+    extremes = {k: torch.stack(v.aminmax()) for k, v in update.state.items()}  # they pass on NaN
+    bad = [name for name, value in extremes.items() if not torch.isfinite(value).all()]
     limit = client.settings.client_seconds
     withheld = isinstance(client, PrivateClient)
     if bad or not (withheld or math.isfinite(update.train_loss)):
@@ -356,6 +357,7 @@ class Training:
         self, settings: Settings, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
         self.settings, self.run, self.films = settings, settings.run, films
+        self.writer = Writer()
         self.strategy = strategy or STRATEGIES[settings.strategy]
         self.config = open_run(settings, self.strategy, self._fingerprint())
         # Before a model is built, whose calibration depends on the threads in its last bits.
@@ -524,32 +526,30 @@ class Training:
         if now is None:
             local, first = model.local_names(), to_cpu(model.tracked_state())
             now = Progress({k: v for k, v in first.items() if k not in local})
-        while now.round < self.settings.rounds:
-            began = time.monotonic()
-            if began + seconds > deadline:
-                return False
-            if reason := over_budget(job, now, strategy.settings):
-                self._stop(job, now, reason)
-                return True
-            self._one_round(job, now, replicas, strategy)
-            self._save(job, now)
-            seconds = time.monotonic() - began
-            if on_round:
-                on_round(now.rows[-1], self.history())
-        return True
+        local = model.local_names()
+        try:
+            while now.round < self.settings.rounds:
+                began = time.monotonic()
+                if began + seconds > deadline:
+                    return False
+                if reason := over_budget(job, now, strategy.settings):
+                    self._stop(job, now, reason, local)
+                    return True
+                self._one_round(job, now, replicas, strategy)
+                self._write_boundary(job, now, local)
+                seconds = time.monotonic() - began
+                if on_round:
+                    on_round(now.rows[-1], self.history())
+            return True
+        finally:
+            self.writer.wait()
 
-    def _save(self, job: Job, now: Progress) -> None:
-        """Write a round boundary: the checkpoint, the history, and the budgets."""
-        save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
-        self.spent[job.name] = budget(job, now)
-        self._write_history(job, now.rows)
-
-    def _stop(self, job: Job, now: Progress, reason: str) -> None:
+    def _stop(self, job: Job, now: Progress, reason: str, local: set[str]) -> None:
         """End a model before its last round, name the reason in the history, and say so."""
         if not now.rows:
             raise InputError(f"{job.name} {reason}: not even one round is possible")
         now.rows[-1]["reason"] = reason
-        self._save(job, now)
+        self._write_boundary(job, now, local)
         print(f"{job.name} {reason}", flush=True)
 
     def _one_round(self, job: Job, now: Progress, replicas: Replicas, strategy: FedAvg) -> None:
@@ -558,7 +558,8 @@ class Training:
         try:
             rows = run_round(job, now, replicas, strategy)
         except FederationError as error:
-            self._write_history(job, now.rows + error.rows)
+            self.writer.wait()
+            write_atomic(self.run / "history.csv", self._history_with(job, now.rows + error.rows))
             raise
         row = aggregate_row(job, now, rows, replicas)
         row["seconds"] = time.perf_counter() - began
@@ -567,14 +568,33 @@ class Training:
         score = [-math.inf if math.isnan(v) else v for v in (row["val_auroc"], -row["val_loss"])]
         if score > now.best or score[1] == -math.inf:  # without validation films the last is kept
             now.best, now.best_round = score, now.round
-            self._write_models(job, now, replicas.models[0].local_names())
 
-    def _write_history(self, job: Job, rows: list[Row]) -> None:
+    def _write_boundary(self, job: Job, now: Progress, local: set[str]) -> None:
+        """Write a round boundary, and the model if it is the best, while the next round trains."""
+        now = dataclasses.replace(now, clients=dict(now.clients), rows=list(now.rows))
+        history, budgets = self._history_with(job, now.rows), self._budgets_with(job, now)
+
+        def write() -> None:
+            """Write the model, the checkpoint, the history and the budgets, in this order."""
+            if now.best_round == now.round:
+                self._write_models(job, now, local)
+            save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
+            write_atomic(self.run / "history.csv", history)
+            if budgets:
+                write_atomic(self.run / "privacy.csv", budgets)
+
+        self.writer.start(write)
+
+    def _history_with(self, job: Job, rows: list[Row]) -> bytes:
+        """Return the content of `history.csv` with these rows of a job."""
         self.rows[job.name] = rows
-        write_atomic(self.run / "history.csv", self.history().to_csv(index=False).encode())
+        return self.history().to_csv(index=False).encode()
+
+    def _budgets_with(self, job: Job, now: Progress) -> bytes:
+        """Return the content of `privacy.csv` with a job's budgets; nothing without privacy."""
+        self.spent[job.name] = budget(job, now)
         spent = [row for job in self.jobs for row in self.spent.get(job.name, [])]
-        if spent:
-            write_atomic(self.run / "privacy.csv", pd.DataFrame(spent).to_csv(index=False).encode())
+        return pd.DataFrame(spent).to_csv(index=False).encode() if spent else b""
 
     def _write_models(self, job: Job, now: Progress, local: set[str]) -> None:
         """Write the tracked state, and each client's own BatchNorm beside it where it is local."""

@@ -145,4 +145,5 @@ def calibrate_batchnorm(model: ChestResNet, batches: Iterable[Tensor], layers: s
 
 def to_cpu(state: State) -> State:
     """Copy a state to the CPU, contiguous."""
-    return {k: v.detach().to("cpu", copy=True).contiguous() for k, v in state.items()}
+    plain = torch.contiguous_format  # at once: a copy of channels last, then another, takes twice
+    return {k: v.detach().to("cpu", copy=True, memory_format=plain) for k, v in state.items()}

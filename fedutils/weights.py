@@ -27,6 +27,16 @@ def state_hash(state: State) -> str:
     return digest.hexdigest()
 
 
+def add_in_place(total: Tensor, value: Tensor, weight: float) -> None:
+    """Add a weighted float32 tensor to a contiguous float64 one of its shape.
+
+    In chunks: torch first copies what it adds to float64, and a small copy stays in the cache.
+    """
+    parts = total.view(-1).split(1 << 17), value.reshape(-1).split(1 << 17)
+    for sums, values in zip(*parts, strict=True):
+        sums.add_(values.double(), alpha=weight)
+
+
 def load_weights(weights: str) -> State:
     """Return a state dict from a path, an attached file or torchvision's download."""
     path, url = find_weights(weights), ResNet34_Weights.IMAGENET1K_V1.url

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
-from fedutils.checkpoint import Progress, load_progress, run_lock, save_progress, state_hash
+from fedutils.checkpoint import Progress, Writer, load_progress, run_lock, save_progress
 from fedutils.findings import InputError
+from fedutils.weights import state_hash
 
 
 def progress(round):
@@ -116,3 +118,25 @@ def test_a_run_has_one_writer_and_a_dead_ones_lock_is_taken_over(tmp_path):
     child.communicate()
     with run_lock(tmp_path):
         assert (tmp_path / "run.lock").read_text() != str(child.pid)
+
+
+def test_writes_happen_one_after_the_other_beside_the_work():
+    writer, done, go = Writer(), [], threading.Event()
+    writer.start(lambda: (go.wait(10), done.append(1)))
+    assert not done  # the caller goes on while the first is still being written
+    go.set()
+    writer.start(lambda: done.append(2))
+    writer.wait()
+    assert done == [1, 2]
+
+
+def test_what_goes_wrong_while_writing_is_raised_at_the_next_boundary():
+    writer = Writer()
+
+    def full():
+        raise OSError("no space left")
+
+    writer.start(full)
+    with pytest.raises(OSError, match="no space"):
+        writer.start(lambda: None)
+    writer.wait()  # said once

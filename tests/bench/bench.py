@@ -1,0 +1,482 @@
+"""Every promised ratio, measured here and now, in one table: `python tests/bench/bench.py [--fast]`.
+
+Each arm runs in a process of its own, so that start-up and memory are honest, and arms take turns,
+the first one alternating, so that a slow minute of the machine meets all of them. A row is the
+median of paired ratios with its order-statistic interval (95 % from six pairs on; with fewer the
+range). What a shared machine makes noisy is repeated: where a median misses its target, as many
+pairs again are measured, at most twice (in the fast half once), and the median over ALL of them decides; no pair is ever
+left out. A row without a target is only reported. What cannot run here (a peer that is not
+installed, no bf16, no real films) is skipped with the reason and counts as neither met nor missed.
+
+Writes `work/bench.json`; exit status 1 when a target is missed.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import operator
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from scipy.stats import binom
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+LIMIT = 3600  # seconds an arm may take
+TIMES_LONGER = 3  # as many pairs at most, where a target is missed
+COMPARE = {"<=": operator.le, "<": operator.lt, ">=": operator.ge}
+Rows = dict[str, list[float]]  # the values of some rows, one a pair
+
+
+class Skip(Exception):
+    """This cannot be measured here, for the reason given."""
+
+
+class ArmFailed(Exception):
+    """A process that was to be measured failed; its output was printed."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the table; `met` is None where there is no target or nothing was measured."""
+
+    name: str
+    measured: float | None
+    target: str | None
+    met: bool | None
+    interval: tuple[float, float] | None = None
+    pairs: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark: `once(work, fast, turn)` measures one pair (or several) of all its rows.
+
+    `targets` holds a row's name and its target such as "<= 1.03", or None. `calls` is how often
+    `once` is called, in full and in the fast half; 0 leaves the benchmark out.
+    """
+
+    once: Callable[[Path, bool, int], Rows]
+    targets: dict[str, str | None]
+    calls: int
+    fast_calls: int
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Return the order statistics that enclose the median with 95 % confidence, or the range."""
+    ordered, count = sorted(values), len(values)
+    rank = max(1, int(binom.ppf(0.025, count, 0.5)))
+    return ordered[rank - 1], ordered[count - rank]
+
+
+def meets(value: float, target: str) -> bool:
+    """Tell whether a value keeps a target such as "<= 1.03"."""
+    sign, bound = target.split()
+    return COMPARE[sign](value, float(bound))
+
+
+def judge(name: str, values: list[float], target: str | None) -> Result:
+    """Make a row from its paired values."""
+    middle = statistics.median(values)
+    met = meets(middle, target) if target else None
+    return Result(name, middle, target, met, median_interval(values), len(values))
+
+
+def measure(bench: Bench, work: Path, fast: bool) -> list[Result]:
+    """Run one benchmark, longer where a target is missed; return its rows, or one a skipped row."""
+    calls, seen = bench.fast_calls if fast else bench.calls, {}
+    for turn in range(calls * (2 if fast else TIMES_LONGER)):
+        try:
+            rows = bench.once(work, fast, turn)
+        except Skip as why:
+            return [
+                Result(n, None, t, None, note=f"skipped: {why}") for n, t in bench.targets.items()
+            ]
+        except ArmFailed as why:
+            return [Result(n, None, t, False, note=str(why)) for n, t in bench.targets.items()]
+        for name, values in rows.items():
+            seen.setdefault(name, []).extend(values)
+        results = [judge(n, v, bench.targets.get(n)) for n, v in seen.items()]
+        if (turn + 1) % calls == 0 and all(result.met is not False for result in results):
+            break
+    return results
+
+
+def run(script: str, env: dict[str, str] | None = None, **arguments: Any) -> dict[str, Any]:
+    """Run an arm in a process of its own; add its wall time and the peak memory of all it started.
+
+    Raises ArmFailed, after printing what it said, where it fails or takes longer than LIMIT.
+    """
+    command = [sys.executable, str(HERE / script), json.dumps(arguments)]
+    began, peak = time.perf_counter(), [0.0]
+    with tempfile.TemporaryFile("w+") as output:
+        streams = {"stdout": output, "stderr": subprocess.STDOUT, "env": os.environ | (env or {})}
+        arm = psutil.Popen(command, **streams)
+        threading.Thread(target=follow_memory, args=(arm, peak), daemon=True).start()
+        status = wait_for(arm)
+        took = time.perf_counter() - began
+        output.seek(0)
+        lines = output.read().splitlines()
+    measured = [text for text in lines if text.startswith('{"')]
+    if status or not measured:
+        print(*lines[-30:], sep="\n", flush=True)
+        raise ArmFailed(f"{script} failed with status {status}")
+    return json.loads(measured[-1]) | {"total": took, "megabytes": peak[0]}
+
+
+def wait_for(arm: psutil.Popen) -> int:
+    """Wait for an arm; end it, and all that it started, where it takes too long."""
+    try:
+        return arm.wait(LIMIT)
+    except (psutil.TimeoutExpired, subprocess.TimeoutExpired):
+        for part in [*arm.children(recursive=True), arm]:
+            part.kill()
+        return arm.wait()
+
+
+def follow_memory(arm: psutil.Popen, peak: list[float]) -> None:
+    """Note the peak of the memory, in MB, of a process and its children, shared pages once."""
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ends while it is looked at
+        while arm.is_running():
+            parts = [arm, *arm.children(recursive=True)]
+            peak[0] = max(peak[0], sum(memory(part) for part in parts))
+            time.sleep(1)
+
+
+def memory(process: psutil.Process) -> float:
+    """Return the proportional memory of a process in MB, 0 where it has just ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.memory_full_info().pss / 2**20
+    return 0.0
+
+
+def in_turn(arms: dict[str, Callable[[], Any]], turn: int) -> dict[str, Any]:
+    """Run arms one after the other, every other turn in the opposite order."""
+    names = list(arms) if turn % 2 == 0 else list(arms)[::-1]
+    return {name: arms[name]() for name in names}
+
+
+def films_folder(work: Path) -> tuple[str, str]:
+    """Return a folder with 1024-pixel films and what they are: real ones where they are at hand."""
+    given = os.environ.get("NIH_TEST_DATA", "")
+    if given and (Path(given) / "nih_sample").is_dir():
+        return str(Path(given).resolve() / "nih_sample"), "real films"
+    from fedutils import write_phantom
+
+    return str(write_phantom(work / "phantom-1024", 40, 1024)), "phantom films"
+
+
+def has_bf16() -> bool:
+    """Tell whether the CPU multiplies bfloat16 itself."""
+    about = Path("/proc/cpuinfo")
+    return about.is_file() and "bf16" in about.read_text()
+
+
+def prepared(work: Path) -> str:
+    """Return the folder with the films of the comparison, written and decoded once."""
+    folder = work / "comparison"
+    if not (folder / "prepared" / "index.csv").is_file():
+        code = f"import workload; workload.prepare(workload.Path({str(folder)!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
+    return str(folder)
+
+
+# ---------------------------------------------------------------------------- the benchmarks
+
+
+def decoding(work: Path, fast: bool, turn: int) -> Rows:
+    """Decode once: films/s of notebook 02 against Pillow alone in a process a core."""
+    folder, _ = films_folder(work)
+    seen = run("decoding.py", work=str(work), data=folder, films=80 if fast else 320, pairs=3)
+    ratios = [ours / floor for ours, floor in zip(seen["ours"], seen["floor"], strict=True)]
+    return {DECODE: ratios, f"{DECODE}: films/s": seen["ours"]}
+
+
+def reading(work: Path, fast: bool, turn: int) -> Rows:
+    """Read a batch from the store, in shares of the training step."""
+    return {READ: run("reading.py", work=prepared(work), steps=20)["shares"]}
+
+
+def overhead(work: Path, fast: bool, turn: int) -> Rows:
+    """Federation against the bare loop, nine pairs in one process."""
+    seen = run("overhead.py", work=prepared(work), pairs=9)
+    rows = {BARE: [f / b for f, b in zip(seen["federated"], seen["bare"], strict=True)]}
+    share = seen["share"]
+    rows[STALL] = [share.get("waiting for the checkpoint", 0.0)]
+    rows |= {f"share of a round: {label}": [value] for label, value in share.items()}
+    added = [f - b for f, b in zip(seen["federated"], seen["bare"], strict=True)]
+    rows["federation's own time, s a round of 4 clients"] = added
+    return rows | {"start-up before the first round, s": [seen["startup"]]}
+
+
+def compared(
+    work: Path, turn: int, rounds: int, peer: str, bf16: bool
+) -> dict[str, dict[str, Any]]:
+    """Run a peer and our arms on the comparison's films, in turn."""
+    folder = prepared(work)
+    arms = {"peer": lambda: run(peer, work=folder, rounds=rounds)}
+    changes = {"plain": {}, "cached": {"cache_features": True, "feature_dtype": "fp32"}}
+    if bf16:
+        changes["bf16"] = {"cache_features": True, "precision": "bf16"}
+    for name, change in changes.items():
+        arms[name] = lambda change=change: run("ours.py", work=folder, rounds=rounds, **change)
+    return in_turn(arms, turn)
+
+
+def per_round(arm: dict[str, Any]) -> float:
+    """Return the median seconds of a round, the first, which warms up, left out."""
+    return statistics.median(arm["rounds"][1:])
+
+
+def need(package: str, name: str) -> None:
+    """Raise Skip where a peer is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise Skip(f"{name} is not installed: pip install -e '.[bench]'")
+
+
+def against(peer: str, arms: dict[str, dict[str, Any]]) -> Rows:
+    """Make the rows of a comparison with a peer."""
+    other, plain, cached = arms["peer"], arms["plain"], arms["cached"]
+    rows = {
+        f"{peer} / ours with the trunk cached, a round, fp32": [
+            per_round(other) / per_round(cached)
+        ],
+        f"AUROC, ours with the trunk cached less {peer}": [cached["auroc"] - other["auroc"]],
+        f"memory, ours / {peer}": [plain["megabytes"] / other["megabytes"]],
+    }
+    if "bf16" in arms:
+        bf16 = arms["bf16"]
+        rows[f"{peer} / ours with the trunk cached, a round, bf16"] = [
+            per_round(other) / per_round(bf16)
+        ]
+        rows[f"AUROC, ours with the trunk cached, bf16, less {peer}"] = [
+            bf16["auroc"] - other["auroc"]
+        ]
+    return rows
+
+
+def against_pfl(work: Path, fast: bool, turn: int) -> Rows:
+    """Compare with pfl."""
+    need("pfl", "pfl")
+    arms = compared(work, turn, 2 if fast else 5, "peer_pfl.py", has_bf16())
+    same = per_round(arms["plain"]) / per_round(arms["peer"])
+    gain = per_round(arms["plain"]) / per_round(arms["cached"])
+    rows = {"ours / pfl, same arithmetic, a round": [same], CACHE_GAIN: [gain]}
+    names = {"peer": "pfl", "plain": "ours", "cached": "ours, trunk cached, fp32"}
+    names |= {"bf16": "ours, trunk cached, bf16"}
+    for name, arm in arms.items():
+        rows[f"training films/s, validation included: {names[name]}"] = [FILMS / per_round(arm)]
+    return rows | against("pfl", arms)
+
+
+def against_flower(work: Path, fast: bool, turn: int) -> Rows:
+    """Compare with Flower on Ray."""
+    need("ray", "Flower with Ray")
+    arms = compared(work, turn, 3 if fast else 5, "peer_flower.py", has_bf16())
+    whole = arms["peer"]["total"] / arms["plain"]["total"]
+    a_round = per_round(arms["peer"]) / per_round(arms["plain"])
+    rows = {FLOWER_ALL: [whole], "Flower / ours, same arithmetic, a round": [a_round]}
+    return rows | against("Flower", arms)
+
+
+def kept_memory(work: Path, fast: bool, turn: int) -> Rows:
+    """What it is worth that freed memory is not handed back to the kernel."""
+    how: dict[str, Any] = {"work": prepared(work), "rounds": 3}
+    rows = {}
+    for name, change in {"uncached": {}, "cached": {"cache_features": True}}.items():
+        kept, back = (
+            lambda keep=keep, change=change: run("ours.py", keep_memory=keep, **how, **change)
+            for keep in (True, False)
+        )
+        seen = in_turn({"kept": kept, "back": back}, turn)
+        ratio = per_round(seen["back"]) / per_round(seen["kept"])
+        rows[f"freed memory handed back / kept, a round, trunk {name}"] = [ratio]
+    return rows
+
+
+def handwritten(work: Path, fast: bool, turn: int) -> Rows:
+    """From films on disk to the last round: 3 clients, 10 rounds, 6 local epochs, 224 pixels."""
+    folder, kind = films_folder(work)
+    if kind != "real films":
+        raise Skip("NIH_TEST_DATA is not set: no real films")
+    rounds, size, batch, epochs = 10, 224, 16, 6
+    table, weights = work / "handwritten.csv", work / "handwritten.pth"
+    write_handwritten(work, folder, table, weights)
+    common: dict[str, Any] = {"clients": 3, "size": size, "rounds": rounds, "data": folder}
+    common |= {"weights": str(weights), "local_epochs": epochs, "batch_size": batch}
+    common |= {"batchnorm": "average", "cache_features": True}
+
+    def ours(**precision: str) -> dict[str, Any]:
+        """Run our arm in an empty folder."""
+        with tempfile.TemporaryDirectory(dir=work) as empty:
+            return run("from_disk.py", work=empty, **common, **precision)
+
+    how: dict[str, Any] = {"films": str(table), "weights": str(weights), "size": size}
+    how |= {"batch": batch, "epochs": epochs, "rounds": rounds}
+    arms = {"hand": lambda: run("peer_handwritten.py", **how)}
+    arms["fp32"] = lambda: ours(precision="fp32", feature_dtype="fp32")
+    if has_bf16():
+        arms["bf16"] = lambda: ours(precision="bf16")
+    return handwritten_rows(in_turn(arms, turn))
+
+
+def handwritten_rows(seen: dict[str, dict[str, Any]]) -> Rows:
+    """Make the rows: ratios in all, and what each part took."""
+    hand, fp32 = seen["hand"], seen["fp32"]
+    rows = {HAND: [hand["total"] / fp32["total"]]}
+    if "bf16" in seen:
+        rows[HAND_BF16] = [hand["total"] / seen["bf16"]["total"]]
+    rows["hand-written loop in all, s"] = [hand["total"]]
+    rows["hand-written loop: share of decoding"] = [hand["decoding"] / sum(hand["rounds"])]
+    for name, arm in [(n, arm) for n, arm in seen.items() if n != "hand"]:
+        rows[f"ours in all, {name}, s"] = [arm["total"]]
+        rows[f"ours, {name}: decoding once, s"] = [arm["decoding"]]
+        rows[f"ours, {name}: model, trunk once and first round, s"] = [arm["rounds"][0]]
+        rows[f"ours, {name}: a later round, s"] = [per_round(arm)]
+    return rows
+
+
+def write_handwritten(work: Path, folder: str, table: Path, weights: Path) -> None:
+    """Write what both arms read: which films each client trains on, and the first weights."""
+    if table.is_file():
+        return
+    import torch
+
+    import fedutils
+
+    data = fedutils.open_data(folder, work)
+    films = data.table.assign(split=fedutils.split_patients(data.table, 0))
+    placed = fedutils.partition_patients(films, "iid", 3, 0.5, 0).set_index("patient_id")["client"]
+    films = films.assign(client=films["patient_id"].map(placed))
+    films["path"] = [str(data.folder / path) for path in films["path"]]
+    torch.save(fedutils.build_resnet34("none", "layer4,fc").state_dict(), weights)
+    films[films["split"] == "train"].to_csv(table, index=False)
+
+
+def scale(work: Path, fast: bool, turn: int) -> Rows:
+    """1,000 clients against 5 on the same films."""
+    how: dict[str, Any] = {"batch_size": 32, "films": 64_000, "network": "small"}
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        many, few = (
+            lambda count=count: run("scale.py", work=folder, clients=count, **how)
+            for count in (1000, 5)
+        )
+        seen = in_turn({"many": many, "few": few}, turn)
+    keys = {SCALE_TIME: "seconds", SCALE_MEMORY: "own_megabytes"}
+    return {name: [seen["many"][key] / seen["few"][key]] for name, key in keys.items()}
+
+
+def scale_resnet(work: Path, fast: bool, turn: int) -> Rows:
+    """What a client more costs with a ResNet-34, in milliseconds, the training apart."""
+    how: dict[str, Any] = {"batch_size": 8, "films": 640, "network": "resnet34"}
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        many, few = (run("scale.py", work=folder, clients=n, **how)["seconds"] for n in (40, 4))
+    return {MILLISECONDS: [1000 * (many - few) / 36]}
+
+
+FILMS = 768 * 2  # of the comparison, and local epochs, as in workload.py
+DECODE = "decode once: notebook 02 / Pillow alone, films/s"
+READ = "reading a batch / the training step"
+BARE = "federation / bare loop, a round"
+STALL = "waiting for a checkpoint / round"
+CACHE_GAIN = "ours without / with the trunk cached, a round, fp32"
+FLOWER_ALL = "Flower / ours, same arithmetic, in all"
+HAND = "hand-written loop / ours, from disk to last round, fp32"
+HAND_BF16 = "hand-written loop / ours, from disk to last round, bf16"
+SCALE_TIME = "1,000 clients / 5 clients, time a round"
+SCALE_MEMORY = "1,000 clients / 5 clients, memory"
+MILLISECONDS = "ResNet-34: a client more, ms"
+
+
+def peer_targets(peer: str) -> dict[str, str | None]:
+    """Name the targets that are the same for both peers."""
+    cached = f"{peer} / ours with the trunk cached, a round"
+    auroc = "AUROC, ours with the trunk cached"
+    targets = {f"{cached}, fp32": ">= 2", f"{auroc} less {peer}": ">= -0.01"}
+    if has_bf16():
+        targets |= {f"{cached}, bf16": ">= 3", f"{auroc}, bf16, less {peer}": ">= -0.01"}
+    return targets
+
+
+BENCHMARKS = {
+    "decode": Bench(decoding, {DECODE: ">= 0.8"}, 3, 2),
+    "read": Bench(reading, {READ: "< 0.02"}, 1, 1),
+    "overhead": Bench(overhead, {BARE: "<= 1.03", STALL: "<= 0.05"}, 1, 1),
+    "pfl": Bench(
+        against_pfl,
+        {"ours / pfl, same arithmetic, a round": "<= 1.05"} | peer_targets("pfl"),
+        5,
+        3,
+    ),
+    "flower": Bench(against_flower, {FLOWER_ALL: ">= 1.5"} | peer_targets("Flower"), 3, 0),
+    "memory": Bench(kept_memory, {}, 3, 0),
+    "handwritten": Bench(handwritten, {HAND: ">= 4", HAND_BF16: ">= 7"}, 1, 0),
+    "scale": Bench(scale, {SCALE_TIME: "<= 1.15", SCALE_MEMORY: "<= 1.10"}, 3, 0),
+    "scale_resnet": Bench(scale_resnet, {MILLISECONDS: None}, 3, 0),
+}
+
+
+def line(result: Result) -> str:
+    """Write one row of the table."""
+    met = {True: "yes", False: "NO", None: "-"}[result.met]
+    if result.measured is None:
+        return f"| {result.name} | {result.note} | {result.target or '-'} | {met} |"
+    low, high = result.interval or (result.measured, result.measured)
+    spread = f" ({low:.3g} to {high:.3g}, n={result.pairs})" if result.pairs > 1 else ""
+    return f"| {result.name} | {result.measured:.3g}{spread} | {result.target or '-'} | {met} |"
+
+
+def show(results: Iterable[Result]) -> None:
+    """Print the table, with date and machine."""
+    about = (
+        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {processor()}, {platform.system()}"
+    )
+    print(f"\n{about}\n\n| what | measured | target | met |\n|---|---|---|---|")
+    print("\n".join(line(result) for result in results), flush=True)
+
+
+def processor() -> str:
+    """Name the processor."""
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = [row.split(":", 1)[1].strip() for row in about.splitlines() if "model name" in row]
+    return (names or [platform.processor()])[0]
+
+
+def main() -> int:
+    """Measure, print, write; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fast", action="store_true", help="the half that takes under 5 minutes")
+    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, default=list(BENCHMARKS))
+    chosen, results = parser.parse_args(), []
+    work = ROOT / "work"
+    work.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=work) as scratch:
+        for name in chosen.only:
+            bench = BENCHMARKS[name]
+            if bench.fast_calls or not chosen.fast:
+                began = time.perf_counter()
+                results += measure(bench, Path(scratch), chosen.fast)
+                print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+    show(results)
+    rows = [asdict(result) for result in results]
+    (work / "bench.json").write_text(json.dumps(rows, indent=1))
+    missed = [result.name for result in results if result.met is False]
+    print(f"\nmissed: {'; '.join(missed)}" if missed else "\nNo target was missed.")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
