@@ -81,7 +81,7 @@ def test_the_aggregate_is_the_weighted_mean_of_what_the_clients_sent(tmp_path, m
         return update, kept
 
     monkeypatch.setattr(Client, "fit", spy)
-    train(tmp_path, rounds=1)
+    train(tmp_path, rounds=1, batchnorm="average")
     model = load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
     weights = np.array([update.examples for update in sent], float)
     for name in ("fc.weight", "layer1.0.bn1.running_mean"):
@@ -156,7 +156,7 @@ def test_centralised_and_local_arms_share_the_loop(tmp_path):
 
 
 def test_bytes_are_exact(tmp_path):
-    history = train(tmp_path, tracked="layer4,fc", rounds=1)
+    history = train(tmp_path, tracked="layer4,fc", rounds=1, batchnorm="average")
     each = 4 * 13_121_550 + 4 * 7_168 + 8 * 7  # parameters, BatchNorm buffers, its 7 counters
     clients = history[history["client"] != ""]
     assert (clients["bytes_up"] == each).all() and (clients["bytes_down"] == each).all()
