@@ -41,7 +41,7 @@ def choose_rates(values: dict[str, str]) -> dict[str, str]:
     found = sweep(values, {"lr": RATES}, only="02,03")
     best = pd.concat(best_rounds(read_history(s.run)).assign(rate=s.lr) for s in found)
     means = best.groupby(["arm", "rate"])["val_auroc"].mean().unstack("rate")
-    print(means.to_markdown(floatfmt=".3f") if hasattr(means, "to_markdown") else means)
+    print(means.to_string(float_format="{:.3f}".format))
     rates = means.idxmax(axis=1)
     return {"lr": str(rates["federated"])} | {
         f"lr_{arm}": str(rates[arm]) for arm in ARMS if arm != "federated"
