@@ -131,15 +131,17 @@ def plan(settings: Settings, films: ChestXrayDataset) -> list[Job]:
 class Replicas:
     """One model for each device; clients train side by side and come back in the order given."""
 
-    def __init__(self, models: list[ChestResNet], threads: int) -> None:
+    def __init__(self, models: list[ChestResNet], threads: int, start: State | None = None) -> None:
         self.models, self.threads = models, threads
+        self.start = start or {}  # what a client keeps before its first round: local BatchNorm
 
     def fit(
         self, clients: list[Client], sent: State, kept: dict[str, State], round: int
     ) -> Iterator[tuple[Update, State]]:
         """Train each client from `sent`; yield its update and what it keeps, in the given order."""
         return self._each(
-            clients, lambda c, model: fit_safely(c, model, sent, kept.get(c.name, {}), round)
+            clients,
+            lambda c, model: fit_safely(c, model, sent, kept.get(c.name, self.start), round),
         )
 
     def measure(
@@ -496,7 +498,8 @@ class Training:
         for model in self._models:
             model.load(self._start[job.seed])
             model.batchnorm = job.settings.batchnorm
-        return Replicas(self._models, self.config["threads"])
+        local = {k: self._start[job.seed][k] for k in self._models[0].local_names()}
+        return Replicas(self._models, self.config["threads"], local)
 
     def _build(self, seed: int) -> ChestResNet:
         how = self.settings.weights, self.settings.tracked, self.settings.batchnorm

@@ -116,13 +116,26 @@ def test_killed_and_resumed_equals_rounds_straight(tmp_path, changes):
 
 
 def test_two_replicas_give_the_bits_of_one(tmp_path):
-    one = train(tmp_path, device="cpu", name="one")
-    two = train(tmp_path, device="cpu,cpu", name="two")
+    one = train(tmp_path / "one", device="cpu")  # apart, or the second would share the first's
+    two = train(tmp_path / "two", device="cpu,cpu")
     assert hashes(one) == hashes(two)
 
 
+def test_a_client_never_starts_from_the_batchnorm_that_another_left_in_its_replica(tmp_path):
+    """In the first round a client has kept nothing yet: it starts from the initial BatchNorm."""
+    how = {"batchnorm": "local", "rounds": 1}
+    train(tmp_path / "one", device="cpu", **how)
+    train(tmp_path / "three", device="cpu,cpu,cpu", **how)
+    for client in ("client-1", "client-2", "client-3"):
+        one, three = (
+            load_file(tmp_path / name / f"runs/run/models/federated-s0-{client}.safetensors")
+            for name in ("one", "three")
+        )
+        assert all(torch.equal(one[key], three[key]) for key in one)
+
+
 def test_the_order_in_which_clients_finish_does_not_matter(tmp_path, monkeypatch):
-    expected = hashes(train(tmp_path, name="plain"))
+    expected = hashes(train(tmp_path / "plain"))
     fit = Client.fit
 
     def slow_first(self, *args):
@@ -131,7 +144,7 @@ def test_the_order_in_which_clients_finish_does_not_matter(tmp_path, monkeypatch
         return result
 
     monkeypatch.setattr(Client, "fit", slow_first)
-    assert hashes(train(tmp_path, device="cpu,cpu", name="late")) == expected
+    assert hashes(train(tmp_path / "late", device="cpu,cpu")) == expected
 
 
 def test_centralised_and_local_arms_share_the_loop(tmp_path):
