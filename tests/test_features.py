@@ -51,12 +51,12 @@ LAYERS[-2:] = ["fc", "fc"]  # training layer4 takes a while, and shows nothing n
 )
 def test_fp32_features_train_to_the_bits_of_films(tmp_path, changes, tracked):
     changes = changes | {"rounds": 1, "tracked": tracked}
-    plain = train(tmp_path, 30, name="plain", **changes)
-    cached = train(tmp_path, 30, name="cached", cache_features=True, **changes)
+    plain = train(tmp_path / "plain", 30, **changes)  # apart, or the second would share its model
+    cached = train(tmp_path / "cached", 30, cache_features=True, **changes)
     assert hashes(cached) == hashes(plain)
     assert cached.drop(columns="seconds").equals(plain.drop(columns="seconds"))
     models = [
-        load_file(tmp_path / f"runs/{name}/models/federated-s0.safetensors")
+        load_file(tmp_path / name / "runs/run/models/federated-s0.safetensors")
         for name in ("plain", "cached")
     ]
     assert all(torch.equal(models[0][k], models[1][k]) for k in models[0])
@@ -64,10 +64,10 @@ def test_fp32_features_train_to_the_bits_of_films(tmp_path, changes, tracked):
 
 def test_all_arms_and_seeds_share_one_store(tmp_path):
     changes = {"arms": "federated,centralised,local", "seeds": "0,1", "rounds": 1, "tracked": "fc"}
-    plain = train(tmp_path, name="plain", **changes)
-    cached = train(tmp_path, name="cached", cache_features=True, **changes)
+    plain = train(tmp_path / "plain", **changes)
+    cached = train(tmp_path / "cached", cache_features=True, **changes)
     assert hashes(cached) == hashes(plain)
-    assert len(list((tmp_path / "prepared").glob("features-*.npy"))) == 1
+    assert len(list((tmp_path / "cached/prepared").glob("features-*.npy"))) == 1
 
 
 def test_a_run_goes_on_with_and_without_the_cache(tmp_path):
