@@ -138,6 +138,8 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_features as tests
+import torch
+torch.set_num_threads(1)  # as here: a random trunk's calibration depends on it in the last bits
 store = tests.open_store(Path(sys.argv[2]))
 store.fill(lambda done, total: os.kill(os.getpid(), signal.SIGKILL))
 """
