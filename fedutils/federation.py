@@ -133,15 +133,15 @@ class Replicas:
 
     def __init__(self, models: list[ChestResNet], threads: int, start: State | None = None) -> None:
         self.models, self.threads = models, threads
-        self.start = start or {}  # what a client keeps before its first round: local BatchNorm
+        self.start = start or {}  # local BatchNorm, for clients that have kept none of their own
 
     def fit(
         self, clients: list[Client], sent: State, kept: dict[str, State], round: int
     ) -> Iterator[tuple[Update, State]]:
         """Train each client from `sent`; yield its update and what it keeps, in the given order."""
+        start = self.start | sent
         return self._each(
-            clients,
-            lambda c, model: fit_safely(c, model, sent, kept.get(c.name, self.start), round),
+            clients, lambda c, model: fit_safely(c, model, start, kept.get(c.name, {}), round)
         )
 
     def measure(
@@ -185,10 +185,8 @@ def fit_safely(
     try:
         update, keep = client.fit(model, sent, kept, round)
     except Exception as error:  # any fault of a client is named in the history
-        reason = f"{type(error).__name__}: {error}".replace("\n", " ")
-        return Update(client.name, 0, status="failed", reason=reason), kept
-    extremes = {k: torch.stack(v.aminmax()) for k, v in update.state.items()}  # they pass on NaN
-    bad = [name for name, value in extremes.items() if not torch.isfinite(value).all()]
+        return Update(client.name, 0, status="failed", reason=in_a_line(error)), kept
+    bad = non_finite(update.state)
     limit = client.settings.client_seconds
     withheld = isinstance(client, PrivateClient)
     if bad or not (withheld or math.isfinite(update.train_loss)):
@@ -209,9 +207,20 @@ def measure_safely(
     try:
         measured = measure_batchnorm(client, model, state, round)
     except Exception as error:  # named in the history, as a fault in training is
-        return {}, f"{type(error).__name__}: {error}".replace("\n", " ")
-    bad = [name for name, value in measured.items() if not torch.isfinite(value).all()]
+        return {}, in_a_line(error)
+    bad = non_finite(measured)
     return ({}, f"{bad[0]} is not finite") if bad else (measured, "")
+
+
+def in_a_line(error: Exception) -> str:
+    """Write an error as the history has it."""
+    return f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+def non_finite(state: State) -> list[str]:
+    """Name the tensors that hold NaN or infinity."""
+    extremes = {k: torch.stack(v.aminmax()) for k, v in state.items()}  # they pass on NaN
+    return [name for name, value in extremes.items() if not torch.isfinite(value).all()]
 
 
 def sample_clients(job: Job, settings: Settings, round: int) -> list[Client]:
@@ -437,7 +446,7 @@ class Training:
                 f"max_hours={self.settings.max_hours:g}: features alone take about {hours:.2f} h"
                 " here; give more, choose fewer films or cache_features=false"
             )
-        self.jobs = plan(self.settings, self.films.holding(self.features.fill(progress)))
+        self.jobs = self._plan(self.films.holding(self.features.fill(progress)))
 
     def _films_left(self, job: Job) -> np.ndarray:
         """Count films still to be trained on, to be validated on one device, and rounds."""
@@ -526,10 +535,10 @@ class Training:
         model = replicas.models[0]
         server = self.strategy if job.arm == "federated" else FedAvg
         strategy = server(job.settings, {name for name, _ in model.named_parameters()})
-        if now is None:
-            local, first = model.local_names(), to_cpu(model.tracked_state())
-            now = Progress({k: v for k, v in first.items() if k not in local})
         local = model.local_names()
+        if now is None:
+            first = to_cpu(model.tracked_state())
+            now = Progress({k: v for k, v in first.items() if k not in local})
         try:
             while now.round < self.settings.rounds:
                 began = time.monotonic()

@@ -35,6 +35,7 @@ from .federation import (
     arm_settings,
     fit_safely,
     measure_safely,
+    non_finite,
 )
 from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
@@ -354,8 +355,7 @@ def find_misfit(state: State, wanted: State) -> str:
     found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
     if found != expected:
         return "its state does not fit what was sent"
-    finite = all(torch.isfinite(value).all() for value in state.values())
-    return "" if finite else "its state is not finite"
+    return "its state is not finite" if non_finite(state) else ""
 
 
 def read_update(name: str, reply: Message | Fault, sent: State) -> Update:

@@ -134,6 +134,20 @@ def test_a_client_never_starts_from_the_batchnorm_that_another_left_in_its_repli
         assert all(torch.equal(one[key], three[key]) for key in one)
 
 
+def test_a_client_that_failed_keeps_no_batchnorm_that_it_never_trained(tmp_path, monkeypatch):
+    fit = Client.fit
+
+    def broken(self, *args):
+        if self.name == "client-2":
+            raise RuntimeError("out of memory")
+        return fit(self, *args)
+
+    monkeypatch.setattr(Client, "fit", broken)
+    train(tmp_path, batchnorm="local", rounds=1)
+    models = {path.stem for path in (tmp_path / "runs/run/models").glob("federated-s0-*")}
+    assert models == {"federated-s0-client-1", "federated-s0-client-3"}
+
+
 def test_the_order_in_which_clients_finish_does_not_matter(tmp_path, monkeypatch):
     expected = hashes(train(tmp_path / "plain"))
     fit = Client.fit
