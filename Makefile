@@ -20,7 +20,7 @@ bench: .venv/.bench  ## run the longer proofs, and measure every promised ratio 
 	@$(VENV) -m pytest -m slow
 	@$(VENV) tests/bench/bench.py
 
-bench-fast: .venv/.bench-fast  ## the fast half of the measurements: under 5 minutes, no Flower
+bench-fast: .venv/.bench-fast  ## the fast half of the measurements, without Flower
 	@$(VENV) tests/bench/bench.py --fast
 
 evidence: .venv/.installed  ## compare federated, centralised and local training, with intervals
@@ -36,7 +36,7 @@ flower-test: .venv/.flower
 TRADE := $(VENV) -m fedutils
 PRIVATE := --profile demo --work work/privacy -p batchnorm=frozen -p seeds=0,1,2 -p optimizer=sgd \
   -p augment=false -p cache_features=true \
-  -p weights=$(CURDIR)/work/public/runs/public/global_model.safetensors
+  -p weights=$(abspath work/public/runs/public/global_model.safetensors)
 privacy: .venv/.installed  ## measure what differential privacy costs, and what a lying client does
 	@$(VENV) -c 'import fedutils; fedutils.write_phantom("work/public/data", seed=1)'
 	@$(TRADE) run --profile demo --work work/public --data work/public/data --name public --only 01,02,03

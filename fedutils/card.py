@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from .calibration import main_model
-from .evaluation import read_films
+from .evaluation import read_films, read_table
 from .explain import pointing_words
 from .federation import best_rounds, read_history
 from .findings import FINDINGS
@@ -41,7 +41,8 @@ def write_card(settings: Settings) -> str:
     report = read_report(settings.prepared)
     config = json.loads((settings.run / "config.json").read_text())
     release = report["release"]
-    metrics, calibration = (_read(settings, name) for name in ("metrics", "calibration"))
+    folder = settings.run / "evaluation"
+    metrics, calibration = (read_table(folder / f"{n}.csv") for n in ("metrics", "calibration"))
     lines = [
         f"# Model card: run {settings.name}",
         "",
@@ -49,21 +50,13 @@ def write_card(settings: Settings) -> str:
     ]
     lines += _model(settings, config) + _data(settings, report)
     lines += _figures(metrics, calibration) + [
-        pointing_words(_read(settings, "pointing"), settings.image_size),
+        pointing_words(read_table(folder / "pointing.csv"), settings.image_size),
         "",
     ]
     lines += _limits(settings, release) + _use(release)
     text = "\n".join(lines) + "\n"
     write_atomic(settings.run / "MODEL_CARD.md", text.encode())
     return text
-
-
-def _read(settings: Settings, name: str) -> pd.DataFrame:
-    """Read a table of the evaluation, with empty texts where a model has no seed or owner."""
-    path = settings.run / "evaluation" / f"{name}.csv"
-    table = pd.read_csv(path, dtype={"seed": str, "client": str})
-    seed = table["seed"].str.removesuffix(".0")  # beside an empty seed pandas writes 0 as 0.0
-    return table.assign(seed=seed).fillna({"seed": "", "client": ""})
 
 
 def _model(settings: Settings, config: dict[str, Any]) -> list[str]:

@@ -465,10 +465,12 @@ def write_summary(settings: Settings, result: Evaluation, source: str) -> dict[s
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read `metrics.csv` or `differences.csv`; an empty name stays empty text."""
+    """Read a table of the evaluation; an empty name stays empty text, and a seed is text too."""
     names = {name: str for name in (*OWNER, "test_set", "finding")}
     table = pd.read_csv(path, dtype=names)
     texts = [name for name in names if name in table]
+    if "seed" in table:  # beside an empty seed pandas writes 0 as 0.0
+        table["seed"] = table["seed"].str.removesuffix(".0")
     return table.fillna(dict.fromkeys(texts, ""))
 
 

@@ -6,7 +6,6 @@ forward every time; a new model is built for each client and round; state dicts 
 
 import copy
 import time
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -81,7 +80,7 @@ def main(films: str, weights: str, size: int, batch: int, rounds: int, epochs: i
     torch.set_num_threads(workload.THREADS)
     table = pd.read_csv(films)
     clients = [Films(part, size) for _, part in table.groupby("client")]
-    state, laps = torch.load(Path(weights), weights_only=True), workload.Laps()
+    state, laps = torch.load(weights, weights_only=True), workload.Laps()
     for _ in range(rounds):
         states = []
         for client in clients:
