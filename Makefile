@@ -32,21 +32,8 @@ flower: .venv/.flower  ## train the phantom's scanners over a real network, and 
 flower-test: .venv/.flower
 	@$(VENV) -m pytest tests/test_flower.py tests/test_network.py
 
-# Another phantom stands for public films, from which the trunk comes; the runs see its own patients.
-TRADE := $(VENV) -m fedutils
-PRIVATE := --profile demo --work work/privacy -p batchnorm=frozen -p seeds=0,1,2 -p optimizer=sgd \
-  -p augment=false -p cache_features=true \
-  -p weights=$(abspath work/public/runs/public/global_model.safetensors)
 privacy: .venv/.installed  ## measure what differential privacy costs, and what a lying client does
-	@$(VENV) -c 'import fedutils; fedutils.write_phantom("work/public/data", seed=1)'
-	@$(TRADE) run --profile demo --work work/public --data work/public/data --name public --only 01,02,03
-	@$(TRADE) run $(PRIVATE) --name fc -p tracked=fc -p lr=0.5
-	@$(TRADE) run $(PRIVATE) --name layer4 -p tracked=layer4,fc -p lr=0.05
-	@$(TRADE) sweep 'target_epsilon=1|2|4|8' $(PRIVATE) --name fc -p dp=patient -p tracked=fc -p lr=0.5
-	@$(TRADE) sweep 'target_epsilon=1|2|4|8' $(PRIVATE) --name layer4 -p dp=patient -p tracked=layer4,fc -p lr=0.05
-	@$(VENV) -m fedutils.trade work/privacy
-	@PYTHONPATH=tests $(VENV) tests/bench/test_robustness.py work/privacy profile=demo tracked=layer4,fc augment=false cache_features=true \
-	  weights=work/public/runs/public/global_model.safetensors
+	@$(VENV) tests/bench/privacy.py
 
 render: .venv/.installed  ## execute the demo as the committed notebooks/*.ipynb
 	@$(VENV) -m fedutils render

@@ -1,7 +1,6 @@
-"""What privacy costs: the AUROC of runs that differ in epsilon. `python -m fedutils.trade WORK`."""
+"""What privacy costs: the AUROC of runs that differ in epsilon."""
 
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,18 +92,3 @@ def _sentence(tracked: str, rows: pd.DataFrame) -> str:
         " of a step to be no longer than the longest mean gradient that clipping allows, at this"
         " noise multiplier and sampling rate."
     )
-
-
-def main() -> None:
-    """Write `trade.csv` and `trade.png` into the work folder, and print the sentences."""
-    from . import plots
-
-    work = Path(sys.argv[1]).resolve()
-    table = privacy_trade(work)
-    table.to_csv(work / "trade.csv", index=False)
-    plots.privacy_trade(table).savefig(work / "trade.png")
-    print("\n".join(trade_words(table)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,11 +1,6 @@
-"""One of five hospitals lies: what mean, median and trimmed mean make of it.
-
-`python tests/bench/test_robustness.py WORK KEY=VALUE ...` measures on the films that
-`python -m fedutils run --work WORK --only 01,02` has prepared, and prints a table.
-"""
+"""One of five hospitals lies: what mean, median and trimmed mean make of it."""
 
 import shutil
-import sys
 
 import pytest
 from tiny import tiny_films, tiny_settings
@@ -58,10 +53,22 @@ def measure(make_settings, films, lies=tuple(LIES)):
     }
 
 
-def print_table(table):
-    print("| the liar | " + " | ".join(RULES) + " |\n|---|" + "---|" * len(RULES))
+def compare_rules(values):
+    """Measure on the films that a run of these parameters has prepared; return the table."""
+    settings = read_parameters(values)
+    index = read_index(settings.prepared)
+    placed = partition_patients(index, "iid", settings.num_clients, settings.alpha, settings.seed)
+    clients = placed.set_index("patient_id")["client"]
+    films = index.assign(client=index["patient_id"].map(clients))
+    dataset = ChestXrayDataset(settings.prepared, films)
+    return table_text(measure(lambda **changes: read_parameters(values | changes), dataset))
+
+
+def table_text(table):
+    lines = ["| the liar | " + " | ".join(RULES) + " |", "|---|" + "---|" * len(RULES)]
     for lie, row in table.items():
-        print(f"| {lie} | " + " | ".join(f"{row[rule]:.3f}" for rule in RULES) + " |")
+        lines.append(f"| {lie} | " + " | ".join(f"{row[rule]:.3f}" for rule in RULES) + " |")
+    return "\n".join(lines)
 
 
 @pytest.mark.slow
@@ -75,19 +82,7 @@ def test_median_and_trimmed_mean_withstand_a_liar_that_ruins_the_mean(tmp_path, 
 
     table = measure(settings, films)
     with capsys.disabled():
-        print()
-        print_table(table)
+        print("", table_text(table), sep="\n")
     bad = table["flipped and scaled"]
     assert min(bad["median"], bad["trimmed"]) > bad["mean"] + 0.05
     assert min(table["honest"].values()) > 0.6
-
-
-if __name__ == "__main__":
-    work, *pairs = sys.argv[1:]
-    given = {"work_dir": work, "num_clients": 5, "batchnorm": "frozen"}
-    given |= dict(pair.split("=", 1) for pair in pairs)
-    prepared = read_parameters(given).prepared
-    index = read_index(prepared)
-    clients = partition_patients(index, "iid", 5, 0.5, 0).set_index("patient_id")["client"]
-    dataset = ChestXrayDataset(prepared, index.assign(client=index["patient_id"].map(clients)))
-    print_table(measure(lambda **changes: read_parameters(given | changes), dataset))
