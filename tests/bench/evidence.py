@@ -27,11 +27,11 @@ RATES = ["0.0003", "0.001", "0.003"]
 FIGURES = ("auroc", "differences", "hospitals", "compare")
 
 
-def train_trunk(work: Path) -> str:
+def train_trunk(work: Path, values: dict[str, str]) -> str:
     """Train all layers on public phantom films; return the file of weights."""
     data = write_phantom(work / "public", seed=1)
-    values = {"data_dir": str(data), "work_dir": str(work / "trunk"), "name": "trunk"}
-    values |= {"profile": "demo", "arms": "centralised", "rounds": "8"}
+    values = values | {"data_dir": str(data), "work_dir": str(work / "trunk"), "name": "trunk"}
+    values |= {"arms": "centralised", "rounds": "8"}
     return str(run(values, only="02,03").run / "models/centralised-s0.safetensors")
 
 
@@ -97,7 +97,7 @@ def main() -> None:
     common = {"profile": "demo", "precision": options.precision, "threads": options.threads}
     parts = []
     if options.only != "nih64":
-        tuned = {"weights": train_trunk(root), "tracked": "layer4,fc", "rounds": "6"}
+        tuned = {"weights": train_trunk(root, common), "tracked": "layer4,fc", "rounds": "6"}
         tuned |= {"cache_features": "true", "augment": "false"}
         parts.append(evidence("phantom", "Phantom, layer4 and fc", common | tuned, root))
     real = os.environ.get("NIH_TEST_DATA")

@@ -51,13 +51,15 @@ def trade(values: dict[str, str], tracked: str) -> None:
 def main() -> None:
     """Run everything, resuming where it was; write work/privacy/trade.csv and trade.png."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--precision", default="auto", help="auto, or bf16 where the CPU has it")
     parser.add_argument("--threads", default="0", help="of a run; 0: all cores")
     parser.add_argument("--only", choices=[*RATES, "liars"], help="one part, without the summary")
     options = parser.parse_args()
     work = find_root() / "work"
-    values = {"profile": "demo", "threads": options.threads, "work_dir": str(work / "privacy")}
-    values |= {"weights": train_trunk(work / "evidence"), "batchnorm": "frozen"}
-    values |= {"augment": "false", "cache_features": "true"}
+    common = {"profile": "demo", "threads": options.threads, "precision": options.precision}
+    values = common | {"work_dir": str(work / "privacy"), "batchnorm": "frozen"}
+    values |= {"weights": train_trunk(work / "evidence", common), "augment": "false"}
+    values |= {"cache_features": "true"}
     for tracked in RATES:
         if options.only in (None, tracked):
             trade(values | {"optimizer": "sgd"}, tracked)
