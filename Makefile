@@ -30,7 +30,7 @@ flower: .venv/.flower  ## train the phantom's scanners over a real network, and 
 	@$(VENV) -m fedutils flower demo
 
 flower-test: .venv/.flower
-	@$(VENV) -m pytest tests/test_flower.py tests/test_network.py
+	@$(VENV) -m pytest -m 'not slow' tests/test_flower.py tests/test_network.py
 
 privacy: .venv/.installed  ## measure what differential privacy costs, and what a lying client does
 	@$(VENV) tests/bench/privacy.py

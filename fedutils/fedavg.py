@@ -27,8 +27,8 @@ class WeightedMean:
         self.weight, self.count = self.weight + weight, self.count + 1
 
     def result(self) -> State:
-        """Return the mean in float64."""
-        return {name: total / self.weight for name, total in self.sums.items()}
+        """Turn the sums into the mean, in float64, and return it: the end of this aggregator."""
+        return {name: total.div_(self.weight) for name, total in self.sums.items()}
 
 
 class TrimmedMean(WeightedMean):

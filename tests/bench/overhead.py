@@ -3,7 +3,8 @@
 After each round of the federation, from sending the state to its history, the bare loop trains one
 model of its own on the batches of that round and validates the same films. A checkpoint is written
 while the next round trains: here it begins after the bare loop's turn, so that the federation's next
-round meets it, as in use, and the bare loop never does.
+round meets it, as in use, and the bare loop never does. Two local epochs make it 384 films a client and
+round; a client of the demo has 482, one of five with all of NIH's has 17,000.
 """
 
 import shutil
@@ -80,7 +81,7 @@ def bare_loop(training: Training) -> Callable[[int], None]:
 
 def main(work: str, pairs: int) -> None:
     """Measure so many pairs after one round of warming up; seconds of each, and the items' share."""
-    settings = workload.settings(Path(work), rounds=pairs + 1)
+    settings = workload.settings(Path(work), rounds=pairs + 1, local_epochs=2)
     shutil.rmtree(settings.run, ignore_errors=True)
     films, began = workload.films(Path(work)), time.perf_counter()
     watch = workload.Watch()

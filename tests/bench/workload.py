@@ -2,7 +2,7 @@
 
 The films are a phantom's, written once and decoded once by the project's own code. BatchNorm is
 frozen in every arm, since pfl exchanges no buffers: so all of them do the same arithmetic. What a
-federation adds is a fixed cost a client and round; a client here trains on 192 films twice a round, a
+federation adds is a fixed cost a client and round; a client here trains on 192 films a round, a
 hundredth of what one of five clients has of NIH's films.
 """
 
@@ -29,7 +29,7 @@ from fedutils.metrics import mean_auroc
 from fedutils.model import ChestResNet
 
 CLIENTS, FILMS, VALIDATION, SIZE = 4, 768, 96, 64
-BATCH, EPOCHS, RATE, MOMENTUM = 32, 2, 0.01, 0.9
+BATCH, EPOCHS, RATE, MOMENTUM = 32, 1, 0.01, 0.9
 PATIENTS = 1000  # of the phantom: enough for FILMS / CLIENTS training films at each client
 THREADS = os.cpu_count() or 1
 
