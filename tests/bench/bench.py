@@ -4,8 +4,8 @@ Each arm runs in a process of its own, so that start-up and memory are honest, a
 the first one alternating, so that a slow minute of the machine meets all of them. A row is the
 median of paired ratios with its order-statistic interval (95 % from six pairs on; with fewer the
 range). What a shared machine makes noisy is repeated: where a median misses its target, as many
-pairs again are measured, at most twice (in the fast half once), and the median over ALL of them decides; no pair is ever
-left out. A row without a target is only reported. What cannot run here (a peer that is not
+pairs again are measured, once (not in the fast half), and the median over ALL of them decides; no
+pair is ever left out. A row without a target is only reported. What cannot run here (a peer that is not
 installed, no bf16, no real films) is skipped with the reason and counts as neither met nor missed.
 
 Writes `work/bench.json`; exit status 1 when a target is missed.
@@ -35,7 +35,7 @@ from scipy.stats import binom
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 LIMIT = 3600  # seconds an arm may take
-TIMES_LONGER = 3  # as many pairs at most, where a target is missed
+TIMES_LONGER = 2  # as many pairs at most, where a target is missed
 COMPARE = {"<=": operator.le, "<": operator.lt, ">=": operator.ge}
 Rows = dict[str, list[float]]  # the values of some rows, one a pair
 
@@ -98,7 +98,7 @@ def judge(name: str, values: list[float], target: str | None) -> Result:
 def measure(bench: Bench, work: Path, fast: bool) -> list[Result]:
     """Run one benchmark, longer where a target is missed; return its rows, or one a skipped row."""
     calls, seen = bench.fast_calls if fast else bench.calls, {}
-    for turn in range(calls * (2 if fast else TIMES_LONGER)):
+    for turn in range(calls * (1 if fast else TIMES_LONGER)):
         try:
             rows = bench.once(work, fast, turn)
         except Skip as why:
@@ -185,11 +185,11 @@ def has_bf16() -> bool:
     return about.is_file() and "bf16" in about.read_text()
 
 
-def prepared(work: Path) -> str:
+def prepared(work: Path, size: int = 64) -> str:
     """Return the folder with the films of the comparison, written and decoded once."""
-    folder = work / "comparison"
+    folder = work / f"comparison-{size}"
     if not (folder / "prepared" / "index.csv").is_file():
-        code = f"import workload; workload.prepare(workload.Path({str(folder)!r}))"
+        code = f"import workload; workload.prepare(workload.Path({str(folder)!r}), {size})"
         subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE)
     return str(folder)
 
@@ -223,19 +223,21 @@ def overhead(work: Path, fast: bool, turn: int) -> Rows:
 
 
 def compared(
-    work: Path, turn: int, rounds: int, peer: str, bf16: bool
+    work: Path, turn: int, rounds: int, peer: str, size: int = 64
 ) -> dict[str, dict[str, Any]]:
     """Run a peer and our arms on the comparison's films, in turn.
 
     Ours "plain" is one replica with all threads, as pfl trains; with a replica a core and a thread
     each, clients train side by side, as Flower's workers do.
     """
-    folder = prepared(work)
+    folder = prepared(work, size)
     arms = {"peer": lambda: run(peer, work=folder, rounds=rounds)}
     side: dict[str, Any] = {"device": ",".join(["cpu"] * REPLICAS), "threads": 1}
     cached = side | {"cache_features": True}
-    changes = {"plain": {}, "side": side, "cached": cached | {"feature_dtype": "fp32"}}
-    if bf16:
+    changes = {"cached": cached | {"feature_dtype": "fp32"}}
+    if size == 64:
+        changes |= {"plain": {}, "side": side}
+    if has_bf16():
         changes["bf16"] = cached | {"precision": "bf16"}
     for name, change in changes.items():
         arms[name] = lambda change=change: run("ours.py", work=folder, rounds=rounds, **change)
@@ -253,31 +255,27 @@ def need(package: str, name: str) -> None:
         raise Skip(f"{name} is not installed: pip install -e '.[bench]'")
 
 
-def against(peer: str, arms: dict[str, dict[str, Any]]) -> Rows:
+def against(peer: str, arms: dict[str, dict[str, Any]], where: str = "") -> Rows:
     """Make the rows of a comparison with a peer."""
-    other, plain, cached = arms["peer"], arms["plain"], arms["cached"]
-    rows = {
-        f"{peer} / ours with the trunk cached, a round, fp32": [
-            per_round(other) / per_round(cached)
-        ],
-        f"AUROC, ours with the trunk cached less {peer}": [cached["auroc"] - other["auroc"]],
-        f"memory, ours / {peer}": [plain["megabytes"] / other["megabytes"]],
-    }
-    if "bf16" in arms:
-        bf16 = arms["bf16"]
-        rows[f"{peer} / ours with the trunk cached, a round, bf16"] = [
-            per_round(other) / per_round(bf16)
-        ]
-        rows[f"AUROC, ours with the trunk cached, bf16, less {peer}"] = [
-            bf16["auroc"] - other["auroc"]
-        ]
+    other, cached, rows = arms["peer"], cached_name(peer, where), {}
+    for precision, arm in (("fp32", "cached"), ("bf16", "bf16")):
+        if arm in arms:
+            rows[f"{cached}, {precision}"] = [per_round(other) / per_round(arms[arm])]
+            rows[f"AUROC, that less {peer}{where}, {precision}"] = [
+                arms[arm]["auroc"] - other["auroc"]
+            ]
     return rows
+
+
+def cached_name(peer: str, where: str) -> str:
+    """Name the comparison of a peer with ours from cached features."""
+    return f"{peer} / ours with the trunk cached, a round{where}"
 
 
 def against_pfl(work: Path, fast: bool, turn: int) -> Rows:
     """Compare with pfl."""
     need("pfl", "pfl")
-    arms = compared(work, turn, 3 if fast else 5, "peer_pfl.py", has_bf16())
+    arms = compared(work, turn, 3 if fast else 4, "peer_pfl.py")
     same = per_round(arms["plain"]) / per_round(arms["peer"])
     rows = {"ours / pfl, same arithmetic, a round": [same]}
     rows[SIDE_GAIN] = [per_round(arms["plain"]) / per_round(arms["side"])]
@@ -287,16 +285,25 @@ def against_pfl(work: Path, fast: bool, turn: int) -> Rows:
     names |= {"bf16": "ours, trunk cached, bf16"}
     for name, arm in arms.items():
         rows[f"training films/s, validation included: {names[name]}"] = [FILMS / per_round(arm)]
+    rows["memory, ours / pfl"] = [arms["plain"]["megabytes"] / arms["peer"]["megabytes"]]
     return rows | against("pfl", arms)
+
+
+def against_pfl_large(work: Path, fast: bool, turn: int) -> Rows:
+    """Compare with pfl at 224 pixels, the size of the films on Kaggle."""
+    need("pfl", "pfl")
+    arms = compared(work, turn, 3, "peer_pfl.py", 224)
+    return against("pfl", arms, LARGE)
 
 
 def against_flower(work: Path, fast: bool, turn: int) -> Rows:
     """Compare with Flower on Ray."""
     need("ray", "Flower with Ray")
-    arms = compared(work, turn, 5, "peer_flower.py", has_bf16())
+    arms = compared(work, turn, 5, "peer_flower.py")
     whole = arms["peer"]["total"] / arms["plain"]["total"]
     a_round = per_round(arms["peer"]) / per_round(arms["plain"])
     rows = {FLOWER_ALL: [whole], "Flower / ours, same arithmetic, a round": [a_round]}
+    rows["memory, ours / Flower"] = [arms["plain"]["megabytes"] / arms["peer"]["megabytes"]]
     return rows | against("Flower", arms)
 
 
@@ -406,18 +413,19 @@ CACHE_GAIN = "ours without / with the trunk cached, a round, fp32"
 FLOWER_ALL = "Flower / ours, same arithmetic, in all"
 HAND = "hand-written loop / ours, from disk to last round, fp32"
 HAND_BF16 = "hand-written loop / ours, from disk to last round, bf16"
+LARGE = ", 224 pixels"
 SCALE_TIME = "1,000 clients / 5 clients, time a round"
 SCALE_MEMORY = "1,000 clients / 5 clients, memory"
 MILLISECONDS = "ResNet-34: a client more, ms"
 
 
-def peer_targets(peer: str) -> dict[str, str | None]:
+def peer_targets(peer: str, where: str = "") -> dict[str, str | None]:
     """Name the targets that are the same for both peers."""
-    cached = f"{peer} / ours with the trunk cached, a round"
-    auroc = "AUROC, ours with the trunk cached"
-    targets = {f"{cached}, fp32": ">= 2", f"{auroc} less {peer}": ">= -0.01"}
-    if has_bf16():
-        targets |= {f"{cached}, bf16": ">= 3", f"{auroc}, bf16, less {peer}": ">= -0.01"}
+    targets: dict[str, str | None] = {}
+    for precision, factor in (("fp32", 2), ("bf16", 3)):
+        if precision == "fp32" or has_bf16():
+            targets[f"{cached_name(peer, where)}, {precision}"] = f">= {factor}"
+            targets[f"AUROC, that less {peer}{where}, {precision}"] = ">= -0.01"
     return targets
 
 
@@ -428,9 +436,10 @@ BENCHMARKS = {
     "pfl": Bench(
         against_pfl,
         {"ours / pfl, same arithmetic, a round": "<= 1.05"} | peer_targets("pfl"),
-        5,
+        3,
         1,
     ),
+    "pfl_224": Bench(against_pfl_large, peer_targets("pfl", LARGE), 3, 0),
     "flower": Bench(against_flower, {FLOWER_ALL: ">= 1.5"} | peer_targets("Flower"), 3, 0),
     "memory": Bench(kept_memory, {}, 3, 0),
     "handwritten": Bench(handwritten, {HAND: ">= 4", HAND_BF16: ">= 7"}, 1, 0),

@@ -25,16 +25,16 @@ def test_a_target_that_is_met_takes_no_more_pairs_than_asked(tmp_path):
     assert (row.met, row.pairs) == (True, 2)
 
 
-def test_a_missed_target_is_measured_three_times_as_long_and_stays_missed(tmp_path):
+def test_a_missed_target_is_measured_twice_as_long_and_stays_missed(tmp_path):
     [row] = measure(steady(1.9, ">= 2"), tmp_path, False)
-    assert (row.met, row.pairs) == (False, 6)
+    assert (row.met, row.pairs) == (False, 4)
 
 
 def test_no_pair_is_left_out_when_a_noisy_row_is_measured_again(tmp_path):
-    values = iter([9.0, 9.0, 1.0, 1.0, 1.0, 1.0])
+    values = iter([9.0, 1.0, 1.0, 1.0])
     noisy = Bench(lambda *_: {"row": [next(values)]}, {"row": "<= 1.5"}, 2, 2)
     [row] = measure(noisy, tmp_path, False)
-    assert (row.met, row.pairs, row.measured, row.interval) == (True, 6, 1.0, (1.0, 9.0))
+    assert (row.met, row.pairs, row.measured, row.interval) == (True, 4, 1.0, (1.0, 9.0))
 
 
 def test_what_cannot_be_measured_says_why_and_is_neither_met_nor_missed(tmp_path):

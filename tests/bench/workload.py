@@ -28,15 +28,16 @@ from fedutils.images import ChestXrayDataset
 from fedutils.metrics import mean_auroc
 from fedutils.model import ChestResNet
 
-CLIENTS, FILMS, VALIDATION, SIZE = 4, 768, 96, 64
+CLIENTS, VALIDATION = 4, 96
+FILMS = {64: 768, 224: 192}  # by their size in pixels
 BATCH, EPOCHS, RATE, MOMENTUM = 32, 1, 0.01, 0.9
-PATIENTS = 1000  # of the phantom: enough for FILMS / CLIENTS training films at each client
+PATIENTS = {64: 1000, 224: 600}  # of the phantom: enough for that many films at each client
 THREADS = os.cpu_count() or 1
 
 
 def settings(work: Path, **changes: Any) -> fedutils.Settings:
     """Return the settings of our arm: the trunk frozen, plain SGD, no augmentation."""
-    values = {"work_dir": str(work), "profile": "demo", "name": "run", "image_size": SIZE}
+    values = {"work_dir": str(work), "profile": "demo", "name": "run", "image_size": size(work)}
     values |= {"num_clients": CLIENTS, "tracked": "layer4,fc", "batchnorm": "frozen"}
     values |= {"optimizer": "sgd", "lr": RATE, "momentum": MOMENTUM, "weight_decay": 0.0}
     values |= {
@@ -47,6 +48,11 @@ def settings(work: Path, **changes: Any) -> fedutils.Settings:
         "augment": False,
     }
     return fedutils.read_parameters(values | {"precision": "fp32"} | changes)
+
+
+def size(work: Path) -> int:
+    """Return the size of the films that lie there."""
+    return fedutils.read_report(work / "prepared")["image_size"]
 
 
 def decode(data_dir: str, work: Path, size: int) -> None:
@@ -65,18 +71,18 @@ def place(prepared: Path, clients: int) -> pd.DataFrame:
     return index.assign(client=index["patient_id"].map(placed["client"]))
 
 
-def prepare(work: Path) -> None:
+def prepare(work: Path, size: int) -> None:
     """Write and decode the phantom, once."""
     if not (work / "prepared" / "index.csv").is_file():
-        decode(str(fedutils.write_phantom(work / "phantom", PATIENTS, SIZE)), work, SIZE)
+        decode(str(fedutils.write_phantom(work / "phantom", PATIENTS[size], size)), work, size)
 
 
 def films(work: Path) -> ChestXrayDataset:
-    """Return FILMS training films, equally many a client, and VALIDATION validation films."""
-    index = place(work / "prepared", CLIENTS)
-    train = index[index["split"] == "train"].groupby("client").head(FILMS // CLIENTS)
+    """Return the training films, equally many a client, and VALIDATION validation films."""
+    index, count = place(work / "prepared", CLIENTS), FILMS[size(work)]
+    train = index[index["split"] == "train"].groupby("client").head(count // CLIENTS)
     val = index[index["split"] == "val"].head(VALIDATION)
-    assert (len(train), len(val)) == (FILMS, VALIDATION), "the phantom has too few patients"
+    assert (len(train), len(val)) == (count, VALIDATION), "the phantom has too few patients"
     return ChestXrayDataset(work / "prepared", pd.concat([train, val]).sort_index())
 
 
