@@ -24,6 +24,7 @@ from fedutils.settings import ARMS, Settings, find_root
 SEEDS, SEARCH_SEED = "11,12,13", "0"
 PARTITIONS = ["iid", "dirichlet", "scanner"]
 RATES = ["0.0003", "0.001", "0.003"]
+ARM_NAMES = {"federated": "federated", "centralised": "centralised", "local": "mean local model"}
 FIGURES = ("auroc", "differences", "hospitals", "compare")
 
 
@@ -50,27 +51,32 @@ def choose_rates(values: dict[str, str]) -> dict[str, str]:
 
 def report(title: str, runs: list[Settings]) -> str:
     """Tabulate what the runs found: each arm's mean AUROC, and the differences that matter."""
-    lines = [
-        f"### {title}",
-        "",
-        "| partition | compared | mean AUROC | reading |",
-        "|---|---|---|---|",
-    ]
+    head = [*ARM_NAMES.values(), *(f"federated − {name}" for name in list(ARM_NAMES.values())[1:])]
+    lines = [f"### {title}", "", "| partition | " + " | ".join(head) + " |", "|---" * 6 + "|"]
     for settings in runs:
         folder = settings.run / "evaluation"
-        metrics, differences = (read_table(folder / f"{n}.csv") for n in ("metrics", "differences"))
-        means = metrics[metrics["seed"] == ""]
-        for table, value in ((means, "{:.3f}"), (differences, "{:+.3f}")):
-            whole = (table["test_set"] == ALL_FILMS) & (table["finding"] == MEAN)
-            for row in table[whole & (table["metric"] == "auroc")].itertuples():
-                compared = getattr(row, "first", None)
-                compared = f"{compared} − {row.second}" if compared else f"{row.arm} {row.client}"
-                texts = [value.format(v) for v in (row.value, row.ci_low, row.ci_high)]
-                said = getattr(row, "verdict", "")
-                lines.append(
-                    f"| {settings.partition} | {compared.strip()} | {texts[0]} [{texts[1]}, {texts[2]}] | {said} |"
-                )
+        metrics, differences = (
+            mean_auroc_rows(read_table(folder / f"{name}.csv"))
+            for name in ("metrics", "differences")
+        )
+        metrics = metrics[(metrics["seed"] == "") & (metrics["client"] == "")].set_index("arm")
+        differences = differences.set_index("second")
+        cells = [cell(metrics.loc[arm], "") for arm in ARM_NAMES]
+        cells += [cell(differences.loc[name], "+") for name in list(ARM_NAMES.values())[1:]]
+        lines.append(f"| {settings.partition} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def mean_auroc_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the mean AUROC over all test films."""
+    same = {"test_set": ALL_FILMS, "finding": MEAN, "metric": "auroc"}
+    return table[(table[list(same)] == pd.Series(same)).all(axis=1)]
+
+
+def cell(row: pd.Series, sign: str) -> str:
+    """Write a value with its interval and, of a difference, what is shown."""
+    value, low, high = (f"{row[key]:{sign}.3f}" for key in ("value", "ci_low", "ci_high"))
+    return f"{value} [{low}, {high}] {row.get('verdict', '')}".strip()
 
 
 def evidence(name: str, title: str, values: dict[str, str], root: Path) -> str:
