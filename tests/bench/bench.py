@@ -211,7 +211,7 @@ def reading(work: Path, fast: bool, turn: int) -> Rows:
 
 
 def overhead(work: Path, fast: bool, turn: int) -> Rows:
-    """Federation against the bare loop, nine pairs in one process (in the fast half five)."""
+    """Federation against the bare loop, nine pairs in one process (in the fast half five pairs)."""
     seen = run("overhead.py", work=prepared(work), pairs=5 if fast else 9)
     rows = {BARE: [f / b for f, b in zip(seen["federated"], seen["bare"], strict=True)]}
     share = seen["share"]
@@ -219,6 +219,10 @@ def overhead(work: Path, fast: bool, turn: int) -> Rows:
     rows |= {f"share of a round: {label}": [value] for label, value in share.items()}
     added = [f - b for f, b in zip(seen["federated"], seen["bare"], strict=True)]
     rows["federation's own time, s a round of 4 clients"] = added
+    if not fast:
+        seen_side = run("overhead.py", work=prepared(work), pairs=9, **SIDE)
+        pairs = zip(seen_side["federated"], seen_side["bare"], strict=True)
+        rows["federation, a replica a core / bare loop, a round"] = [f / b for f, b in pairs]
     return rows | {"start-up before the first round, s": [seen["startup"]]}
 
 
@@ -232,11 +236,10 @@ def compared(
     """
     folder = prepared(work, size)
     arms = {"peer": lambda: run(peer, work=folder, rounds=rounds)}
-    side: dict[str, Any] = {"device": ",".join(["cpu"] * REPLICAS), "threads": 1}
-    cached = side | {"cache_features": True}
+    cached = SIDE | {"cache_features": True}
     changes = {"cached": cached | {"feature_dtype": "fp32"}}
     if size == 64:
-        changes |= {"plain": {}, "side": side}
+        changes |= {"plain": {}, "side": SIDE}
     if has_bf16():
         changes["bf16"] = cached | {"precision": "bf16"}
     for name, change in changes.items():
@@ -407,7 +410,8 @@ DECODE = "decode once: notebook 02 / Pillow alone, films/s"
 READ = "reading a batch / the training step"
 BARE = "federation / bare loop, a round"
 STALL = "waiting for a checkpoint / round"
-REPLICAS = min(os.cpu_count() or 1, 4)  # of 4 clients
+# A replica a core, for 4 clients, with a thread each.
+SIDE: dict[str, Any] = {"device": ",".join(["cpu"] * min(os.cpu_count() or 1, 4)), "threads": 1}
 SIDE_GAIN = "ours, one replica / a replica a core, a round, fp32"
 CACHE_GAIN = "ours without / with the trunk cached, a round, fp32"
 FLOWER_ALL = "Flower / ours, same arithmetic, in all"

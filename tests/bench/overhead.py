@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import workload
@@ -79,9 +80,12 @@ def bare_loop(training: Training) -> Callable[[int], None]:
     return train
 
 
-def main(work: str, pairs: int) -> None:
-    """Measure so many pairs after one round of warming up; seconds of each, and the items' share."""
-    settings = workload.settings(Path(work), rounds=pairs + 1, local_epochs=2)
+def main(work: str, pairs: int, **changes: Any) -> None:
+    """Measure so many pairs after one round of warming up; seconds of each, and the items' share.
+
+    `changes` are parameters of the federation's run. The bare loop has all threads in any case.
+    """
+    settings = workload.settings(Path(work), rounds=pairs + 1, local_epochs=2, **changes)
     shutil.rmtree(settings.run, ignore_errors=True)
     films, began = workload.films(Path(work)), time.perf_counter()
     watch = workload.Watch()
