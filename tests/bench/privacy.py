@@ -24,6 +24,7 @@ from fedutils.trade import privacy_trade, trade_words
 
 EPSILONS = ["1", "2", "4", "8"]
 RATES = {"fc": ["0.05", "0.2", "1"], "layer4,fc": ["0.01", "0.05", "0.2"]}
+ROUNDS = {"fc": "6", "layer4,fc": "3"}  # a patient's gradient of layer4 takes 13 million numbers
 
 
 def choose_rate(values: dict[str, str], rates: list[str]) -> str:
@@ -38,7 +39,7 @@ def choose_rate(values: dict[str, str], rates: list[str]) -> str:
 def trade(values: dict[str, str], tracked: str) -> None:
     """Train with and without privacy, each at the learning rate that validation chose."""
     stem = tracked.split(",")[0]
-    values = values | {"tracked": tracked}
+    values = values | {"tracked": tracked, "rounds": ROUNDS[tracked]}
     private = values | {"dp": "patient"}
     rate = choose_rate(
         private | {"name": f"rate-{stem}-private", "target_epsilon": "4"}, RATES[tracked]
