@@ -66,7 +66,7 @@ def main() -> None:
             trade(values | {"optimizer": "sgd"}, tracked)
     if options.only in (None, "liars"):
         run(values | {"name": "films"}, only="01,02")
-        print(compare_rules(values | {"tracked": "layer4,fc", "num_clients": "5"}))
+        print(compare_rules(values | {"tracked": "layer4,fc", "num_clients": "5", "rounds": "3"}))
     if options.only is None:
         table = privacy_trade(work / "privacy")
         table.to_csv(work / "privacy" / "trade.csv", index=False)
