@@ -220,7 +220,7 @@ def in_a_line(error: Exception) -> str:
 def non_finite(state: State) -> list[str]:
     """Name the tensors that hold NaN or infinity."""
     # A sum is quicker than a look at each value; it may also overflow, so that decides.
-    suspects = [name for name, value in state.items() if not value.sum().isfinite()]
+    suspects = [name for name, value in state.items() if not math.isfinite(value.sum())]
     return [name for name in suspects if not state[name].isfinite().all()]
 
 

@@ -15,6 +15,7 @@ from .rng import generator
 
 State = dict[str, Tensor]  # names as in the model's state_dict
 KAGGLE_INPUT = KAGGLE / "input"
+CHUNK = 1 << 17  # numbers added at a time
 PRIOR = 0.05  # probability of each finding that a new head starts from
 
 
@@ -32,7 +33,10 @@ def add_in_place(total: Tensor, value: Tensor, weight: float) -> None:
 
     In chunks: torch first copies what it adds to float64, and a small copy stays in the cache.
     """
-    parts = total.view(-1).split(1 << 17), value.reshape(-1).split(1 << 17)
+    if value.numel() <= CHUNK:
+        total.add_(value.double(), alpha=weight)
+        return
+    parts = total.view(-1).split(CHUNK), value.reshape(-1).split(CHUNK)
     for sums, values in zip(*parts, strict=True):
         sums.add_(values.double(), alpha=weight)
 
