@@ -1,7 +1,7 @@
 """`make privacy`: what differential privacy costs, and what a lying client does, on the phantom.
 
 The trunk comes from public films, as in `evidence.py`; the runs see the phantom's own patients. The
-learning rate of each choice of tracked layers is searched on validation films with seed 0, apart
+learning rate of each choice of tracked layers is searched on validation films with a seed of its own, apart
 for training with privacy (at epsilon 4) and without; the search itself is not accounted for. Table,
 figure and sentences go to work/privacy/.
 """
@@ -23,7 +23,7 @@ from fedutils.settings import find_root
 from fedutils.trade import privacy_trade, trade_words
 
 EPSILONS = ["1", "2", "4", "8"]
-RATES = {"fc": ["0.05", "0.2", "1"], "layer4,fc": ["0.01", "0.05", "0.2"]}
+RATES = {"fc": ["0.05", "0.2", "1"], "layer4,fc": ["0.05", "0.2", "1"]}
 ROUNDS = {"fc": "6", "layer4,fc": "3"}  # a patient's gradient of layer4 takes 13 million numbers
 
 
