@@ -37,16 +37,20 @@ def train_trunk(work: Path, values: dict[str, str]) -> str:
     return str(run(values, only="02,03").run / "models/centralised-s0.safetensors")
 
 
-def choose_rates(values: dict[str, str]) -> dict[str, str]:
-    """Search each arm's learning rate on validation films of the scanner split, one seed."""
-    values = values | {"name": "rate", "partition": "scanner", "seeds": SEARCH_SEED}
-    found = sweep(values, {"lr": RATES}, only="02,03")
+def search_rates(values: dict[str, str], rates: list[str]) -> pd.Series:
+    """Search each arm's learning rate on validation films with one seed; return it by arm."""
+    found = sweep(values | {"seeds": SEARCH_SEED}, {"lr": rates}, only="02,03")
     best = pd.concat(best_rounds(read_history(s.run)).assign(rate=s.lr) for s in found)
     means = best.groupby(["arm", "rate"])["val_auroc"].mean().unstack("rate")
     print(means.to_string(float_format="{:.3f}".format))
-    rates = means.idxmax(axis=1)
-    return {"lr": str(rates["federated"])} | {
-        f"lr_{arm}": str(rates[arm]) for arm in ARMS if arm != "federated"
+    return means.idxmax(axis=1).astype(str)
+
+
+def choose_rates(values: dict[str, str]) -> dict[str, str]:
+    """Choose the learning rates of all arms on the scanner split."""
+    rates = search_rates(values | {"name": "rate", "partition": "scanner"}, RATES)
+    return {"lr": rates["federated"]} | {
+        f"lr_{arm}": rates[arm] for arm in ARMS if arm != "federated"
     }
 
 

@@ -12,12 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the tests share
 
-import pandas as pd
-from evidence import SEARCH_SEED, SEEDS, train_trunk
+from evidence import SEEDS, search_rates, train_trunk
 from test_robustness import compare_rules
 
 from fedutils import plots
-from fedutils.federation import best_rounds, read_history
 from fedutils.pipeline import run, sweep
 from fedutils.settings import find_root
 from fedutils.trade import privacy_trade, trade_words
@@ -27,25 +25,15 @@ RATES = {"fc": ["0.05", "0.2", "1"], "layer4,fc": ["0.05", "0.2", "1"]}
 ROUNDS = {"fc": "6", "layer4,fc": "3"}  # a patient's gradient of layer4 takes 13 million numbers
 
 
-def choose_rate(values: dict[str, str], rates: list[str]) -> str:
-    """Search the learning rate on validation films, one seed."""
-    found = sweep(values | {"seeds": SEARCH_SEED}, {"lr": rates}, only="01,02,03")
-    best = pd.concat(best_rounds(read_history(s.run)).assign(rate=s.lr) for s in found)
-    means = best.groupby("rate")["val_auroc"].mean()
-    print(means.to_string(float_format="{:.3f}".format))
-    return str(means.idxmax())
-
-
 def trade(values: dict[str, str], tracked: str) -> None:
     """Train with and without privacy, each at the learning rate that validation chose."""
     stem = tracked.split(",")[0]
     values = values | {"tracked": tracked, "rounds": ROUNDS[tracked]}
     private = values | {"dp": "patient"}
-    rate = choose_rate(
-        private | {"name": f"rate-{stem}-private", "target_epsilon": "4"}, RATES[tracked]
-    )
-    sweep(private | {"name": stem, "seeds": SEEDS, "lr": rate}, {"target_epsilon": EPSILONS})
-    rate = choose_rate(values | {"name": f"rate-{stem}"}, RATES[tracked])
+    trial = private | {"name": f"rate-{stem}-private", "target_epsilon": "4"}
+    chosen = {"name": stem, "seeds": SEEDS, "lr": search_rates(trial, RATES[tracked])["federated"]}
+    sweep(private | chosen, {"target_epsilon": EPSILONS})
+    rate = search_rates(values | {"name": f"rate-{stem}"}, RATES[tracked])["federated"]
     run(values | {"name": f"{stem}-open", "seeds": SEEDS, "lr": rate})
 
 
