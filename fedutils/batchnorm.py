@@ -13,9 +13,9 @@ import numpy as np
 
 from .client import Client
 from .fedavg import WeightedMean, cast_like
-from .model import ChestResNet, calibrate_batchnorm, to_cpu
+from .model import ChestResNet, calibrate_batchnorm
 from .rng import generator
-from .weights import State
+from .weights import State, to_cpu
 
 MEASURED_FILMS = 256  # of a client, at most, in each round
 MEAN, VARIANCE = "running_mean", "running_var"

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from .device import precision
 from .images import ChestXrayDataset
-from .model import ChestResNet, to_cpu
+from .model import ChestResNet
 from .rng import generator
 from .settings import Settings
-from .weights import State
+from .weights import State, to_cpu
 
 VARIATE = "variate/"  # prefix of SCAFFOLD's control variates, which travel beside the weights
 

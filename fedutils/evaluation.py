@@ -62,7 +62,7 @@ def predict_films(settings: Settings, films: ChestXrayDataset, split: str) -> pd
     models = settings.run / "models"
     how = "none", settings.tracked, settings.batchnorm
     model = build_resnet34(*how, precision=settings.precision)
-    model.to(find_devices(settings.device)[0]).load(load_file(models / "trunk.safetensors"))
+    model.place(find_devices(settings.device)[0]).load(load_file(models / "trunk.safetensors"))
     if settings.cache_features:
         fingerprint = read_report(settings.prepared)["fingerprint"]
         features = FeatureStore(model, films, settings, fingerprint).open()

@@ -101,7 +101,7 @@ def load_model(settings: Settings, name: str) -> ChestResNet:
     models = settings.run / "models"
     model = build_resnet34("none", settings.tracked, settings.batchnorm, precision="fp32")
     model.load(load_file(models / "trunk.safetensors") | load_file(models / f"{name}.safetensors"))
-    return model.to(find_devices(settings.device)[0]).eval()
+    return model.place(find_devices(settings.device)[0]).eval()
 
 
 def read_boxes(settings: Settings, films: ChestXrayDataset) -> pd.DataFrame:

@@ -34,11 +34,11 @@ from .fedavg import STRATEGIES, FedAvg, WeightedMean, cast_like
 from .findings import InputError
 from .images import ChestXrayDataset, read_report, write_atomic
 from .metrics import log_loss, mean_auroc
-from .model import ChestResNet, build_resnet34, to_cpu
+from .model import ChestResNet, build_resnet34
 from .privacy import STEPS, PrivateClient
 from .rng import generator
 from .settings import Settings
-from .weights import State, state_hash
+from .weights import State, state_hash, to_cpu
 
 HISTORY = [
     "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
@@ -522,7 +522,7 @@ class Training:
             first = self._build(self.settings.seed_list[0])
             state = {k: v for k, v in to_cpu(first.state_dict()).items() if not first.is_tracked(k)}
             write_atomic(trunk, save(state))
-        models = [self._build(seed).to(device) for device in find_devices(self.settings.device)]
+        models = [self._build(seed).place(device) for device in find_devices(self.settings.device)]
         for model in models:
             model.load(load_file(trunk))
         return models

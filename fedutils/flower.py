@@ -84,7 +84,7 @@ class Hospital:
         model = build_resnet34(*built, precision=precision)
         if trunk_hash(model) != self.order["trunk"]:
             raise InputError(f"weights={how.weights!r}: not the trunk of the server")
-        return model.to(find_devices(how.device)[0])
+        return model.place(find_devices(how.device)[0])
 
     def kept(self, round: int) -> Path:
         """Name the file of what the client keeps after a round, such as SCAFFOLD's variate."""

@@ -41,6 +41,12 @@ def add_in_place(total: Tensor, value: Tensor, weight: float) -> None:
         sums.add_(values.double(), alpha=weight)
 
 
+def to_cpu(state: State) -> State:
+    """Copy a state to the CPU, contiguous."""
+    plain = torch.contiguous_format  # at once: a copy of channels last, then another, takes twice
+    return {k: v.detach().to("cpu", copy=True, memory_format=plain) for k, v in state.items()}
+
+
 def load_weights(weights: str) -> State:
     """Return a state dict from a path, an attached file or torchvision's download."""
     path, url = find_weights(weights), ResNet34_Weights.IMAGENET1K_V1.url

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from fedutils.client import VARIATE, Client, make_optimizer, masked_loss, predict
 from fedutils.images import IMAGENET_MEAN, IMAGENET_STD
-from fedutils.model import build_resnet34, to_cpu
+from fedutils.model import build_resnet34
 from fedutils.rng import generator
+from fedutils.weights import to_cpu
 
 
 @pytest.fixture

@@ -19,7 +19,8 @@ from fedutils import federation, flower
 from fedutils.federation import FederationError, Training
 from fedutils.findings import FINDINGS, InputError
 from fedutils.flower import NetworkTraining, client_app
-from fedutils.model import build_resnet34, to_cpu
+from fedutils.model import build_resnet34
+from fedutils.weights import to_cpu
 
 SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.05}
 SECRET = "Mueller-Luedenscheidt"

@@ -50,6 +50,12 @@ def test_state_dict_loads_into_plain_torchvision(imagenet):
     assert torch.allclose(plain(films), model(films), atol=1e-5)
 
 
+def test_on_the_cpu_only_layer4_lies_plain(imagenet):
+    for name, parameter in build_resnet34(str(imagenet[0])).named_parameters():
+        layout = torch.contiguous_format if name.startswith("layer4.") else torch.channels_last
+        assert parameter.ndim < 4 or parameter.is_contiguous(memory_format=layout), name
+
+
 def test_safetensors_weights_load_too(imagenet, tmp_path):
     save_file(imagenet[1], tmp_path / "w.safetensors")
     model = build_resnet34(str(tmp_path / "w.safetensors"))

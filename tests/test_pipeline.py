@@ -404,7 +404,7 @@ def test_an_interrupt_ends_the_kernel_too(project, capsys):
     Thread(target=interrupt, daemon=True).start()
     assert command() == 130
     assert capsys.readouterr().err.startswith("fedutils: interrupted")
-    assert is_dead(pid.read_text())
+    wait_for(lambda: is_dead(pid.read_text()), 10)
 
 
 def sleep_in_first_cell(project):

@@ -13,8 +13,9 @@ from fedutils import federation, privacy
 from fedutils.client import Client, make_optimizer
 from fedutils.federation import Training
 from fedutils.images import normalise
-from fedutils.model import build_resnet34, to_cpu
+from fedutils.model import build_resnet34
 from fedutils.rng import generator
+from fedutils.weights import to_cpu
 
 pytest.importorskip("opacus", reason="differential privacy needs Opacus")
 DP = {"dp": "patient", "noise_multiplier": 1.0, "batchnorm": "frozen", "tracked": "fc"}

@@ -17,7 +17,8 @@ from fedutils.checkpoint import Progress
 from fedutils.client import Client
 from fedutils.federation import Job, Replicas, run_round
 from fedutils.images import normalise
-from fedutils.model import ChestResNet, to_cpu
+from fedutils.model import ChestResNet
+from fedutils.weights import to_cpu
 
 
 class Small(nn.Sequential):
