@@ -474,6 +474,12 @@ def read_table(path: Path) -> pd.DataFrame:
     return table.fillna(dict.fromkeys(texts, ""))
 
 
+def mean_auroc_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Keep the mean AUROC over all test films of a table that `read_table` read."""
+    same = {"test_set": ALL_FILMS, "finding": MEAN, "metric": "auroc"}
+    return table[(table[list(same)] == pd.Series(same)).all(axis=1)]
+
+
 def training_cost(history: pd.DataFrame, local_epochs: int) -> pd.DataFrame:
     """Return what each arm had spent at each round, and the AUROC it then had on validation films.
 

@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
-from .evaluation import read_table
+from .evaluation import mean_auroc_rows, read_table
 from .findings import InputError
-from .metrics import MEAN
 from .privacy import read_budget
 from .settings import Settings, read_run
 
@@ -38,9 +37,8 @@ def privacy_trade(work: Path) -> pd.DataFrame:
 
 def _rows(settings: Settings) -> Iterator[dict[str, Any]]:
     """Yield the row of one run, if it has a federated arm."""
-    table = read_table(settings.run / "evaluation" / "metrics.csv")
-    same = {"arm": "federated", "finding": MEAN, "metric": "auroc", "test_set": "all"}
-    table = table[(table[list(same)] == pd.Series(same)).all(axis=1)]
+    table = mean_auroc_rows(read_table(settings.run / "evaluation" / "metrics.csv"))
+    table = table[table["arm"] == "federated"]
     seeds, whole = table[table["seed"] != ""], table[table["seed"] == ""]
     for row in (whole if len(whole) else seeds).head(1).itertuples():
         yield {

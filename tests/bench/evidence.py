@@ -15,9 +15,8 @@ from pathlib import Path
 import pandas as pd
 
 from fedutils import write_phantom
-from fedutils.evaluation import read_table
+from fedutils.evaluation import mean_auroc_rows, read_table
 from fedutils.federation import best_rounds, read_history
-from fedutils.metrics import ALL_FILMS, MEAN
 from fedutils.pipeline import run, sweep
 from fedutils.settings import ARMS, Settings, find_root
 
@@ -70,12 +69,6 @@ def report(title: str, runs: list[Settings]) -> str:
         cells += [cell(differences.loc[name], "+") for name in list(ARM_NAMES.values())[1:]]
         lines.append(f"| {settings.partition} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def mean_auroc_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """Keep the mean AUROC over all test films."""
-    same = {"test_set": ALL_FILMS, "finding": MEAN, "metric": "auroc"}
-    return table[(table[list(same)] == pd.Series(same)).all(axis=1)]
 
 
 def cell(row: pd.Series, sign: str) -> str:
