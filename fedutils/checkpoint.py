@@ -13,14 +13,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from .findings import InputError
 from .images import write_atomic
-from .weights import State
+from .weights import State, state_hash
 
 KEPT_ROUNDS = 2  # the last one, and the one before it should the last be damaged
 
@@ -41,10 +43,14 @@ class Progress:
 def save_progress(folder: Path, progress: Progress, identity: str) -> Path:
     """Write a round boundary beside the one before, then drop older ones; return the file.
 
-    The name holds the round and the checksum of the content. `identity` names the run, so that a
-    checkpoint of another one is not mistaken for this one's.
+    The name holds the round and the checksum of the header's text, which holds those of all
+    tensors. `identity` names the run, so that a checkpoint of another one is not mistaken for this
+    one's. The state's hash is taken from the last row of the history, where it has been computed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    parts = _parts(progress)
+    last = progress.rows[-1] if progress.rows else {}
+    known = {"state": last.get("state_sha256")}
     about = {
         "identity": identity,
         "round": progress.round,
@@ -52,13 +58,15 @@ def save_progress(folder: Path, progress: Progress, identity: str) -> Path:
         "best_round": progress.best_round,
         "clients": sorted(progress.clients),
         "rows": progress.rows,
+        "sums": {part: known.get(part) or state_hash(state) for part, state in parts.items()},
     }
-    content = save(_flatten(progress), {"json": json.dumps(about)})
-    name = f"round-{progress.round:05d}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    write_atomic(folder / name, content)
+    text = json.dumps(about)
+    path = folder / f"round-{progress.round:05d}-{_checksum(text)}.safetensors"
+    tensors = {f"{part}|{k}": v.contiguous() for part, s in parts.items() for k, v in s.items()}
+    write_atomic(path, partial(save_file, tensors, metadata={"json": text}))
     for old in _files(folder)[KEPT_ROUNDS:]:
         old.unlink()
-    return folder / name
+    return path
 
 
 def load_progress(folder: Path, identity: str) -> Progress | None:
@@ -69,14 +77,13 @@ def load_progress(folder: Path, identity: str) -> Progress | None:
     for left in folder.glob(".round-*.tmp"):
         left.unlink()
     for path in _files(folder):
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:16] != path.stem.rpartition("-")[2]:
+        owner, progress = _read(path)
+        if progress is None:
             warnings.warn(f"{path}: checksum does not match, using the round before", stacklevel=2)
-            continue
-        about = _header(content)
-        if about.pop("identity") == identity:
-            return _unflatten(load(content), about)
-        warnings.warn(f"{path}: belongs to another run, not used", stacklevel=2)
+        elif owner == identity:
+            return progress
+        else:
+            warnings.warn(f"{path}: belongs to another run, not used", stacklevel=2)
     return None
 
 
@@ -85,8 +92,30 @@ def last_identity(folder: Path) -> str:
     for path in _files(folder)[:1]:
         with path.open("rb") as file, contextlib.suppress(ValueError, KeyError):  # truncated
             length = file.read(8)
-            return _header(length + file.read(int.from_bytes(length, "little")))["identity"]
+            text = _header(length + file.read(int.from_bytes(length, "little")))
+            return json.loads(text)["identity"]
     return ""
+
+
+def _read(path: Path) -> tuple[str, Progress | None]:
+    """Return whose a checkpoint is and what it holds, None where that is not what was written."""
+    content = path.read_bytes()
+    try:
+        text, tensors = _header(content), load(content)
+    except (ValueError, KeyError, SafetensorError):
+        return "", None
+    if _checksum(text) != path.stem.rpartition("-")[2]:
+        return "", None
+    about = json.loads(text)
+    owner, sums = about.pop("identity"), about.pop("sums")
+    progress = _unflatten(tensors, about)
+    whole = sums == {part: state_hash(state) for part, state in _parts(progress).items()}
+    return owner, progress if whole else None
+
+
+def _checksum(text: str) -> str:
+    """Return the part of a checkpoint's name that tells whether its header is whole."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -94,21 +123,20 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*.safetensors"), reverse=True)
 
 
-def _header(content: bytes) -> dict[str, Any]:
-    """Return the JSON that `save_progress` put into the safetensors header."""
+def _header(content: bytes) -> str:
+    """Return the text that `save_progress` put into the safetensors header."""
     length = int.from_bytes(content[:8], "little")
-    return json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["json"])
+    return json.loads(content[8 : 8 + length])["__metadata__"]["json"]
 
 
-def _flatten(progress: Progress) -> State:
-    """Give each tensor a name that tells where it belongs."""
-    parts = {"state": progress.state, "server": progress.server}
-    parts |= {f"client:{name}": kept for name, kept in progress.clients.items()}
-    return {f"{part}|{k}": v.contiguous() for part, s in parts.items() for k, v in s.items()}
+def _parts(progress: Progress) -> dict[str, State]:
+    """Return all tensors by where they belong."""
+    clients = {f"client:{name}": kept for name, kept in progress.clients.items()}
+    return {"state": progress.state, "server": progress.server} | clients
 
 
 def _unflatten(tensors: State, about: dict[str, Any]) -> Progress:
-    """Undo `_flatten`."""
+    """Put tensors, named by part and name, back where they belong."""
     clients = {name: {} for name in about.pop("clients")}
     parts: dict[str, State] = {"state": {}, "server": {}}
     parts |= {f"client:{name}": kept for name, kept in clients.items()}

@@ -17,13 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 
 from .batchnorm import PooledBatchNorm, measure_batchnorm
 from .checkpoint import Progress, Writer, last_identity, load_progress, run_lock, save_progress
@@ -521,7 +522,7 @@ class Training:
         if not trunk.is_file():
             first = self._build(self.settings.seed_list[0])
             state = {k: v for k, v in to_cpu(first.state_dict()).items() if not first.is_tracked(k)}
-            write_atomic(trunk, save(state))
+            write_atomic(trunk, partial(save_file, state))
         models = [self._build(seed).place(device) for device in find_devices(self.settings.device)]
         for model in models:
             model.load(load_file(trunk))
@@ -615,15 +616,15 @@ class Training:
         if local and job.arm == "federated":
             parts |= {f"{job.name}-{k}": local_state({k: v}, local) for k, v in now.clients.items()}
         for name, state in parts.items():
-            content = save(state, {"round": str(now.round)})
-            write_atomic(self.run / "models" / f"{name}.safetensors", content)
+            write = partial(save_file, state, metadata={"round": str(now.round)})
+            write_atomic(self.run / "models" / f"{name}.safetensors", write)
 
     def _write_global_model(self) -> None:
         """Write the whole federated model of the first seed, for plain torchvision."""
         for job in [job for job in self.jobs if job.arm == "federated"][:1]:
             parts = [self.run / "models" / f"{name}.safetensors" for name in ("trunk", job.name)]
             whole = load_file(parts[0]) | load_file(parts[1])
-            write_atomic(self.run / "global_model.safetensors", save(whole))
+            write_atomic(self.run / "global_model.safetensors", partial(save_file, whole))
 
 
 def copy_models(source: Path, target: Path, job: Job) -> None:

@@ -157,13 +157,15 @@ def _read_films(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=dict.fromkeys(FILM_COLUMNS, str), keep_default_na=False)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that after a kill at any moment the old or the new content is there."""
+def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """Write a file so that after a kill at any moment the old or the new content is there.
+
+    `content` may be a function that writes to the path that it is given.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
+        beside.write_bytes(content) if isinstance(content, bytes) else content(beside)
+        with beside.open("rb") as file:
             os.fsync(file.fileno())
         beside.replace(path)
     finally:

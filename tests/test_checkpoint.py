@@ -55,6 +55,15 @@ def test_a_damaged_checkpoint_is_recognised_and_the_earlier_one_used(tmp_path, d
         assert load_progress(tmp_path, "run").round == 1
 
 
+def test_a_state_that_is_not_the_one_of_the_last_row_is_recognised(tmp_path):
+    for round, noted in ((1, 1), (2, 1)):
+        now = progress(round)
+        now.rows[-1]["state_sha256"] = state_hash(progress(noted).state)
+        save_progress(tmp_path, now, "run")
+    with pytest.warns(UserWarning, match="round-00002.*checksum"):
+        assert load_progress(tmp_path, "run").round == 1
+
+
 def test_a_foreign_checkpoint_is_not_used(tmp_path):
     save_progress(tmp_path, progress(1), "run")
     save_progress(tmp_path, progress(2), "another run")
