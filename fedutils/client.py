@@ -65,8 +65,8 @@ class Client:
     def _start(self, model: ChestResNet) -> State:
         """Copy the parameters before training, for the strategies that look back at them."""
         looks_back = self.settings.strategy in ("fedprox", "scaffold")
-        trained = (p for p in model.named_parameters() if p[1].requires_grad and looks_back)
-        return {name: parameter.detach().clone() for name, parameter in trained}
+        named = model.named_parameters() if looks_back else ()
+        return {name: p.detach().clone() for name, p in named if p.requires_grad}
 
     def _train(self, model: ChestResNet, start: State, c: State, round: int) -> tuple[float, int]:
         """Run the local epochs; return the mean loss over all films seen, and the steps taken."""
