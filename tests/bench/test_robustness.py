@@ -30,12 +30,18 @@ class Liar(Client):
 
 def auroc_with_a_liar(settings, films, factor):
     """Train federatedly; return the validation AUROC of the aggregate after the last round."""
-    training = Training(settings, films)
-    first = training.jobs[0].clients[0]
-    liar = Liar(first.name, first.films, settings, first.seed)
-    liar.factor = factor
-    training.jobs[0].clients[0] = liar
-    auroc = training.train()["val_auroc"].iloc[-1]
+
+    class Deceived(Training):
+        """Has the liar among its clients, also when they are planned anew with cached features."""
+
+        def _plan(self, films):
+            jobs = super()._plan(films)
+            first = jobs[0].clients[0]
+            jobs[0].clients[0] = liar = Liar(first.name, first.films, settings, first.seed)
+            liar.factor = factor
+            return jobs
+
+    auroc = Deceived(settings, films).train()["val_auroc"].iloc[-1]
     shutil.rmtree(settings.run)  # the next run would take over this one's model: settings are equal
     return auroc
 
