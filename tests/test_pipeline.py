@@ -394,7 +394,15 @@ def test_the_kernel_dies_with_a_killed_pipeline(project):
     wait_for(lambda: is_dead(pid.read_text()), 10)
 
 
-def test_an_interrupt_ends_the_kernel_too(project, capsys):
+@pytest.fixture
+def interruptible():
+    """Answer SIGINT as in a terminal: a job that a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_ends_the_kernel_too(project, capsys, interruptible):
     pid = sleep_in_first_cell(project)
 
     def interrupt():

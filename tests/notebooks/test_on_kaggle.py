@@ -40,6 +40,7 @@ class Kaggle:
             "FEDUTILS_KAGGLE": str(self.root),
             "PYTHONPATH": str(root / "blocked"),
             "TORCH_HOME": str(root / "empty"),
+            "PYTHONDONTWRITEBYTECODE": "1",  # as on Kaggle, where input is read only
         }
         self.environment.pop("NIH_DATA_DIR", None)
 
