@@ -102,13 +102,13 @@ def _read(path: Path) -> tuple[str, Progress | None]:
     content = path.read_bytes()
     try:
         text, tensors = _header(content), load(content)
+        if _checksum(text) != path.stem.rpartition("-")[2]:
+            return "", None
+        about = json.loads(text)
+        owner, sums = about.pop("identity"), about.pop("sums")
+        progress = _unflatten(tensors, about)
     except (ValueError, KeyError, SafetensorError):
         return "", None
-    if _checksum(text) != path.stem.rpartition("-")[2]:
-        return "", None
-    about = json.loads(text)
-    owner, sums = about.pop("identity"), about.pop("sums")
-    progress = _unflatten(tensors, about)
     whole = sums == {part: state_hash(state) for part, state in _parts(progress).items()}
     return owner, progress if whole else None
 

@@ -43,14 +43,15 @@ def test_the_one_before_is_kept_and_older_ones_go(tmp_path):
     assert [path.name[:11] for path in sorted(tmp_path.iterdir())] == ["round-00002", "round-00003"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "renamed"])
 def test_a_damaged_checkpoint_is_recognised_and_the_earlier_one_used(tmp_path, damage):
     save_progress(tmp_path, progress(1), "run")
     last = save_progress(tmp_path, progress(2), "run")
     content = bytearray(last.read_bytes())
     content[-1] ^= 1
-    damaged = {"truncated": content[:-9], "flipped": content, "empty": b""}[damage]
-    last.write_bytes(bytes(damaged))
+    damaged = {"truncated": content[:-9], "flipped": content, "empty": b""}
+    damaged["renamed"] = last.read_bytes().replace(b"state|w", b"ttate|w")
+    last.write_bytes(bytes(damaged[damage]))
     with pytest.warns(UserWarning, match=f"{last.name}.*checksum"):
         assert load_progress(tmp_path, "run").round == 1
 
