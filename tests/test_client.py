@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_films, tiny_settings
+from tiny import ROUNDING, tiny_films, tiny_settings
 from torch.nn import functional as F
 
 from fedutils.client import VARIATE, Client, make_optimizer, masked_loss, predict
@@ -175,7 +175,11 @@ def test_frozen_batchnorm_keeps_the_trunks_statistics(tmp_path, films):
 def test_predict_returns_logits_in_order_whatever_the_batch_size(films):
     model = build_resnet34("none", "all")
     small, large = predict(model, films, 7), predict(model, films, 64)
-    assert small.shape == (len(films), 14) and np.allclose(small, large, atol=1e-5)
+    assert small.shape == large.shape == (len(films), 14)
+    assert (
+        np.linalg.norm(small - large, axis=1).max()
+        <= ROUNDING * np.linalg.norm(large, axis=1).min()
+    )
     assert not model.training and predict(model, films.where(films.labels[:, 0] > 2)).shape == (
         0,
         14,
@@ -189,9 +193,11 @@ def test_optimisers_are_the_named_ones(tmp_path):
     assert isinstance(sgd, torch.optim.SGD) and sgd.defaults["momentum"] == 0.5
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_lower_precision_trains_close_to_float32_and_leaves_float32_weights(
-    tmp_path, films, precision
+    tmp_path, films, precision, dtype
 ):
     """In fp16 through the GradScaler, as on a T4; here on the CPU."""
     settings = tiny_settings(tmp_path, tracked="fc", precision=precision, augment=False)
@@ -205,4 +211,6 @@ def test_lower_precision_trains_close_to_float32_and_leaves_float32_weights(
     assert update.state["fc.weight"].dtype is torch.float32
     assert not torch.equal(update.state["fc.weight"], expected.state["fc.weight"])
     assert update.train_loss == pytest.approx(expected.train_loss, rel=0.02)
-    assert np.allclose(predict(model, films), predict(full, films), atol=0.2)
+    error = np.linalg.norm(predict(model, films) - predict(full, films))
+    step = torch.finfo(dtype).eps  # 36 layers round like a random walk
+    assert error <= step * math.sqrt(36) * np.linalg.norm(predict(full, films))
