@@ -30,27 +30,27 @@ class Toy(nn.Module):
 
 
 def test_grad_cam_of_a_toy_network_is_what_paper_and_pencil_give():
-    x = torch.rand(4, 2, 3, 5, generator=torch.Generator().manual_seed(0)) - 0.3
+    x = torch.rand(4, 2, 3, 5, generator=torch.Generator().manual_seed(0)).double() - 0.3
     first = explain.grad_cam(Toy(), "cells", x, torch.zeros(4, dtype=torch.long))
-    assert torch.allclose(first, ((x[:, 0] - x[:, 1]) / 15).relu())
+    assert torch.allclose(first, ((x[:, 0] - x[:, 1]) / 15).relu(), atol=1e-12)
     second = explain.grad_cam(Toy(), "cells", x, torch.ones(4, dtype=torch.long))
     weight = (2 * x[:, 0]).mean(dim=(1, 2), keepdim=True)
-    assert torch.allclose(second, (weight * x[:, 0]).relu(), atol=1e-6)
+    assert torch.allclose(second, (weight * x[:, 0]).relu(), atol=1e-12)
 
 
 @pytest.mark.parametrize("tracked", ["layer4,fc", "fc"])
 def test_grad_cam_of_a_resnet_is_its_class_activation_map_frozen_or_not(tracked):
     """With a mean and one linear layer behind it, Grad-CAM is CAM (Selvaraju et al., section 3)."""
-    model = build_resnet34("none", tracked).eval()
+    model = build_resnet34("none", tracked).double().eval()
     draw = torch.Generator().manual_seed(1)
-    x = normalise(torch.randint(256, (2, 1, 96, 96), generator=draw, dtype=torch.uint8))
+    x = normalise(torch.randint(256, (2, 1, 96, 96), generator=draw, dtype=torch.uint8)).double()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         cam = explain.grad_cam(model, "layer4", x, torch.tensor([3, 5]))
         assert not torch.is_grad_enabled() and not cam.requires_grad
         cells = nn.Sequential(*list(model.children())[:-2])(x)
     expected = torch.einsum("bc,bchw->bhw", model.fc.weight[[3, 5]].detach(), cells).relu() / 9
-    assert cam.shape == (2, 3, 3) and torch.allclose(cam, expected, atol=1e-5) and cam.max() > 0
+    assert cam.shape == (2, 3, 3) and torch.allclose(cam, expected, atol=1e-10) and cam.max() > 0
     assert not model.layer4._forward_hooks and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
