@@ -273,11 +273,17 @@ def test_patient_intervals_cover_and_image_intervals_are_too_narrow():
     assert narrow < 0.8 * width
 
 
-def test_bootstrap_of_a_full_size_test_set_stays_within_its_budget():
+def test_a_resample_of_a_full_size_test_set_takes_a_fifth_of_scikit_learns_time():
+    """A thousand of them, of 14 findings, then stay within a minute where that takes five."""
     rng = np.random.default_rng(6)
     patients = rng.integers(0, 2797, 25_596)
     truth, score = labels_and_scores(rng, 25_596, ties=False, prevalence=0.18)
-    start = time.process_time()
-    metrics.bootstrap(truth, score, metrics.patient_resamples(patients, 100, seed=0))
-    seconds_for_all = (time.process_time() - start) * 10 * 14
-    assert seconds_for_all < 60, "1,000 resamples of 14 findings"
+    began = time.process_time()
+    draws = metrics.patient_resamples(patients, 100, seed=0)
+    metrics.bootstrap(truth, score, draws)
+    ours = (time.process_time() - began) / 100
+    began = time.process_time()
+    for times in draws.times.T[:10]:
+        roc_auc_score(truth, score, sample_weight=times[draws.owner])
+        average_precision_score(truth, score, sample_weight=times[draws.owner])
+    assert ours < (time.process_time() - began) / 10 / 5

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -399,12 +400,16 @@ def test_without_permission_to_read_the_error_says_so(tmp_path, locked):
 # --- real files
 
 
-def test_the_whole_table_is_read_and_checked_in_under_five_seconds(nih_test_data: Path):
-    start = time.perf_counter()
+def test_the_whole_table_is_read_and_checked_in_30_times_what_pandas_takes(nih_test_data: Path):
+    file = read_nih(nih_test_data / "nih_meta").table_file
+    start = time.process_time()
+    pd.read_csv(nih_test_data / "nih_meta" / file, dtype=str, index_col=False)
+    bare = time.process_time() - start
+    start = time.process_time()
     data = read_nih(nih_test_data / "nih_meta")
     checks = check_table(data).set_index("check")["count"]
     told = summary(data)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 30 * bare
     assert (told["films"], told["patients"], told["boxes"]) == (112_120, 30_805, 984)
     assert data.table["Pneumonia"].sum() == 1_431 and data.table["Hernia"].sum() == 227
     assert told["release"] == "2020" and checks["missing films"] == 112_120
