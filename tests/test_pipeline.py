@@ -391,7 +391,7 @@ def test_the_kernel_dies_with_a_killed_pipeline(project):
     wait_for(lambda: pid.exists() and pid.read_text(), 60)
     process.kill()
     process.wait()
-    wait_for(lambda: is_dead(pid.read_text()), 10)
+    wait_for(lambda: is_dead(pid.read_text()), 30)  # it would sleep 60 s
 
 
 @pytest.fixture
@@ -412,7 +412,7 @@ def test_an_interrupt_ends_the_kernel_too(project, capsys, interruptible):
     Thread(target=interrupt, daemon=True).start()
     assert command() == 130
     assert capsys.readouterr().err.startswith("fedutils: interrupted")
-    wait_for(lambda: is_dead(pid.read_text()), 10)
+    wait_for(lambda: is_dead(pid.read_text()), 30)  # it would sleep 60 s
 
 
 def sleep_in_first_cell(project):
