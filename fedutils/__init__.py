@@ -1,63 +1,56 @@
-"""Federated learning on chest X-rays: the names that the notebooks use, handed on."""
+"""Federated learning on chest X-rays: the names that the notebooks use, loaded at first use."""
 
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
-from .calibration import calibrate, main_model, operating_points, tabulate_points
-from .card import write_card
-from .client import Client, Update, predict
-from .evaluation import (
-    check_fingerprint,
-    compare_runs,
-    evaluate_models,
-    hospitals,
-    predict_films,
-    read_films,
-    record_files,
-    tabulate,
-    tabulate_differences_text,
-    training_cost,
-    write_predictions,
-    write_summary,
-)
-from .explain import fill_gallery, pick_gallery, pointing_game, pointing_words
-from .fedavg import STRATEGIES, FedAvg
-from .federation import FederationError, Training, best_rounds, read_history
-from .findings import FINDINGS, InputError, format_labels, parse_labels
-from .images import (
-    ChestXrayDataset,
-    choose_films,
-    decode_films,
-    example_films,
-    read_index,
-    read_report,
-    write_index,
-)
-from .membership import attack_films, membership, membership_words
-from .metrics import YARDSTICKS_OFFICIAL
-from .model import build_resnet34
-from .nih import check_table, open_data, summary
-from .partition import (
-    label_skew,
-    leak_of_splits,
-    partition_patients,
-    partition_report,
-    split_patients,
-)
-from .phantom import write_phantom
-from .privacy import privacy_words
-from .settings import (
-    Settings,
-    __version__,
-    fetch_runs,
-    print_environment,
-    read_parameters,
-    read_run,
-)
+from .base import __version__ as __version__
+
+NAMES = {
+    "base.device": "print_environment",
+    "base.files": "fetch_runs",
+    "base.errors": "InputError",
+    "base.findings": "FINDINGS format_labels parse_labels",
+    "client": "Client Update predict",
+    "dataset": "ChestXrayDataset read_index read_report",
+    "evidence.calibration": "calibrate operating_points",
+    "evidence.card": "write_card",
+    "evidence.compare": "compare_runs",
+    "evidence.explain": "fill_gallery pick_gallery pointing_game",
+    "evidence.membership": "attack_films attack_models",
+    "evidence.metrics": "YARDSTICKS_OFFICIAL evaluate_models",
+    "evidence.predict": "predict_films write_predictions",
+    "evidence.summary": "record_files write_summary",
+    "evidence.tables": "hospitals main_model tabulate tabulate_differences_text tabulate_points"
+    " training_cost",
+    "evidence.words": "membership_words pointing_words privacy_words",
+    "fedavg": "FedAvg",
+    "films.check": "check_table summary",
+    "films.decode": "decode_films example_films write_index",
+    "films.partition": "label_skew partition_patients partition_report",
+    "films.phantom.write": "write_phantom",
+    "films.read": "open_data",
+    "films.split": "choose_films leak_of_splits split_patients",
+    "model": "build_resnet34",
+    "rounds": "FederationError run_round",
+    "run": "best_rounds check_fingerprint read_films read_history",
+    "settings": "Settings read_evaluated read_parameters read_run",
+    "strategies": "STRATEGIES",
+    "training.features": "stored_features",
+    "training.replicas": "start_model",
+    "training.training": "Training",
+}
+PLACES = {name: place for place, names in NAMES.items() for name in names.split()}
 
 
-def __getattr__(name: str) -> ModuleType:
-    """Import `fedutils.plots` at its first use: the figures' libraries take a second or two."""
+def __getattr__(name: str) -> Any:
+    """Import what a name stands for at its first use: torch and the figures take seconds."""
     if name == "plots":
         return import_module(".plots", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{PLACES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """List the names, for completion in a notebook."""
+    return sorted([*PLACES, "plots"])

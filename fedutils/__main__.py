@@ -5,9 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__, evaluation, kaggle, network, pipeline
-from .findings import InputError
-from .pipeline import NotebookFailed
+from .base import __version__
+from .base.errors import InputError, NotebookFailed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,15 +37,17 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.set_defaults(do=sweep_notebooks)
     verify = commands.add_parser("verify", help="check a run folder: hashes, data, metrics")
     verify.add_argument("folder", type=Path, metavar="RUN", help="such as work/runs/NAME")
-    verify.set_defaults(do=verify_run)
+    verify.set_defaults(do=verify_folder)
     add_flower(commands.add_parser("flower", help="train over a real network"))
     kit = commands.add_parser("kaggle", help="write folders for the `kaggle` command to send")
     kit.add_argument("--user", required=True, metavar="NAME", help="your name on Kaggle")
     kit.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     add_pairs(kit)
-    kit.set_defaults(do=write_kit, data=None, work=None, name=None, profile=None)
+    kit.set_defaults(do=make_kit, data=None, work=None, name=None, profile=None)
+    listed = commands.add_parser("parameters", help="list all parameters by room")
+    listed.set_defaults(do=print_parameters)
     render = commands.add_parser("render", help="write the demo's results as notebooks/*.ipynb")
-    render.set_defaults(do=lambda options: pipeline.render(pipeline.FOLDER))
+    render.set_defaults(do=render_notebooks)
     return parser
 
 
@@ -79,7 +80,6 @@ def add_flower(command: argparse.ArgumentParser) -> None:
         "register": "let the hospital with the public key NAME connect",
         "hospital": "run the SuperNode of the hospital NAME",
         "train": "train with the hospitals that are connected",
-        "demo": "all of it on this machine, compared with the simulation",
     }
     for step, text in texts.items():
         part = steps.add_parser(step, help=text)
@@ -94,34 +94,61 @@ def add_flower(command: argparse.ArgumentParser) -> None:
 
 def run_flower(options: argparse.Namespace) -> None:
     """Do one step of a federation over a network."""
+    from .network.commands import take_step
+
     values = split_pairs(options.pairs, "-p") | {"work_dir": str(Path(options.work).resolve())}
     name = getattr(options, "flower_name", "")
-    network.do(options.step, name, options.server, options.keys, values)
+    take_step(options.step, name, options.server, options.keys, values)
 
 
 def run_notebooks(options: argparse.Namespace) -> None:
     """Execute the notebooks."""
-    pipeline.run(read_values(options), options.only, options.force, pipeline.FOLDER)
+    from .batch.notebook import FOLDER
+    from .batch.run import run
+
+    run(read_values(options), options.only, options.force, FOLDER)
 
 
 def sweep_notebooks(options: argparse.Namespace) -> None:
     """Execute the notebooks for each combination of the grid."""
+    from .batch.notebook import FOLDER
+    from .batch.sweep import sweep
+
     grid = {key: value.split("|") for key, value in split_pairs(options.grid, "sweep").items()}
-    values = read_values(options)
-    pipeline.sweep(values, grid, options.only, options.force, pipeline.FOLDER)
+    sweep(read_values(options), grid, options.only, options.force, FOLDER)
 
 
-def verify_run(options: argparse.Namespace) -> None:
+def render_notebooks(options: argparse.Namespace) -> None:
+    """Execute the demo as the committed pairs."""
+    from .batch.notebook import FOLDER, render
+
+    render(FOLDER)
+
+
+def verify_folder(options: argparse.Namespace) -> None:
     """Check a run folder and say what is wrong; raise NotebookFailed if anything is."""
-    wrong = evaluation.verify_run(options.folder.resolve())
+    from .evidence.summary import verify_run
+    from .settings import read_run
+
+    run = options.folder.resolve()
+    wrong = verify_run(read_run(str(run.parent.parent), run.name))
     if wrong:
         raise NotebookFailed(f"{options.folder}: {'; '.join(wrong)}")
     print(f"{options.folder}: hashes, fingerprint and metrics are as they were written")
 
 
-def write_kit(options: argparse.Namespace) -> None:
+def make_kit(options: argparse.Namespace) -> None:
     """Write the Kaggle kit and print the commands that send it, in order."""
-    print("\n".join(kaggle.write_kit(options.user, options.out, read_values(options))))
+    from .batch.kaggle import write_kit
+
+    print("\n".join(write_kit(options.user, options.out, read_values(options))))
+
+
+def print_parameters(options: argparse.Namespace) -> None:
+    """List all parameters by the room that declares them."""
+    from .settings import list_parameters
+
+    print(list_parameters())
 
 
 def read_values(options: argparse.Namespace) -> dict[str, str]:

@@ -1,23 +1,38 @@
-"""One hospital: local training on its own films. Only an Update leaves it, never a film."""
+"""Client: local training on its own films; only an Update leaves, never a film."""
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .device import precision
-from .images import ChestXrayDataset
+from .base.device import precision
+from .base.errors import InputError
+from .base.parameters import Parameters, parameter
+from .base.rng import generator
+from .base.state import State, is_beside, to_cpu
+from .dataset import ChestXrayDataset
+from .fedavg import FedAvg
 from .model import ChestResNet
-from .rng import generator
-from .settings import Settings
-from .weights import State, to_cpu
+from .strategies import STRATEGIES
 
-VARIATE = "variate/"  # prefix of SCAFFOLD's control variates, which travel beside the weights
+
+@dataclass(frozen=True)
+class ClientParameters(Parameters):
+    """How a client trains on its own films."""
+
+    local_epochs: int = parameter(1, "passes over a client's films in a round", bounds=(1, 1000))
+    batch_size: int = parameter(0, "films a step", bounds=(1, 4096), profiles=(32, 64))
+    optimizer: str = parameter("adamw", "of the clients", allowed=("adamw", "sgd"))
+    lr: float = parameter(1e-3, "learning rate of the clients", bounds=(1e-12, math.inf))
+    momentum: float = parameter(0.9, "of sgd", bounds=(0.0, 1.0))
+    weight_decay: float = parameter(1e-4, "of the local optimiser", bounds=(0.0, math.inf))
+    augment: bool = parameter(True, "turn and shift training films a little, anew in each epoch")
 
 
 @dataclass(frozen=True)
@@ -35,45 +50,74 @@ class Update:
 
 
 class Client:
-    """A hospital: its name, its training films, and the settings that all clients share."""
+    """A hospital: its name, its training films, and the settings that all clients share.
 
-    def __init__(self, name: str, films: ChestXrayDataset, settings: Settings, seed: int) -> None:
+    A privacy mechanism is a class derived from this one, which the settings' `dp` names.
+    `strategy` is a class derived from FedAvg; by default that of the settings.
+    """
+
+    mechanism = "off"  # the value of `dp` that asks for this class
+    withholds_loss = False  # whether the training loss stays in the hospital
+    spent: tuple[str, ...] = ()  # what is kept even if the update is not used
+
+    def __init__(
+        self,
+        name: str,
+        films: ChestXrayDataset,
+        settings: Parameters,
+        seed: int,
+        strategy: type[FedAvg] | None = None,
+    ) -> None:
+        if settings.dp != self.mechanism:
+            raise InputError(
+                f"dp={settings.dp}: {type(self).__name__} trains with {self.mechanism}"
+            )
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
+        self.strategy = (strategy or STRATEGIES[settings.strategy])(settings)
         self.weight = len(films)  # what its update counts in the mean
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
         """Train `model` in place from what the server sent; return the update and what is kept.
 
-        `sent` is the global state (with SCAFFOLD's server variate beside it), `kept` what this
-        client kept last time: local BatchNorm, its own variate. Optimiser and GradScaler start
-        afresh each round. Raises ValueError if the client has no films.
+        `sent` is the global state (and what the strategy sends beside it), `kept` what this client
+        kept last time: local BatchNorm, the strategy's own. Optimiser and GradScaler start afresh
+        each round. Raises ValueError if the client has no films.
         """
         began = time.perf_counter()
         if not len(self.films):
             raise ValueError("no training films")
-        model.load({k: v for k, v in (sent | kept).items() if not k.startswith(VARIATE)})
-        start = self._start(model)
-        loss, steps = self._train(model, start, self._correction(model, sent, kept), round)
+        model.load({k: v for k, v in (sent | kept).items() if not is_beside(k)})
+        trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+        correct = self.strategy.begin(trained, sent, kept)
+        loss, steps = self._train(model, correct, round)
         local, final = model.local_names(), to_cpu(model.tracked_state())
-        variate = self._new_variate(to_cpu(start), final, sent, kept, steps)
-        update = {k: v for k, v in final.items() if k not in local}
-        update |= {k: v - kept.get(k, 0) for k, v in variate.items()}
-        keep = {k: v for k, v in final.items() if k in local} | variate
+        beside, keep = self.strategy.end(sent, kept, final, steps)
+        update = {k: v for k, v in final.items() if k not in local} | beside
+        keep = {k: v for k, v in final.items() if k in local} | keep
         took = time.perf_counter() - began
         return Update(self.name, self.weight, update, loss, took), keep
 
-    def _start(self, model: ChestResNet) -> State:
-        """Copy the parameters before training, for the strategies that look back at them."""
-        looks_back = self.settings.strategy in ("fedprox", "scaffold")
-        named = model.named_parameters() if looks_back else ()
-        return {name: p.detach().clone() for name, p in named if p.requires_grad}
+    def account(self, kept: State) -> dict[str, Any]:
+        """Return what this client's patients have been exposed to, by `kept`; here not measured."""
+        return {}
 
-    def _train(self, model: ChestResNet, start: State, c: State, round: int) -> tuple[float, int]:
+    def over_budget(self, kept: State) -> str:
+        """Say why another round is not possible; empty where it is."""
+        return ""
+
+    @staticmethod
+    def returns(model: ChestResNet, sent: State) -> set[str]:
+        """Name the tensors of an update, given what was sent: all of them."""
+        return set(sent)
+
+    def _train(
+        self, model: ChestResNet, correct: Callable[[], None], round: int
+    ) -> tuple[float, int]:
         """Run the local epochs; return the mean loss over all films seen, and the steps taken."""
         model.train()
         device = next(model.parameters()).device
-        trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-        optimizer = make_optimizer(list(trained.values()), self.settings)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = make_optimizer(trained, self.settings)
         half = precision(device, self.settings.precision) is torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=half)
         augment = generator(self.seed, "augment", round, self.name)
@@ -85,7 +129,7 @@ class Client:
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            self._correct(trained, start, c)
+            correct()
             scaler.step(optimizer)
             scaler.update()
             total += loss.detach() * len(positions)
@@ -99,29 +143,6 @@ class Client:
         for _ in range(self.settings.local_epochs):
             yield from np.array_split(rng.permutation(len(self.films)), count)
 
-    def _correct(self, trained: State, start: State, correction: State) -> None:
-        """Add to the gradients FedProx's pull to the start, or SCAFFOLD's c - c_i."""
-        for name, parameter in trained.items():
-            if self.settings.strategy == "fedprox":
-                parameter.grad.add_(parameter.detach() - start[name], alpha=self.settings.mu)
-            elif name in correction:
-                parameter.grad.add_(correction[name])
-
-    def _correction(self, model: ChestResNet, sent: State, kept: State) -> State:
-        """Return SCAFFOLD's c - c_i on the model's device; empty for other strategies."""
-        device, names = next(model.parameters()).device, [k for k in sent if k.startswith(VARIATE)]
-        return {k.removeprefix(VARIATE): (sent[k] - kept.get(k, 0)).to(device) for k in names}
-
-    def _new_variate(
-        self, start: State, final: State, sent: State, kept: State, steps: int
-    ) -> State:
-        """Return SCAFFOLD's c_i - c + (x - y_i) / (K lr), option II; empty for other strategies."""
-        new = {}
-        for key in (key for key in sent if key.startswith(VARIATE)):
-            moved = start[key.removeprefix(VARIATE)] - final[key.removeprefix(VARIATE)]
-            new[key] = moved / (steps * self.settings.lr) + kept.get(key, 0) - sent[key]
-        return new
-
 
 def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy, mean over the known labels; both (B, 14), NaN labels are unknown."""
@@ -130,7 +151,7 @@ def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), labels.nan_to_num(), weight)
 
 
-def make_optimizer(parameters: list[Tensor], settings: Settings) -> torch.optim.Optimizer:
+def make_optimizer(parameters: list[Tensor], settings: ClientParameters) -> torch.optim.Optimizer:
     """Build the local optimiser that the settings name."""
     common = {"lr": settings.lr, "weight_decay": settings.weight_decay}
     if settings.optimizer == "adamw":

@@ -1,14 +1,39 @@
-"""The server: an exact mean of the clients' updates, and each strategy's step on it."""
+"""The exact mean; FedAvg, with its server half and its client half."""
 
 import math
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from .client import VARIATE
-from .settings import Settings
-from .weights import State, add_in_place
+from .base.parameters import Parameters, parameter
+from .base.state import State, cast_like
 
-CHUNK = 1 << 20  # coordinates that are sorted at a time
+ADDED_AT_ONCE = 1 << 17  # numbers
+SORTED_AT_ONCE = 1 << 20  # coordinates
+RULES = ("mean", "median", "trimmed")
+
+
+@dataclass(frozen=True)
+class AggregationParameters(Parameters):
+    """How the server puts updates together."""
+
+    aggregation: str = parameter("mean", "of updates; the others bear liars", allowed=RULES)
+    trim: float = parameter(0.2, "of trimmed: share cut off at each end", bounds=(0.0, 0.49))
+
+
+def add_in_place(total: Tensor, value: Tensor, weight: float) -> None:
+    """Add a weighted float32 tensor to a contiguous float64 one of its shape.
+
+    In chunks: torch first copies what it adds to float64, and a small copy stays in the cache.
+    """
+    if value.numel() <= ADDED_AT_ONCE:
+        total.add_(value.double(), alpha=weight)
+        return
+    parts = total.view(-1).split(ADDED_AT_ONCE), value.reshape(-1).split(ADDED_AT_ONCE)
+    for sums, values in zip(*parts, strict=True):
+        sums.add_(values.double(), alpha=weight)
 
 
 class WeightedMean:
@@ -50,7 +75,9 @@ class TrimmedMean(WeightedMean):
         """Return the trimmed mean in float64."""
         cut, mean = min(math.floor(self.trim * self.count), (self.count - 1) // 2), {}
         for name, first in self.states[0].items():
-            parts = zip(*(state[name].flatten().split(CHUNK) for state in self.states), strict=True)
+            parts = zip(
+                *(state[name].flatten().split(SORTED_AT_ONCE) for state in self.states), strict=True
+            )
             ordered = (torch.stack(part).double().sort(dim=0).values for part in parts)
             means = [values[cut : self.count - cut].mean(dim=0) for values in ordered]
             mean[name] = torch.cat(means).reshape(first.shape)
@@ -60,12 +87,20 @@ class TrimmedMean(WeightedMean):
 class FedAvg:
     """McMahan et al., AISTATS 2017: the next global state is the weighted mean of the clients'.
 
-    Own strategies derive from it: `step` turns the mean, in float64, into the next global state.
-    `server` is what one keeps between rounds. All but `parameters` are buffers: always averaged.
+    Own strategies derive from it. At the server `step` turns the mean, in float64, into the next
+    global state, and `server` is what one keeps between rounds; all but `parameters` are buffers:
+    always averaged. At the client `begin` may correct the gradients of each local step, and `end`
+    sends and keeps more than the weights. What travels beside them has a slash in its name.
     """
 
-    def __init__(self, settings: Settings, parameters: set[str]) -> None:
+    server_lr = 1.0  # where the settings leave it open
+
+    def __init__(self, settings: Parameters, parameters: Set[str] = frozenset()) -> None:
         self.settings, self.parameters = settings, parameters
+
+    @classmethod
+    def check(cls, settings: Parameters) -> None:
+        """Raise InputError for settings that this strategy cannot work with."""
 
     def aggregator(self) -> WeightedMean:
         """Return a fresh aggregator for one round."""
@@ -81,70 +116,17 @@ class FedAvg:
         """Return the next global state and server state; `share` of all films took part."""
         return cast_like(mean, state), server
 
+    def begin(self, trained: Mapping[str, Tensor], sent: State, kept: State) -> Callable[[], None]:
+        """Return what corrects the gradients of the `trained` parameters before each local step.
 
-class FedAvgM(FedAvg):
-    """Hsu, Qi and Brown, 2019 (arXiv:1909.06335): momentum, v = beta v + (w - mean).
+        `trained` are the live parameters as they start, `sent` is what came from the server, `kept`
+        what this client kept last time.
+        """
+        return lambda: None
 
-    It is the step of torch.optim.SGD with that difference as gradient, without dampening.
-    """
+    def end(self, sent: State, kept: State, final: State, steps: int) -> tuple[State, State]:
+        """Return what this client sends beside the `final` weights, and what it keeps, on the CPU.
 
-    def step(self, state: State, mean: State, server: State, share: float) -> tuple[State, State]:
-        """Step by `server_lr` along the momentum; buffers are averaged."""
-        new, velocity = dict(mean), {}
-        for name in self.parameters & mean.keys():
-            drift = state[name].double() - mean[name]
-            velocity[name] = self.settings.server_momentum * server.get(name, 0) + drift
-            # Written as a change of the mean, so that momentum 0 and rate 1 is FedAvg to the bit.
-            new[name] = mean[name] + (drift - self.settings.server_lr * velocity[name])
-        return cast_like(new, state), velocity
-
-
-class FedAdam(FedAvg):
-    """Reddi et al., ICLR 2021: Adam on the server, with betas 0.9 and 0.99 and tau 0.001.
-
-    Unlike torch.optim.Adam it corrects no bias, as in the paper's algorithm 2.
-    """
-
-    def step(self, state: State, mean: State, server: State, share: float) -> tuple[State, State]:
-        """Step by `server_lr` along the adapted mean update; buffers are averaged."""
-        new, moments = dict(mean), {}
-        for name in self.parameters & mean.keys():
-            update = mean[name] - state[name].double()
-            first = 0.9 * server.get(f"first/{name}", 0) + 0.1 * update
-            second = 0.99 * server.get(f"second/{name}", 0) + 0.01 * update.square()
-            step = self.settings.server_lr * first / (second.sqrt() + 1e-3)
-            new[name] = state[name].double() + step
-            moments |= {f"first/{name}": first, f"second/{name}": second}
-        return cast_like(new, state), moments
-
-
-class Scaffold(FedAvg):
-    """Karimireddy et al., ICML 2020: control variates against client drift (option II).
-
-    The paper weighs clients alike; here films weigh both means: the same for equal clients.
-    """
-
-    def download(self, state: State, server: State) -> State:
-        """Send the server's variate along; before the first round it is zero."""
-        names = self.parameters & state.keys()
-        return state | {VARIATE + k: torch.zeros_like(state[k]) for k in sorted(names)} | server
-
-    def step(self, state: State, mean: State, server: State, share: float) -> tuple[State, State]:
-        """Step by `server_lr` towards the mean; move the variate by the share that took part."""
-        new, before = {name: mean[name] for name in state}, self.download(state, server)
-        for name in self.parameters & new.keys():
-            new[name] = mean[name] + (1 - self.settings.server_lr) * (state[name] - mean[name])
-        moved = {k: before[k] + share * v for k, v in mean.items() if k.startswith(VARIATE)}
-        return cast_like(new, state), cast_like(moved, before)
-
-
-# FedProx (Li et al., MLSys 2020) changes only the client's step.
-STRATEGIES = {"fedavg": FedAvg, "fedavgm": FedAvgM, "fedadam": FedAdam}
-STRATEGIES |= {"fedprox": FedAvg, "scaffold": Scaffold}
-
-
-def cast_like(values: State, like: State) -> State:
-    """Cast float64 values to the dtypes of a state; integers are rounded."""
-    whole = {name for name, value in like.items() if not value.is_floating_point()}
-    rounded = {name: value.round() if name in whole else value for name, value in values.items()}
-    return {name: value.to(like[name].dtype) for name, value in rounded.items()}
+        `steps` were taken since `begin`.
+        """
+        return {}, {}

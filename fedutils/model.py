@@ -1,6 +1,7 @@
-"""ResNet-34 with a 14-output head: its tracked layers, frozen trunk and BatchNorm policy."""
+"""ResNet-34: head swap, tracked layers, frozen trunk."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,11 +9,40 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 from torchvision.models.resnet import BasicBlock
 
-from .device import autocast, precision
-from .findings import FINDINGS, InputError
-from .images import normalise
-from .phantom import draw_batch
-from .weights import State, draw_weights, load_trunk
+from .base.device import PRECISIONS, autocast, precision
+from .base.errors import InputError
+from .base.findings import FINDINGS
+from .base.parameters import Parameters, parameter, split_list
+from .base.state import State
+from .base.weights import draw_weights, find_weights, load_trunk
+from .dataset import normalise
+
+LAYERS = ("all", "conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+
+
+@dataclass(frozen=True)
+class ModelParameters(Parameters):
+    """The network, where it starts, and which of its layers are trained and sent."""
+
+    weights: str = parameter("", "imagenet, none or a file", profiles=("none", "imagenet"))
+    tracked: str = parameter(
+        "", "layers trained and sent; empty: all if weights=none, else layer4,fc", parts=LAYERS
+    )
+    batchnorm: str = parameter(
+        "precise",
+        "BatchNorm of the tracked layers",
+        allowed=("average", "precise", "frozen", "local"),
+    )
+    precision: str = parameter(
+        "auto",
+        "fp32 on the CPU, bf16 on GPUs that have it, else fp16",
+        allowed=("auto", *PRECISIONS),
+    )
+
+    def check(self) -> None:
+        """Raise InputError where the weights cannot be found."""
+        if self.weights != "none":
+            find_weights(self.weights)
 
 
 class ChestResNet(ResNet):
@@ -24,13 +54,13 @@ class ChestResNet(ResNet):
 
     def __init__(self, tracked: str, batchnorm: str, outputs: int, precision: str = "auto") -> None:
         super().__init__(BasicBlock, [3, 4, 6, 3], num_classes=outputs)
-        self.tracked = tuple(part.strip() for part in tracked.split(","))
+        self.tracked = tuple(split_list(tracked))
         self.batchnorm, self.precision = batchnorm, precision
         known = ["all", *(name for name, _ in self.named_children())]
         if not set(self.tracked) <= set(known):
             raise InputError(f"tracked={tracked!r}: expected some of {', '.join(known)}")
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self.is_tracked(name))
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(self.is_tracked(name))
 
     def is_tracked(self, name: str) -> bool:
         """Tell whether a parameter, buffer or module of this name lies in a tracked layer."""
@@ -113,12 +143,14 @@ def build_resnet34(
     seed: int = 0,
     outputs: int = len(FINDINGS),
     precision: str = "auto",
+    draw_films: Callable[[], np.ndarray] | None = None,
 ) -> ChestResNet:
     """Build the network (He et al., CVPR 2016): films, as a store holds them, to (B, 14) logits.
 
     `weights` is "imagenet", "none" or the path of a state dict in torchvision's format (.pth or
     .safetensors); its head is swapped for a new one drawn from `seed`. Random weights are no trunk:
-    where some of them stay frozen, BatchNorm is calibrated once on phantom films, which are public.
+    where some of them stay frozen, BatchNorm is calibrated once on public films, uint8 (N, H, W),
+    that `draw_films` returns; a model that a state is loaded into needs none.
     Raises InputError if the weights cannot be had or do not fit.
     """
     with torch.device("meta"):  # allocates nothing and draws nothing from the global generator
@@ -126,8 +158,8 @@ def build_resnet34(
     draw_weights(model.to_empty(device="cpu"), seed)
     if weights != "none":
         load_trunk(model, weights)
-    elif "all" not in model.tracked or batchnorm == "frozen":
-        calibrate_batchnorm(model, [torch.from_numpy(draw_batch(32, 64))[:, None]])
+    elif draw_films and ("all" not in model.tracked or batchnorm == "frozen"):
+        calibrate_batchnorm(model, [torch.from_numpy(draw_films())[:, None]])
     return model.place("cpu").train()
 
 

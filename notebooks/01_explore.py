@@ -27,19 +27,18 @@ profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empt
 seed: int = 0  # fixes the split of patients
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
-# first of these that there is. The line below says which copy ran, and the versions.
+# The helper package `fedutils` lies beside the notebooks, is attached on Kaggle (in `../input`, at most
+# three folders down), or is installed: the first of these that there is.
 
 # %%
-import os
-import sys
-from pathlib import Path
-from IPython.display import HTML, Markdown, display
-kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
-attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
-places = [Path.cwd(), *Path.cwd().parents, *attached]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import glob, sys
+sys.path[:0] = ["..", *(d for n in range(4) for d in glob.glob("../input/" + "*/" * n + "fedutils/.."))]
 import fedutils
+
+# %% [markdown]
+# Which copy that was, and the versions:
+
+# %%
 fedutils.print_environment()
 
 # %% [markdown]
@@ -58,6 +57,8 @@ summary = fedutils.summary(data)
 # What it holds, in a sentence that is computed from the table:
 
 # %%
+from IPython.display import HTML, Markdown
+
 views = ", ".join(f"{count:,} {view}" for view, count in summary["views"].items())
 display(Markdown(
     f"**{summary['films']:,} films of {summary['patients']:,} patients** ({views or 'views unknown'}), label "
@@ -86,6 +87,8 @@ table[["image_index", "patient_id", "age", "sex", "view", "scanner", "Effusion",
 # film once; 45 GB are not read twice.
 
 # %%
+from pathlib import Path
+
 checks = fedutils.check_table(data)
 folder = Path(settings.work_dir) / "explore"
 folder.mkdir(parents=True, exist_ok=True)

@@ -30,19 +30,18 @@ image_size: int = 0  # side of the stored films in pixels; 0: 64 in the demo, 22
 max_films: int = 0  # at most so many films, of whole patients, for a quick first result; 0: all
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
-# first of these that there is. The line below says which copy ran, and the versions.
+# The helper package `fedutils` lies beside the notebooks, is attached on Kaggle (in `../input`, at most
+# three folders down), or is installed: the first of these that there is.
 
 # %%
-import os
-import sys
-from pathlib import Path
-from IPython.display import HTML, Markdown, display
-kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
-attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
-places = [Path.cwd(), *Path.cwd().parents, *attached]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import glob, sys
+sys.path[:0] = ["..", *(d for n in range(4) for d in glob.glob("../input/" + "*/" * n + "fedutils/.."))]
 import fedutils
+
+# %% [markdown]
+# Which copy that was, and the versions:
+
+# %%
 fedutils.print_environment()
 
 # %% [markdown]
@@ -72,6 +71,9 @@ counts.reindex(["train", "val", "test"], fill_value=0)
 # journal is written behind each chunk of films.
 
 # %%
+from pathlib import Path
+from IPython.display import HTML, Markdown
+
 size, prepared = settings.image_size, Path(settings.work_dir) / "prepared"
 display(Markdown(f"The store will take **{len(table) * size**2 / 1e9:.2f} GB** at {size} x {size} pixels."))
 live = display(Markdown("decoding ..."), display_id=True)
@@ -88,7 +90,7 @@ films = fedutils.decode_films(
 
 # %%
 def count(counts):
-    return ", ".join(f"{number:,} x {name}" for name, number in counts.items())
+    return ", ".join(f"{number:,} x {kind}" for kind, number in counts.items())
 
 
 about = {"release": data.release, "seed": settings.seed, "image_size": size, "lists": list(data.lists)}

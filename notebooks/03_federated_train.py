@@ -23,68 +23,40 @@
 # an estimate for this device is printed before training. Killed at any moment, it goes on from the
 # last round boundary and ends with the same bits.
 
+# %% [markdown]
+# These are the parameters that people change. All others are accepted in this cell too, and as `-p mu=0.3`
+# on the command line; `python -m fedutils parameters` lists them with their meaning.
+
 # %% tags=["parameters"]
 data_dir: str = ""  # only names the data; the films come from work/prepared
 work_dir: str = ""  # where results go; empty: work/ beside the notebooks
 name: str = ""  # of this run; empty: a short hash of the parameters
 profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
 seed: int = 0  # fixes the split of patients and the partition to clients
-image_size: int = 0  # side of the stored films in pixels; 0: 64 in the demo, 224 on Kaggle
-max_films: int = 0  # as in notebook 02
-weights: str = ""  # imagenet, none or a file; empty: none in the demo, imagenet on Kaggle
-tracked: str = ""  # layers that are trained and sent: layer4,fc or all; empty: all if weights=none
-batchnorm: str = "precise"  # of the tracked layers: precise, average, frozen or local
+tracked: str = ""  # layers that are trained and sent: layer4,fc or all; empty: all without ImageNet weights
 partition: str = "iid"  # of patients to clients: iid, dirichlet or scanner
 num_clients: int = 0  # hospitals; 0: 3 in the demo, 5 on Kaggle
-alpha: float = 0.5  # dirichlet: small is skewed
 strategy: str = "fedavg"  # fedavg, fedavgm, fedadam, fedprox or scaffold
-mu: float = 0.01  # fedprox: pull to the global model
-server_lr: float = 0.0  # step of the server; 0: 0.01 for fedadam, else 1
-server_momentum: float = 0.9  # fedavgm
-aggregation: str = "mean"  # mean, median or trimmed
-trim: float = 0.2  # trimmed: share cut off at each end
-client_fraction: float = 1.0  # share of the clients drawn in each round
-min_clients: int = 1  # fewer answers stop the run
-client_seconds: float = 0.0  # a client that takes longer is left out of the round; 0: never
 rounds: int = 0  # rounds of federation; 0: 6 in the demo, 15 on Kaggle
-local_epochs: int = 1  # passes of a client over its films in one round
-batch_size: int = 0  # films a step; 0: 32 in the demo, 64 on Kaggle
-optimizer: str = "adamw"  # adamw or sgd
 lr: float = 0.001  # learning rate of the clients
-lr_centralised: float = 0.0  # learning rate of the centralised arm; 0: as lr
-lr_local: float = 0.0  # learning rate of the local arm; 0: as lr
-momentum: float = 0.9  # sgd
-weight_decay: float = 0.0001  # of the local optimiser
-augment: bool = True  # turn and shift training films a little, anew in each epoch
-cache_features: bool = False  # run the frozen trunk once and train from its output; wants augment=False
-feature_dtype: str = "fp16"  # of that output on disk: fp16 or fp32
-precision: str = "auto"  # fp32, bf16 or fp16; auto: fp32 on the CPU, bf16 on GPUs that have it, else fp16
-dp: str = "off"  # off or patient: differential privacy of each training patient; wants batchnorm=frozen
-target_epsilon: float = 0.0  # stop before this; without noise_multiplier, noise so that all rounds fit
-noise_multiplier: float = 0.0  # deviation of the noise, in units of clip; 0: from target_epsilon
-delta: float = 0.00001  # chance that the promise of epsilon fails; well below one in the patients
-clip: float = 1.0  # largest norm of a patient's gradient
-secure: bool = False  # noise from the system, not from the seed: what a hospital runs; not repeatable
+dp: str = "off"  # off or patient: differential privacy of each training patient
 arms: str = "federated"  # what to train: federated,centralised,local
 seeds: str = "0"  # training seeds, such as 0,1,2
-device: str = "auto"  # auto, cpu, cuda:0 or several such as cuda:0,cuda:1
-threads: int = 0  # CPU threads a model replica; 0: the cores divided among the replicas
 max_hours: float = 0.0  # stop cleanly at a round boundary before this; 0: never
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
-# first of these that there is. The line below says which copy ran, and the versions.
+# The helper package `fedutils` lies beside the notebooks, is attached on Kaggle (in `../input`, at most
+# three folders down), or is installed: the first of these that there is.
 
 # %%
-import os
-import sys
-from pathlib import Path
-from IPython.display import HTML, Markdown, display
-kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
-attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
-places = [Path.cwd(), *Path.cwd().parents, *attached]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import glob, sys
+sys.path[:0] = ["..", *(d for n in range(4) for d in glob.glob("../input/" + "*/" * n + "fedutils/.."))]
 import fedutils
+
+# %% [markdown]
+# Which copy that was, and the versions:
+
+# %%
 fedutils.print_environment()
 
 # %% [markdown]
@@ -99,8 +71,8 @@ settings = fedutils.read_parameters(globals())
 fedutils.fetch_runs(settings.work_dir)
 report = fedutils.read_report(settings.prepared)
 index = fedutils.read_index(settings.prepared)
-how = settings.partition, settings.num_clients, settings.alpha, settings.seed
-clients = fedutils.partition_patients(index, *how)
+clients = fedutils.partition_patients(
+    index, settings.partition, settings.num_clients, settings.alpha, settings.seed)
 
 # %% [markdown]
 # The placement is saved with the run: which patient is at which client, and in which split.
@@ -124,6 +96,8 @@ fedutils.plots.client_heatmap(per_client, title)
 # The same in one number, for comparing partitions:
 
 # %%
+from IPython.display import HTML, Markdown
+
 skew = fedutils.label_skew(index, clients)
 display(Markdown(
     f"{len(per_client)} clients with {per_client['films'].min():,} to {per_client['films'].max():,} films."

@@ -30,19 +30,18 @@ cache_features: bool = False  # read the trunk's output from notebook 03's store
 compare: str = ""  # names of other runs, such as A,B, to lay beside this one
 
 # %% [markdown]
-# The helper module `fedutils` lies beside the notebooks, is attached on Kaggle, or is installed: the
-# first of these that there is. The line below says which copy ran, and the versions.
+# The helper package `fedutils` lies beside the notebooks, is attached on Kaggle (in `../input`, at most
+# three folders down), or is installed: the first of these that there is.
 
 # %%
-import os
-import sys
-from pathlib import Path
-from IPython.display import HTML, Markdown, display
-kaggle = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle", "input")
-attached = [found.parent for depth in range(4) for found in kaggle.glob("*/" * depth + "fedutils")]
-places = [Path.cwd(), *Path.cwd().parents, *attached]
-sys.path[:0] = [str(place) for place in places if (place / "fedutils/__init__.py").is_file()][:1]
+import glob, sys
+sys.path[:0] = ["..", *(d for n in range(4) for d in glob.glob("../input/" + "*/" * n + "fedutils/.."))]
 import fedutils
+
+# %% [markdown]
+# Which copy that was, and the versions:
+
+# %%
 fedutils.print_environment()
 
 # %% [markdown]
@@ -52,7 +51,9 @@ fedutils.print_environment()
 # here and says so.
 
 # %%
-settings = fedutils.read_run(work_dir, name, device, cache_features)
+from IPython.display import HTML, Markdown
+
+settings = fedutils.read_evaluated(globals())
 report = fedutils.read_report(settings.prepared)
 fedutils.check_fingerprint(settings, report)
 title = f"{report['release']} data, {settings.partition}"
@@ -72,8 +73,11 @@ films.index.groupby(["client", "split"])["patient_id"].agg(films="size", patient
 # from the file as it is written.
 
 # %%
+from fedutils import plots
+
 folder = settings.run / "evaluation"
-predicted = fedutils.predict_films(settings, films, "test")
+stored = fedutils.stored_features(settings, films)  # of a cached trunk; else the films
+predicted = fedutils.predict_films(settings, stored, "test")
 predictions = fedutils.write_predictions(predicted, folder / "predictions.csv.gz")
 predictions.iloc[:3, :9]
 
@@ -115,9 +119,7 @@ HTML(fedutils.tabulate(result.metrics).to_html())
 # %%
 official = report["lists"] == ["train_val", "test"] and report["release"] in ("2017", "2020")
 yardsticks = fedutils.YARDSTICKS_OFFICIAL if official and report["films"] > 100_000 else None
-figure = fedutils.plots.auroc_forest(result.metrics, yardsticks, title)
-figure.savefig(folder / "auroc.png")
-figure
+plots.save(plots.auroc_forest(result.metrics, yardsticks, title), folder / "auroc.png")
 
 # %% [markdown]
 # Which of the two it is here:
@@ -137,9 +139,7 @@ display(Markdown(note))
 test = films.where(films.index["split"] == "test")
 first = predictions[["arm", "seed", "client"]].head(1)
 scores = predictions.merge(first)[list(fedutils.FINDINGS)].to_numpy()
-figure = fedutils.plots.roc_curves(test.labels, scores, title)
-figure.savefig(folder / "roc.png")
-figure
+plots.save(plots.roc_curves(test.labels, scores, title), folder / "roc.png")
 
 # %% [markdown]
 # ## Precision-recall curves
@@ -148,9 +148,7 @@ figure
 # line is the prevalence, which is what guessing gives.
 
 # %%
-figure = fedutils.plots.pr_curves(test.labels, scores, title)
-figure.savefig(folder / "precision_recall.png")
-figure
+plots.save(plots.pr_curves(test.labels, scores, title), folder / "precision_recall.png")
 
 # %% [markdown]
 # ## Differences between the arms
@@ -171,9 +169,7 @@ HTML(differences.to_html(index=False)) if len(differences) else Markdown(alone)
 
 # %%
 if len(result.differences):
-    figure = fedutils.plots.difference_forest(result.differences, title)
-    figure.savefig(folder / "differences.png")
-    display(figure)
+    display(plots.save(plots.difference_forest(result.differences, title), folder / "differences.png"))
 
 # %% [markdown]
 # ## Fairness between hospitals
@@ -182,9 +178,7 @@ if len(result.differences):
 # frame marks a local model at home: does federation give that hospital more than it had?
 
 # %%
-figure = fedutils.plots.client_matrix(result.metrics, title)
-figure.savefig(folder / "hospitals.png")
-figure
+plots.save(plots.client_matrix(result.metrics, title), folder / "hospitals.png")
 
 # %% [markdown]
 # The hospital for which the first arm does least, and what its interval allows to say:
@@ -202,17 +196,13 @@ HTML(at_hospitals[shown].to_html(index=False, float_format="{:.3f}".format))
 # last line takes one film a patient, the first, so that no patient counts more than another.
 
 # %%
-figure = fedutils.plots.subgroup_forest(result.metrics, title)
-figure.savefig(folder / "subgroups.png")
-figure
+plots.save(plots.subgroup_forest(result.metrics, title), folder / "subgroups.png")
 
 # %% [markdown]
 # The first arm by subgroup and finding. A cell is grey where under 30 films are positive.
 
 # %%
-figure = fedutils.plots.subgroup_heatmap(result.metrics, title)
-figure.savefig(folder / "subgroups_by_finding.png")
-figure
+plots.save(plots.subgroup_heatmap(result.metrics, title), folder / "subgroups_by_finding.png")
 
 # %% [markdown]
 # ## What it cost
@@ -223,9 +213,7 @@ figure
 # %%
 history = fedutils.read_history(settings.run)
 cost = fedutils.training_cost(history, settings.local_epochs)
-figure = fedutils.plots.cost_curves(cost, title)
-figure.savefig(folder / "cost.png")
-figure
+plots.save(plots.cost_curves(cost, title), folder / "cost.png")
 
 # %% [markdown]
 # What each arm had spent when it was best on validation, the mean over seeds:
@@ -253,9 +241,7 @@ none if beside is None else HTML(fedutils.tabulate_differences_text(beside.diffe
 
 # %%
 if beside is not None:
-    figure = fedutils.plots.run_forest(beside.metrics, report["release"])
-    figure.savefig(folder / "compare.png")
-    display(figure)
+    display(plots.save(plots.run_forest(beside.metrics, report["release"]), folder / "compare.png"))
 
 # %% [markdown]
 # ## Calibration
@@ -265,7 +251,7 @@ if beside is not None:
 # AUROC, stays. A local model is given its own hospital's validation films only.
 
 # %%
-seen = fedutils.predict_films(settings, films, "val")
+seen = fedutils.predict_films(settings, stored, "val")
 validation = fedutils.write_predictions(seen, folder / "validation.csv.gz")
 calibration = fedutils.calibrate(validation, predictions, films.index)
 calibration.to_csv(folder / "calibration.csv", index=False)
@@ -289,9 +275,7 @@ main = fedutils.main_model(calibration)
 mine, test = predictions.merge(main), films.where(films.index["split"] == "test")
 chances = mine[list(fedutils.FINDINGS)].to_numpy()
 heat = calibration.merge(main)["temperature"].iloc[0]
-figure = fedutils.plots.reliability_diagram(test.labels, chances, heat, title)
-figure.savefig(folder / "calibration.png")
-figure
+plots.save(plots.reliability_diagram(test.labels, chances, heat, title), folder / "calibration.png")
 
 # %% [markdown]
 # ## Operating points
@@ -332,9 +316,7 @@ display(Markdown(fedutils.pointing_words(pointing, settings.image_size)))
 
 # %%
 if len(pointing):
-    figure = fedutils.plots.pointing(pointing, title)
-    figure.savefig(folder / "pointing.png")
-    display(figure)
+    display(plots.save(plots.pointing(pointing, title), folder / "pointing.png"))
 
 # %% [markdown]
 # The films by a fixed rule: for each finding the true positive and the false positive with the highest
@@ -345,9 +327,7 @@ if len(pointing):
 # %%
 panels = fedutils.pick_gallery(mine, points.merge(main), films.index)
 panels = fedutils.fill_gallery(settings, test, panels, main)
-figure = fedutils.plots.gallery(panels, title)
-figure.savefig(folder / "gallery.png")
-figure
+plots.save(plots.gallery(panels, title), folder / "gallery.png")
 
 # %% [markdown]
 # ## The model leaves
@@ -376,8 +356,8 @@ path, said = settings.run / "global_model.safetensors", "No federated arm, so no
 if path.is_file():
     gap = abs(predict_alone(path, test[0][0]) - chances[0]).max()
     same = "the same" if gap < 1e-5 else "not the same (half precision, or local BatchNorm)"
-    name = test.index["image_index"][0]
-    said = f"Film {name}: torchvision alone and the run differ by at most {gap:.1e}, which is {same}."
+    film = test.index["image_index"][0]
+    said = f"Film {film}: torchvision alone and the run differ by at most {gap:.1e}, which is {same}."
 display(Markdown(said))
 
 # %% [markdown]
@@ -398,9 +378,9 @@ display(Markdown("> " + card.replace("\n", "\n> ")))
 # as many of each at each hospital.
 
 # %%
-drawn = fedutils.attack_films(films, settings.seed)
+drawn = fedutils.attack_films(stored, settings.seed)
 seen = [fedutils.predict_films(settings, drawn, split) for split in ("train", "val")]
-attack = fedutils.membership(seen, films, settings.seed)
+attack = fedutils.attack_models(seen, films, settings.seed)
 attack.to_csv(folder / "membership.csv", index=False)
 fedutils.record_files(settings, "evaluation/membership.csv")
 

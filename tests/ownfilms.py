@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fedutils.phantom import draw_batch
+from fedutils.films.phantom.write import draw_batch
 
 README = (Path(__file__).parents[1] / "data" / "README.md").read_text()
 MARKS, WORDS = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)

@@ -6,12 +6,12 @@ import torch
 from safetensors.torch import load_file
 from tiny import ROUNDING, tiny_films, tiny_settings
 
-from fedutils import federation
-from fedutils.batchnorm import PooledBatchNorm, measure_batchnorm
 from fedutils.client import Client
-from fedutils.federation import Training
-from fedutils.images import normalise
+from fedutils.dataset import normalise
 from fedutils.model import build_resnet34
+from fedutils.training import batchnorm
+from fedutils.training.batchnorm import PooledBatchNorm, measure_batchnorm
+from fedutils.training.training import Training
 
 
 @pytest.fixture
@@ -104,14 +104,14 @@ def test_what_measuring_sends_is_counted(tmp_path):
 
 
 def test_a_client_that_cannot_measure_is_named_and_its_update_counts(tmp_path, monkeypatch):
-    measure = federation.measure_batchnorm
+    measure = measure_batchnorm
 
     def broken(client, *args):
         if client.name == "client-2":
             raise RuntimeError("out of memory")
         return measure(client, *args)
 
-    monkeypatch.setattr(federation, "measure_batchnorm", broken)
+    monkeypatch.setattr(batchnorm, "measure_batchnorm", broken)
     settings = tiny_settings(tmp_path, batchnorm="precise", rounds=1)
     history = Training(settings, tiny_films(tmp_path)).train().set_index("client")
     assert history["status"].to_dict()["client-2"] == "unmeasured"

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from tiny import tiny_films, tiny_settings
 
-from fedutils.card import write_card
-from fedutils.explain import POINTING
-from fedutils.findings import FINDINGS
+from fedutils.base.findings import FINDINGS
+from fedutils.evidence.card import write_card
+from fedutils.evidence.explain import POINTING
 
 PARTS = {"train": {"films": 36, "patients": 36}, "test": {"films": 1012, "patients": 12}}
 REPORT = {"release": "2017", "lists": ["train_val", "test"], "films": 60, "patients": 60,

@@ -7,9 +7,11 @@ import threading
 import pytest
 import torch
 
-from fedutils.checkpoint import Progress, Writer, load_progress, run_lock, save_progress
-from fedutils.findings import InputError
-from fedutils.weights import state_hash
+from fedutils.base.errors import InputError
+from fedutils.base.files import run_lock
+from fedutils.base.state import state_hash
+from fedutils.rounds import Progress
+from fedutils.training.checkpoint import Writer, load_progress, save_progress
 
 
 def progress(round):
@@ -78,7 +80,7 @@ def test_a_full_disk_loses_nothing_already_there(tmp_path, monkeypatch):
     def no_space(fd):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedutils.images.os.fsync", no_space)
+    monkeypatch.setattr("fedutils.base.files.os.fsync", no_space)
     with pytest.raises(OSError, match="No space left"):
         save_progress(tmp_path, progress(2), "run")
     monkeypatch.undo()
@@ -110,7 +112,7 @@ def test_hash_follows_names_dtypes_shapes_and_values():
 HOLD = """
 import sys, time
 from pathlib import Path
-from fedutils.checkpoint import run_lock
+from fedutils.base.files import run_lock
 with run_lock(Path(sys.argv[1])):
     print("locked", flush=True)
     time.sleep(60)

@@ -8,11 +8,12 @@ import torch
 from tiny import ROUNDING, tiny_films, tiny_settings
 from torch.nn import functional as F
 
-from fedutils.client import VARIATE, Client, make_optimizer, masked_loss, predict
-from fedutils.images import IMAGENET_MEAN, IMAGENET_STD
+from fedutils.base.rng import generator
+from fedutils.base.state import to_cpu
+from fedutils.client import Client, make_optimizer, masked_loss, predict
+from fedutils.dataset import IMAGENET_MEAN, IMAGENET_STD
 from fedutils.model import build_resnet34
-from fedutils.rng import generator
-from fedutils.weights import to_cpu
+from fedutils.strategies import VARIATE
 
 
 @pytest.fixture

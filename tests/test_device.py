@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import fake_gpus
 
-from fedutils.device import autocast, find_devices, precision, set_up
-from fedutils.findings import InputError
+from fedutils.base.device import autocast, find_devices, precision, set_up
+from fedutils.base.errors import InputError
 
 CPU = torch.device("cpu")
 
@@ -61,7 +61,7 @@ def test_training_is_set_up_to_repeat_and_fp32_is_not_tf32():
 FAULTS = """
 import ctypes, resource, sys, torch
 ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page is one fault
-from fedutils.device import keep_freed_memory
+from fedutils.base.device import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for i in range(30):

@@ -12,12 +12,27 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tiny import tiny_films, tiny_settings
 
-from fedutils import evaluation
 from fedutils.__main__ import main
-from fedutils.federation import Training
-from fedutils.findings import FINDINGS, InputError
-from fedutils.images import read_report
+from fedutils.base.errors import InputError
+from fedutils.base.findings import FINDINGS
+from fedutils.dataset import read_report
+from fedutils.evidence.compare import compare_runs
+from fedutils.evidence.metrics import evaluate_models, test_groups
+from fedutils.evidence.predict import predict_films, read_predictions, write_predictions
+from fedutils.evidence.summary import record_files, verify_run, write_summary
+from fedutils.evidence.tables import (
+    hospitals,
+    is_client,
+    read_table,
+    tabulate,
+    tabulate_differences_text,
+    training_cost,
+    with_interval,
+)
+from fedutils.evidence.words import headline
+from fedutils.run import check_fingerprint, read_films
 from fedutils.settings import read_run
+from fedutils.training.training import Training
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +44,9 @@ def run(tmp_path_factory):
     clients = films.index[["patient_id", "client", "split"]].drop_duplicates()
     clients.to_csv(settings.run / "clients.csv", index=False)
     folder = settings.run / "evaluation"
-    predicted = evaluation.predict_films(settings, films, "test")
-    read = evaluation.write_predictions(predicted, folder / "predictions.csv.gz")
-    result = evaluation.evaluate_models(read, films, seed=0)
+    predicted = predict_films(settings, films, "test")
+    read = write_predictions(predicted, folder / "predictions.csv.gz")
+    result = evaluate_models(read, films, seed=0)
     return settings, films, predicted, read, result
 
 
@@ -66,7 +81,7 @@ def invented(seeds=3, gain=1.0, films=240, clients=3):
 @pytest.fixture(scope="module")
 def three_arms():
     """All arms, three seeds, and a federated model that sees more."""
-    return evaluation.evaluate_models(*invented(), seed=0, repeats=200)
+    return evaluate_models(*invented(), seed=0, repeats=200)
 
 
 def test_predictions_are_written_with_nine_digits_and_read_back(run):
@@ -85,8 +100,8 @@ def test_predictions_are_written_with_nine_digits_and_read_back(run):
 
 def test_equal_predictions_make_equal_bytes(run, tmp_path):
     _, _, predicted, _, _ = run
-    evaluation.write_predictions(predicted, tmp_path / "a.csv.gz")
-    evaluation.write_predictions(predicted, tmp_path / "b" / "a.csv.gz")
+    write_predictions(predicted, tmp_path / "a.csv.gz")
+    write_predictions(predicted, tmp_path / "b" / "a.csv.gz")
     assert (tmp_path / "a.csv.gz").read_bytes() == (tmp_path / "b" / "a.csv.gz").read_bytes()
 
 
@@ -151,17 +166,17 @@ def test_equal_models_differ_by_exactly_nothing():
     predictions, films = invented(seeds=1)
     federated = predictions[predictions["arm"] == "federated"]
     twice = pd.concat([federated, federated.assign(arm="centralised")])
-    rows = evaluation.evaluate_models(twice, films, seed=0, repeats=50).differences
+    rows = evaluate_models(twice, films, seed=0, repeats=50).differences
     known = rows[rows["finding"] != "Hernia"]
     assert (known[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
     assert set(known["verdict"]) == {"no difference shown"}
 
 
 def test_every_model_is_judged_on_every_clients_films(three_arms):
-    on_clients = three_arms.metrics[three_arms.metrics["test_set"].map(evaluation.is_client)]
+    on_clients = three_arms.metrics[three_arms.metrics["test_set"].map(is_client)]
     mean = on_clients.query("finding == 'mean' and seed == ''")
     assert len(mean) == (2 + 3 + 1) * 3  # two arms, three local models and their mean
-    assert len(evaluation.hospitals(three_arms.metrics, "federated")) == 3
+    assert len(hospitals(three_arms.metrics, "federated")) == 3
     films = invented()[1].index
     sizes = films["client"].value_counts()
     assert (mean["n"] == mean["test_set"].map(sizes)).all()
@@ -175,7 +190,7 @@ def test_every_model_is_judged_on_every_clients_films(three_arms):
 
 def test_subgroups_are_named_and_the_unknown_are_in_none(three_arms):
     films = invented()[1].index
-    groups = evaluation.test_groups(films)
+    groups = test_groups(films)
     assert list(groups["sex"]) == ["sex=F", "sex=M"]
     assert sum(groups["sex"].values()).sum() == (films["sex"] != "").sum()
     assert sum(groups["age"].values()).max() == 1 and sum(groups["age"].values()).sum() == 240
@@ -186,10 +201,10 @@ def test_subgroups_are_named_and_the_unknown_are_in_none(three_arms):
 
 def test_one_film_a_patient_is_the_first_by_name(three_arms):
     films = invented()[1].index.set_index("image_index")
-    (mask,) = evaluation.test_groups(films)["sensitivity"].values()
+    (mask,) = test_groups(films)["sensitivity"].values()
     assert list(films.index[mask]) == [f"{k:06d}.png" for k in range(0, 240, 2)]
     shuffled = films.sample(frac=1, random_state=0)
-    (mask,) = evaluation.test_groups(shuffled)["sensitivity"].values()
+    (mask,) = test_groups(shuffled)["sensitivity"].values()
     assert sorted(shuffled.index[mask]) == [f"{k:06d}.png" for k in range(0, 240, 2)]
 
 
@@ -200,43 +215,43 @@ def test_the_primary_mean_is_over_findings_with_ten_positive_patients(three_arms
 
 
 def test_words_say_who_wins_and_what_is_undecided(three_arms):
-    said = "\n".join(evaluation.headline(three_arms, "2017 data"))
+    said = "\n".join(headline(three_arms, "2017 data"))
     assert "federated is shown to be above the centralised model in mean AUROC: +0." in said
     assert "federated is shown to be above the mean local model in mean AUROC: +0." in said
     assert "shown to be above 3 and below 0 of 3 local models" in said
     assert "mean of 3 seeds" in said and "the federated model is worst on the films of" in said
     assert "leaves out Hernia" in said and "mined from reports by text" in said
-    even = evaluation.evaluate_models(*invented(gain=0.5), seed=0, repeats=200)
-    said = "\n".join(evaluation.headline(even, "phantom data"))
+    even = evaluate_models(*invented(gain=0.5), seed=0, repeats=200)
+    said = "\n".join(headline(even, "phantom data"))
     assert "federated is not shown to differ from the centralised model" in said
     assert "drawn, not taken" in said and "mined" not in said
-    worse = evaluation.evaluate_models(*invented(gain=0.0), seed=0, repeats=200)
-    said = "\n".join(evaluation.headline(worse, "phantom data"))
+    worse = evaluate_models(*invented(gain=0.0), seed=0, repeats=200)
+    said = "\n".join(headline(worse, "phantom data"))
     assert "federated is shown to be below the centralised model in mean AUROC: -0." in said
 
 
 @pytest.mark.parametrize("arm", ["federated", "local", "centralised"])
 def test_words_and_tables_are_true_of_one_arm_alone(arm):
     predictions, films = invented(seeds=1)
-    result = evaluation.evaluate_models(predictions[predictions["arm"] == arm], films, 0, 50)
+    result = evaluate_models(predictions[predictions["arm"] == arm], films, 0, 50)
     assert result.differences.empty
-    said = "\n".join(evaluation.headline(result, "2017 data"))
+    said = "\n".join(headline(result, "2017 data"))
     assert f"only one arm was trained ({arm})" in said and "one training seed" in said
-    assert len(evaluation.tabulate_differences_text(result.differences)) == 0
-    assert list(evaluation.tabulate(result.metrics).index) == ["mean of 13", *FINDINGS]
+    assert len(tabulate_differences_text(result.differences)) == 0
+    assert list(tabulate(result.metrics).index) == ["mean of 13", *FINDINGS]
 
 
 def test_words_survive_a_test_set_on_which_nothing_is_defined():
     predictions, films = invented(seeds=1)
     films.index[list(FINDINGS)] = 0
-    result = evaluation.evaluate_models(predictions, films, 0, 50)
-    said = "\n".join(evaluation.headline(result, "2017 data"))
+    result = evaluate_models(predictions, films, 0, 50)
+    said = "\n".join(headline(result, "2017 data"))
     assert "federated against the centralised model: not defined" in said and "nan" not in said
 
 
 def test_summary_tells_what_repeating_takes(run):
     settings, _, _, _, result = run
-    summary = evaluation.write_summary(settings, result, "tiny data")
+    summary = write_summary(settings, result, "tiny data")
     stored = json.loads((settings.run / "evaluation" / "summary.json").read_text())
     assert stored["headline"] == summary["headline"]
     assert "tiny data: federated reaches a mean AUROC of 0." in stored["headline"][0]
@@ -249,14 +264,14 @@ def test_summary_tells_what_repeating_takes(run):
 
 def test_tables_are_read_back_as_they_were_written(run):
     settings, _, _, _, result = run
-    evaluation.write_summary(settings, result, "tiny data")
+    write_summary(settings, result, "tiny data")
     for name in ("metrics", "differences"):
-        table = evaluation.read_table(settings.run / "evaluation" / f"{name}.csv")
+        table = read_table(settings.run / "evaluation" / f"{name}.csv")
         pd.testing.assert_frame_equal(table, getattr(result, name), check_dtype=False)
 
 
 def test_tabulate_has_a_column_an_arm_and_says_what_is_not_defined(three_arms):
-    table = evaluation.tabulate(three_arms.metrics)
+    table = tabulate(three_arms.metrics)
     arms = ["federated", "centralised", "mean local model"]
     assert list(table.columns) == [
         f"{m}, {a}" for m in ("AUROC", "average precision") for a in arms
@@ -265,7 +280,7 @@ def test_tabulate_has_a_column_an_arm_and_says_what_is_not_defined(three_arms):
     assert set(table.loc["Hernia"]) == {"not defined (0 positives)"}
     metrics = three_arms.metrics.copy()
     metrics.loc[metrics["finding"] == "Hernia", "n"] = 0
-    assert set(evaluation.tabulate(metrics).loc["Hernia"]) == {"not labelled"}
+    assert set(tabulate(metrics).loc["Hernia"]) == {"not labelled"}
 
 
 def test_cost_sums_films_and_bytes_and_averages_local_models():
@@ -275,7 +290,7 @@ def test_cost_sums_films_and_bytes_and_averages_local_models():
         ["local", 0, 1, "a", 60, 0, 0, 0.5], ["local", 0, 1, "b", 40, 0, 0, 0.7],
     ]  # fmt: skip
     names = ["arm", "seed", "round", "client", "examples", "bytes_up", "bytes_down", "val_auroc"]
-    cost = evaluation.training_cost(pd.DataFrame(rows, columns=names), local_epochs=2)
+    cost = training_cost(pd.DataFrame(rows, columns=names), local_epochs=2)
     assert cost["films_seen"].tolist() == [200, 400, 200]
     assert cost["gigabytes"].tolist() == [10, 20, 0]
     assert cost["val_auroc"].tolist() == pytest.approx([0.6, 0.7, 0.6])
@@ -283,16 +298,16 @@ def test_cost_sums_films_and_bytes_and_averages_local_models():
 
 def test_other_data_are_refused_by_name(run):
     settings = run[0]
-    evaluation.check_fingerprint(settings, read_report(settings.prepared))
+    check_fingerprint(settings, read_report(settings.prepared))
     with pytest.raises(
         InputError, match=r"run run was trained on data tiny.*run notebook 02 again"
     ):
-        evaluation.check_fingerprint(settings, {"fingerprint": "other"})
+        check_fingerprint(settings, {"fingerprint": "other"})
 
 
 def test_clients_of_films_come_from_the_runs_own_table(run):
     settings, films, _, _, _ = run
-    read = evaluation.read_films(settings).index
+    read = read_films(settings).index
     assert read["client"].tolist() == films.index["client"].tolist()
 
 
@@ -300,19 +315,23 @@ def test_clients_of_films_come_from_the_runs_own_table(run):
 def finished(run, tmp_path):
     """A copy of the run with its work folder, to damage."""
     settings, _, _, _, result = run
-    evaluation.write_summary(settings, result, "tiny data")
+    write_summary(settings, result, "tiny data")
     shutil.copytree(settings.work_dir, tmp_path / "work")
     return tmp_path / "work" / "runs" / "run"
+
+
+def settings_of(run):
+    return read_run(str(run.parents[1]), run.name, "cpu")
 
 
 def test_runs_are_compared_on_the_same_patients(finished):
     shutil.copytree(finished, finished.with_name("other"))
     path = finished.with_name("other") / "evaluation" / "predictions.csv.gz"
-    table = evaluation.read_predictions(path)
+    table = read_predictions(path)
     table[list(FINDINGS)] = 1 - table[list(FINDINGS)]
-    evaluation.write_predictions(table, path)
+    write_predictions(table, path)
     runs = [read_run(str(finished.parents[1]), name) for name in ("run", "other")]
-    both = evaluation.compare_runs(runs, repeats=50)
+    both = compare_runs(runs, repeats=50)
     assert list(both.metrics["run"].unique()) == ["run", "other"]
     assert set(both.metrics["arm"]) == {"federated", "local"}
     mean = both.metrics.query("arm == 'federated' and metric == 'auroc' and finding == 'mean'")
@@ -321,7 +340,7 @@ def test_runs_are_compared_on_the_same_patients(finished):
     assert set(rows["first"]) == {"run"} and set(rows["second"]) == {"other"}
     difference = value(rows, metric="auroc", finding="mean")
     assert difference == pytest.approx(mean["value"].iloc[0] - mean["value"].iloc[1])
-    assert len(evaluation.tabulate_differences_text(rows)) == 1
+    assert len(tabulate_differences_text(rows)) == 1
 
 
 def test_runs_on_other_data_or_not_evaluated_are_refused_by_name(finished):
@@ -331,14 +350,14 @@ def test_runs_on_other_data_or_not_evaluated_are_refused_by_name(finished):
     summary = other / "evaluation" / "summary.json"
     summary.write_text(summary.read_text().replace('"tiny"', '"another"'))
     with pytest.raises(InputError, match=r"run and other do not compare.*tiny and another"):
-        evaluation.compare_runs(runs)
+        compare_runs(runs)
     summary.unlink()
     with pytest.raises(InputError, match=r"run notebook 04_evaluate on other first"):
-        evaluation.compare_runs(runs)
+        compare_runs(runs)
 
 
 def test_verify_finds_nothing_wrong_with_a_whole_run(finished):
-    assert evaluation.verify_run(finished) == []
+    assert verify_run(settings_of(finished)) == []
     assert main(["verify", str(finished)]) == 0
 
 
@@ -354,7 +373,7 @@ def test_verify_names_what_was_changed(finished, capsys):
     state = load_file(model)
     state["fc.bias"][0] += 1
     save_file(state, model)
-    wrong = "\n".join(evaluation.verify_run(finished))
+    wrong = "\n".join(verify_run(settings_of(finished)))
     assert "local-s0-client-1.safetensors is missing" in wrong
     assert "federated-s0.safetensors has changed" in wrong
     assert "federated-s0.safetensors is the state of no round" in wrong
@@ -362,7 +381,7 @@ def test_verify_names_what_was_changed(finished, capsys):
     assert "differences.csv says" in wrong and "'local client-2'" in wrong
     assert main(["verify", str(finished)]) == 1
     (finished.parent.parent / "prepared/report.json").write_text('{"fingerprint": "other"}')
-    assert "holds other data" in evaluation.verify_run(finished)[-1]
+    assert "holds other data" in verify_run(settings_of(finished))[-1]
 
 
 def test_verify_wants_an_evaluated_run(tmp_path):
@@ -371,13 +390,13 @@ def test_verify_wants_an_evaluated_run(tmp_path):
 
 def test_too_few_films_for_an_interval_are_said_so():
     row = SimpleNamespace(value=0.5, ci_low=np.nan, ci_high=np.nan)
-    assert evaluation.with_interval(row) == "0.500 (no interval: too few films)"
+    assert with_interval(row) == "0.500 (no interval: too few films)"
 
 
 def test_verify_checks_what_was_written_after_the_summary_too(finished):
-    settings = evaluation.read_run(str(finished.parent.parent), finished.name, "cpu")
+    settings = settings_of(finished)
     (finished / "MODEL_CARD.md").write_text("a card")
-    evaluation.record_files(settings, "MODEL_CARD.md", "evaluation/pointing.csv")
-    assert evaluation.verify_run(finished) == []  # what is not there is not recorded
+    record_files(settings, "MODEL_CARD.md", "evaluation/pointing.csv")
+    assert verify_run(settings_of(finished)) == []  # what is not there is not recorded
     (finished / "MODEL_CARD.md").write_text("a nicer card")
-    assert evaluation.verify_run(finished) == ["MODEL_CARD.md has changed"]
+    assert verify_run(settings_of(finished)) == ["MODEL_CARD.md has changed"]

@@ -9,11 +9,37 @@ from safetensors.torch import save_file
 from tiny import tiny_films, tiny_settings
 from torch import nn
 
-from fedutils import explain
-from fedutils.findings import FINDINGS
-from fedutils.images import decode_film, normalise
+from fedutils.base.findings import FINDINGS
+from fedutils.dataset import normalise
+from fedutils.evidence import explain
+from fedutils.evidence.calibration import YOUDEN
+from fedutils.evidence.explain import (
+    ALL_BOXES,
+    BY_MODEL,
+    CENTRE,
+    ELSEWHERE,
+    KINDS,
+    POINTING,
+    UPPER,
+    box_pairs,
+    fill_gallery,
+    grad_cam,
+    heat_maps,
+    hottest,
+    lies_in_box,
+    load_model,
+    pick_gallery,
+    pointing_game,
+    position_baselines,
+    read_boxes,
+    tally,
+    upper_bounds,
+    wilson,
+)
+from fedutils.evidence.words import pointing_words
+from fedutils.films.decode import decode_film
+from fedutils.films.read import read_nih
 from fedutils.model import build_resnet34
-from fedutils.nih import read_nih
 
 
 class Toy(nn.Module):
@@ -31,9 +57,9 @@ class Toy(nn.Module):
 
 def test_grad_cam_of_a_toy_network_is_what_paper_and_pencil_give():
     x = torch.rand(4, 2, 3, 5, generator=torch.Generator().manual_seed(0)).double() - 0.3
-    first = explain.grad_cam(Toy(), "cells", x, torch.zeros(4, dtype=torch.long))
+    first = grad_cam(Toy(), "cells", x, torch.zeros(4, dtype=torch.long))
     assert torch.allclose(first, ((x[:, 0] - x[:, 1]) / 15).relu(), atol=1e-12)
-    second = explain.grad_cam(Toy(), "cells", x, torch.ones(4, dtype=torch.long))
+    second = grad_cam(Toy(), "cells", x, torch.ones(4, dtype=torch.long))
     weight = (2 * x[:, 0]).mean(dim=(1, 2), keepdim=True)
     assert torch.allclose(second, (weight * x[:, 0]).relu(), atol=1e-12)
 
@@ -46,7 +72,7 @@ def test_grad_cam_of_a_resnet_is_its_class_activation_map_frozen_or_not(tracked)
     x = normalise(torch.randint(256, (2, 1, 96, 96), generator=draw, dtype=torch.uint8)).double()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
-        cam = explain.grad_cam(model, "layer4", x, torch.tensor([3, 5]))
+        cam = grad_cam(model, "layer4", x, torch.tensor([3, 5]))
         assert not torch.is_grad_enabled() and not cam.requires_grad
         cells = nn.Sequential(*list(model.children())[:-2])(x)
     expected = torch.einsum("bc,bchw->bhw", model.fc.weight[[3, 5]].detach(), cells).relu() / 9
@@ -58,7 +84,7 @@ def test_grad_cam_of_a_resnet_is_its_class_activation_map_frozen_or_not(tracked)
 def test_the_hottest_cell_is_a_point_and_a_cold_map_points_nowhere():
     maps = np.zeros((3, 7, 7), np.float32)
     maps[0, 3, 3], maps[1, 0, 6] = 1, 2
-    points = explain.hottest(maps)
+    points = hottest(maps)
     assert points[0].tolist() == [0.5, 0.5]
     assert points[1] == pytest.approx([6.5 / 7, 0.5 / 7]) and np.isnan(points[2]).all()
 
@@ -73,14 +99,14 @@ def test_any_of_several_boxes_counts_and_the_edge_is_inside():
         ("a", "Mass", 0.0, 0.0, 0.2, 0.2, "1"), ("a", "Mass", 0.5, 0.5, 0.2, 0.2, "1"),
         ("a", "Nodule", 0.8, 0.8, 0.1, 0.1, "1"), ("b", "Mass", 0.5, 0.5, 0.2, 0.2, "2"),
     ])  # fmt: skip
-    pairs = explain.box_pairs(boxes)
+    pairs = box_pairs(boxes)
     assert pairs[["image_index", "finding"]].to_numpy().tolist() == [
         ["a", "Mass"], ["a", "Nodule"], ["b", "Mass"],
     ]  # fmt: skip
     point = np.array([[0.5, 0.6]] * 3)
-    assert explain.hits(point, pairs, boxes).tolist() == [True, False, True]
-    assert explain.hits(point + [0, 0.11], pairs, boxes).tolist() == [False] * 3
-    assert not explain.hits(point * np.nan, pairs, boxes).any()
+    assert lies_in_box(point, pairs, boxes).tolist() == [True, False, True]
+    assert lies_in_box(point + [0, 0.11], pairs, boxes).tolist() == [False] * 3
+    assert not lies_in_box(point * np.nan, pairs, boxes).any()
 
 
 @pytest.mark.parametrize("size", [32, 64, 224])
@@ -92,9 +118,9 @@ def test_boxes_follow_a_resize(tmp_path, size):
     film, about = decode_film(tmp_path / "a.png", size)
     box = np.array([100, 300, 100, 100]) / np.tile([about["width"], about["height"]], 2)
     boxes = boxes_of([("a.png", "Mass", *box, "1")])
-    point = explain.hottest(film[None].astype(np.float32))
-    assert explain.hits(point, explain.box_pairs(boxes), boxes).all()
-    assert not explain.hits(point[:, ::-1], explain.box_pairs(boxes), boxes).any()
+    point = hottest(film[None].astype(np.float32))
+    assert lies_in_box(point, box_pairs(boxes), boxes).all()
+    assert not lies_in_box(point[:, ::-1], box_pairs(boxes), boxes).any()
 
 
 def test_position_baselines_of_all_984_boxes_are_those_on_record(nih_test_data):
@@ -102,22 +128,20 @@ def test_position_baselines_of_all_984_boxes_are_those_on_record(nih_test_data):
     data = read_nih(nih_test_data / "nih_meta")
     boxes = data.boxes.merge(data.table[["image_index", "patient_id"]], on="image_index")
     boxes[["x", "y", "w", "h"]] /= 1024
-    assert len(boxes) == len(explain.box_pairs(boxes)) == 984
+    assert len(boxes) == len(box_pairs(boxes)) == 984
     recorded = {
         "Cardiomegaly": (0.97, 1.00), "Infiltration": (0.23, 0.55), "Pneumonia": (0.14, 0.50),
         "Effusion": (0.03, 0.37), "Pneumothorax": (0.01, 0.34), "Mass": (0.11, 0.33),
         "Atelectasis": (0.06, 0.23), "Nodule": (0.00, 0.10),
     }  # fmt: skip
-    played = explain.position_baselines(boxes, seed=0)
-    shares = {
-        m: explain.tally(p).set_index("finding")["value"] for m, p in played.groupby("method")
-    }
-    upper = explain.upper_bounds(boxes).set_index("finding")["value"]
+    played = position_baselines(boxes, seed=0)
+    shares = {m: tally(p).set_index("finding")["value"] for m, p in played.groupby("method")}
+    upper = upper_bounds(boxes).set_index("finding")["value"]
     for finding, (centre, best) in recorded.items():
-        assert round(shares[explain.CENTRE][finding], 2) == centre, finding
+        assert round(shares[CENTRE][finding], 2) == centre, finding
         assert round(upper[finding], 2) == best, finding
-        assert shares[explain.ELSEWHERE][finding] <= upper[finding], finding
-    assert set(shares[explain.CENTRE].index) == {*recorded, explain.ALL}
+        assert shares[ELSEWHERE][finding] <= upper[finding], finding
+    assert set(shares[CENTRE].index) == {*recorded, ALL_BOXES}
 
 
 def test_the_fixed_point_is_fitted_on_other_patients():
@@ -126,19 +150,19 @@ def test_the_fixed_point_is_fitted_on_other_patients():
         (f"{k}{i}", "Mass", k / 10, 0.3, 0.05, 0.2, str(k)) for k in range(10) for i in range(3)
     ]
     boxes = boxes_of(rows)
-    played = explain.position_baselines(boxes, seed=0)
-    mine = played[played["method"] == explain.ELSEWHERE]
+    played = position_baselines(boxes, seed=0)
+    mine = played[played["method"] == ELSEWHERE]
     assert len(mine) == 30 and not mine["hit"].any()
-    assert explain.upper_bounds(boxes)["value"].tolist() == [0.1, 0.1]
+    assert upper_bounds(boxes)["value"].tolist() == [0.1, 0.1]
     together = boxes.assign(x=0.4)
-    played = explain.position_baselines(together, seed=0)
-    assert played[played["method"] == explain.ELSEWHERE]["hit"].all()
+    played = position_baselines(together, seed=0)
+    assert played[played["method"] == ELSEWHERE]["hit"].all()
 
 
 def test_without_another_patient_there_is_no_fixed_point():
-    played = explain.position_baselines(boxes_of([("a", "Mass", 0.4, 0.4, 0.3, 0.3, "1")]), seed=0)
-    assert played["method"].tolist() == [explain.CENTRE]
-    assert np.isnan(explain.tally(played.head(0))["value"]).all()
+    played = position_baselines(boxes_of([("a", "Mass", 0.4, 0.4, 0.3, 0.3, "1")]), seed=0)
+    assert played["method"].tolist() == [CENTRE]
+    assert np.isnan(tally(played.head(0))["value"]).all()
 
 
 def test_wilsons_interval_is_wilsons():
@@ -146,8 +170,8 @@ def test_wilsons_interval_is_wilsons():
         z, p = 1.959963984540054, k / n
         middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        assert explain.wilson(k, n) == pytest.approx((middle - half, middle + half), abs=1e-9)
-    assert np.isnan(explain.wilson(0, 0)).all()
+        assert wilson(k, n) == pytest.approx((middle - half, middle + half), abs=1e-9)
+    assert np.isnan(wilson(0, 0)).all()
 
 
 @pytest.fixture(scope="module")
@@ -172,27 +196,27 @@ def run(tmp_path_factory):
 
 
 def test_under_224_pixels_nothing_is_measured_and_said_so(run):
-    table = explain.pointing_game(*run)
-    assert table.empty and list(table.columns) == explain.POINTING
-    assert "not measurable at this size" in explain.pointing_words(table, 32)
-    assert "no film of the test set has a box" in explain.pointing_words(table, 224)
+    table = pointing_game(*run)
+    assert table.empty and list(table.columns) == POINTING
+    assert "not measurable at this size" in pointing_words(table, 32)
+    assert "no film of the test set has a box" in pointing_words(table, 224)
 
 
 def test_the_game_is_played_on_test_films_by_one_model_an_arm(run, monkeypatch):
     monkeypatch.setattr(explain, "LEAST_SIZE", 32)  # layer4 is one cell, the image centre
     settings, films = run
-    table = explain.pointing_game(settings, films)
-    whole = table[table["finding"] == explain.ALL].set_index("method")
+    table = pointing_game(settings, films)
+    whole = table[table["finding"] == ALL_BOXES].set_index("method")
     assert (whole["n"] == (films.index["split"] == "test").sum()).all()
-    assert whole.loc[explain.MODEL, "arm"].tolist() == ["federated", "local"]
-    assert whole.loc[explain.MODEL, "client"].tolist() == ["", "client-1"]
-    assert whole.loc[explain.CENTRE, "value"] == 1 and whole.loc[explain.UPPER, "value"] == 1
-    model = explain.load_model(settings, "federated-s0")
+    assert whole.loc[BY_MODEL, "arm"].tolist() == ["federated", "local"]
+    assert whole.loc[BY_MODEL, "client"].tolist() == ["", "client-1"]
+    assert whole.loc[CENTRE, "value"] == 1 and whole.loc[UPPER, "value"] == 1
+    model = load_model(settings, "federated-s0")
     test = films.where(films.index["split"] == "test")
-    pairs = explain.box_pairs(explain.read_boxes(settings, test))
-    warm = explain.heat_maps(model, test, pairs, batch_size=5).max(axis=(1, 2)) > 0
-    assert whole.loc[explain.MODEL, "hits"].iloc[0] == warm.sum()
-    words = explain.pointing_words(table, 224)
+    pairs = box_pairs(read_boxes(settings, test))
+    warm = heat_maps(model, test, pairs, batch_size=5).max(axis=(1, 2)) > 0
+    assert whole.loc[BY_MODEL, "hits"].iloc[0] == warm.sum()
+    words = pointing_words(table, 224)
     assert f"point of federated lies in a box in {warm.sum()} of 12" in words
     assert "the image centre lies in a box in 12 of 12" in words
 
@@ -203,10 +227,10 @@ def test_the_gallery_takes_the_most_confident_of_each_kind():
     index["Mass"] = [1, 1, 1, 0, 0, np.nan]
     table = pd.DataFrame(0.1, index=range(6), columns=FINDINGS).assign(image_index=names)
     table["Mass"] = [0.8, 0.9, 0.2, 0.7, 0.7, 0.99]
-    points = pd.DataFrame({"finding": FINDINGS, "rule": explain.YOUDEN, "threshold": 0.5})
+    points = pd.DataFrame({"finding": FINDINGS, "rule": YOUDEN, "threshold": 0.5})
     points.loc[points["finding"] == "Hernia", "threshold"] = np.nan
-    panels = explain.pick_gallery(table.sample(frac=1, random_state=0), points, index)
-    assert len(panels) == 14 * 3 and [p["kind"] for p in panels[:3]] == list(explain.KINDS)
+    panels = pick_gallery(table.sample(frac=1, random_state=0), points, index)
+    assert len(panels) == 14 * 3 and [p["kind"] for p in panels[:3]] == list(KINDS)
     mass = [p for p in panels if p["finding"] == "Mass"]
     assert [p["image_index"] for p in mass] == ["b", "d", "c"]  # d before e: equals go by name
     assert [p["probability"] for p in mass] == [0.9, 0.7, 0.2]
@@ -217,12 +241,12 @@ def test_gallery_panels_carry_film_boxes_and_a_heat_map_where_measurable(run, mo
     settings, films = run
     name = films.index["image_index"][7]
     panels = [{"finding": "Mass", "kind": k, "image_index": n, "probability": 0.5}
-              for k, n in zip(explain.KINDS, (name, None, name), strict=True)]  # fmt: skip
+              for k, n in zip(KINDS, (name, None, name), strict=True)]  # fmt: skip
     owner = pd.DataFrame({"arm": ["local"], "seed": [0], "client": ["client-1"]})
-    filled = explain.fill_gallery(settings, films, panels, owner)
+    filled = fill_gallery(settings, films, panels, owner)
     assert np.array_equal(filled[0]["film"], films[7][0][0]) and filled[1]["film"] is None
     assert filled[0]["boxes"] == [pytest.approx([0, 0, 19.2, 19.2])] and filled[1]["boxes"] == []
     assert all(panel["heat"] is None for panel in filled)
     monkeypatch.setattr(explain, "LEAST_SIZE", 32)
-    filled = explain.fill_gallery(settings, films, panels, owner)
+    filled = fill_gallery(settings, films, panels, owner)
     assert filled[0]["heat"].shape == (1, 1) and filled[1]["heat"] is None

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -15,12 +16,13 @@ from safetensors.torch import load_file
 from test_federation import NAMES, STRATEGIES, aggregated, hashes
 from tiny import tiny_films, tiny_settings
 
-from fedutils import features as room
-from fedutils.evaluation import predict_films
-from fedutils.features import BLOCK, FeatureStore
-from fedutils.federation import Training
-from fedutils.findings import FINDINGS, InputError
+from fedutils.base.errors import InputError
+from fedutils.base.findings import FINDINGS
+from fedutils.evidence.predict import predict_films
 from fedutils.model import build_resnet34
+from fedutils.training import features
+from fedutils.training.features import BLOCK, FeatureStore, find_scratch
+from fedutils.training.training import Training
 
 FROZEN = {"tracked": "layer4,fc", "augment": False, "feature_dtype": "fp32"}
 FILMS = 3 * BLOCK - 50
@@ -220,12 +222,12 @@ def test_it_says_what_it_takes_and_the_estimate_holds_it(tmp_path, monkeypatch):
 
 
 def test_on_kaggle_features_go_where_nothing_is_saved(tmp_path, monkeypatch):
-    assert room.find_scratch(tmp_path) == tmp_path
-    monkeypatch.setattr(room, "KAGGLE_WORKING", tmp_path)
-    monkeypatch.setattr(room, "KAGGLE_TEMP", tmp_path / "temp")
-    assert room.find_scratch(tmp_path) == Path(room.tempfile.gettempdir())
+    assert find_scratch(tmp_path) == tmp_path
+    monkeypatch.setattr(features, "KAGGLE_WORKING", tmp_path)
+    monkeypatch.setattr(features, "KAGGLE_TEMP", tmp_path / "temp")
+    assert find_scratch(tmp_path) == Path(tempfile.gettempdir())
     (tmp_path / "temp").mkdir()
-    assert room.find_scratch(tmp_path) == tmp_path / "temp"
+    assert find_scratch(tmp_path) == tmp_path / "temp"
 
 
 def test_the_journal_is_plain_and_small(tmp_path):

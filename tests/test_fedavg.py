@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_settings
 
-from fedutils.client import VARIATE
-from fedutils.fedavg import STRATEGIES, FedAvg, FedAvgM, TrimmedMean, WeightedMean, cast_like
-from fedutils.settings import CHOICES
+from fedutils.base.state import cast_like
+from fedutils.fedavg import FedAvg, TrimmedMean, WeightedMean
+from fedutils.settings import FIELDS
+from fedutils.strategies import STRATEGIES, VARIATE, FedAvgM
 
 NUMBERS = st.floats(-1e6, 1e6, width=32)
 CLIENTS = st.lists(
@@ -77,7 +78,7 @@ def test_median_and_trimmed_mean_withstand_a_bad_client():
 
 
 def test_median_through_chunks_equals_numpy(monkeypatch):
-    monkeypatch.setattr("fedutils.fedavg.CHUNK", 7)
+    monkeypatch.setattr("fedutils.fedavg.SORTED_AT_ONCE", 7)
     values = torch.rand(5, 6, 11)
     mean = TrimmedMean(0.5)
     for value in values:
@@ -158,5 +159,5 @@ def test_scaffold_moves_its_variate_by_the_share_that_took_part(tmp_path):
 
 
 def test_each_strategy_has_a_name_that_the_settings_know():
-    assert tuple(STRATEGIES) == CHOICES["strategy"]
+    assert tuple(STRATEGIES) == FIELDS["strategy"].metadata["allowed"]
     assert issubclass(FedAvgM, FedAvg)

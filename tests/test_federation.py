@@ -15,13 +15,18 @@ import torchvision
 from safetensors.torch import load_file
 from tiny import tiny_films, tiny_settings
 
-from fedutils import federation
+from fedutils.base.errors import InputError
+from fedutils.base.findings import FINDINGS
+from fedutils.base.state import state_hash
 from fedutils.client import Client
-from fedutils.evaluation import predict_films
+from fedutils.evidence.predict import predict_films
 from fedutils.fedavg import FedAvg
-from fedutils.federation import HISTORY, FederationError, Training
-from fedutils.findings import FINDINGS, InputError
-from fedutils.settings import ARMS, Settings
+from fedutils.rounds import FederationError, sample_clients
+from fedutils.run import HISTORY, best_rounds
+from fedutils.settings import FIELDS, Settings
+from fedutils.training import replicas, training
+from fedutils.training.arms import arm_settings, plan
+from fedutils.training.training import Training
 
 SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.05}
 STRATEGIES = [
@@ -205,17 +210,17 @@ def test_global_model_loads_into_plain_torchvision(tmp_path):
 
 def test_the_best_validation_round_is_kept(tmp_path, monkeypatch):
     scores = iter([0.6, 0.9, 0.7])
-    monkeypatch.setattr(federation, "mean_auroc", lambda *args: next(scores))
+    monkeypatch.setattr(replicas, "mean_auroc", lambda *args: next(scores))
     history = train(tmp_path, rounds=3)
     model = load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
-    assert federation.state_hash(model) == hashes(history)[1]
-    assert federation.best_rounds(history)["round"].tolist() == [2]
+    assert state_hash(model) == hashes(history)[1]
+    assert best_rounds(history)["round"].tolist() == [2]
 
 
 def test_best_rounds_without_any_auroc_go_by_the_loss():
     rows = {"arm": "local", "seed": 0, "client": "a", "round": [1, 2, 3]}
     history = pd.DataFrame(rows | {"val_auroc": math.nan, "val_loss": [0.5, 0.3, 0.4]})
-    assert federation.best_rounds(history)["round"].tolist() == [2]
+    assert best_rounds(history)["round"].tolist() == [2]
 
 
 def break_client(monkeypatch, name, how):
@@ -286,7 +291,7 @@ def test_below_min_clients_the_run_stops_with_everything_saved(tmp_path, monkeyp
 def test_max_hours_stops_at_a_round_boundary_and_the_next_session_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         clock = itertools.count(0, 600)  # each look at the clock takes ten minutes
-        patch.setattr(federation.time, "monotonic", lambda: next(clock))
+        patch.setattr(training.time, "monotonic", lambda: next(clock))
         history = train(tmp_path, rounds=50, max_hours=0.9)
     assert aggregated(history)["round"].tolist() == [1, 2]
     assert not (tmp_path / "runs/run/finished.json").exists()
@@ -330,10 +335,10 @@ def test_own_strategy_in_a_few_lines(tmp_path):
 
 def test_sampled_clients_follow_the_fraction_and_the_seed(tmp_path):
     settings = tiny_settings(tmp_path, client_fraction=0.6)
-    job = federation.plan(settings, tiny_films(tmp_path))[0]
+    job = plan(settings, tiny_films(tmp_path))[0]
 
     def draw(job):
-        return [[c.name for c in federation.sample_clients(job, settings, r)] for r in range(30)]
+        return [[c.name for c in sample_clients(job, settings, r)] for r in range(30)]
 
     assert all(len(names) == 2 and names == sorted(names) for names in draw(job))
     assert len({tuple(names) for names in draw(job)}) == 3 and draw(job) == draw(job)
@@ -342,7 +347,7 @@ def test_sampled_clients_follow_the_fraction_and_the_seed(tmp_path):
 
 def test_estimate_is_of_the_right_order(tmp_path, monkeypatch):
     """In CPU time, which other work on the machine does not take away."""
-    monkeypatch.setattr(federation.time, "perf_counter", time.process_time)
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
     settings = tiny_settings(tmp_path, rounds=6)
     training = Training(settings, tiny_films(tmp_path, films=200))
     estimate = training.estimate_seconds()
@@ -391,8 +396,8 @@ def test_each_arm_has_its_own_rate_and_who_trains_alone_federates_nothing():
     settings = dataclasses.replace(
         Settings(), strategy="fedprox", lr_local=0.1, batchnorm="local", partition="scanner"
     )
-    own = {arm: federation.arm_settings(settings, arm) for arm in ARMS}
-    assert [own[arm].lr for arm in ARMS] == [0.001, 0.001, 0.1]
-    assert [own[arm].strategy for arm in ARMS] == ["fedprox", "fedavg", "fedavg"]
-    assert [own[arm].batchnorm for arm in ARMS] == ["local", "average", "average"]
-    assert [own[arm].partition for arm in ARMS] == ["scanner", "iid", "scanner"]
+    own = {arm: arm_settings(settings, arm) for arm in FIELDS["arms"].metadata["parts"]}
+    assert [own[arm].lr for arm in FIELDS["arms"].metadata["parts"]] == [0.001, 0.001, 0.1]
+    assert [own[arm].strategy for arm in FIELDS["arms"].metadata["parts"]] == ["fedprox", "fedavg", "fedavg"]
+    assert [own[arm].batchnorm for arm in FIELDS["arms"].metadata["parts"]] == ["local", "average", "average"]
+    assert [own[arm].partition for arm in FIELDS["arms"].metadata["parts"]] == ["scanner", "iid", "scanner"]

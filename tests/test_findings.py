@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedutils.findings import FINDINGS, InputError, canonical, format_labels, parse_labels
+from fedutils.base.errors import InputError
+from fedutils.base.findings import FINDINGS, canonical, format_labels, parse_labels
 
 
 @given(st.sets(st.sampled_from(FINDINGS)))

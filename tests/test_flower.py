@@ -3,7 +3,10 @@
 import dataclasses
 import functools
 import json
+from collections import namedtuple
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from tiny import ROUNDING, tiny_films, tiny_homes, tiny_settings
@@ -15,15 +18,24 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedutils import federation, flower
-from fedutils.federation import FederationError, Training
-from fedutils.findings import FINDINGS, InputError
-from fedutils.flower import NetworkTraining, client_app
+from fedutils import rounds, run
+from fedutils.base.errors import InputError
+from fedutils.base.findings import FINDINGS
+from fedutils.base.state import to_cpu
 from fedutils.model import build_resnet34
-from fedutils.weights import to_cpu
+from fedutils.network import hospital, server
+from fedutils.network.hospital import Hospital, client_app
+from fedutils.network.messages import pack, read_update, unpack
+from fedutils.network.server import REFUSED, NetworkTraining
+from fedutils.rounds import FederationError
+from fedutils.settings import FIELDS
+from fedutils.training import replicas, training
+from fedutils.training.replicas import start_model
+from fedutils.training.training import Training
 
 SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.05}
 SECRET = "Mueller-Luedenscheidt"
+Start = namedtuple("Start", ["weights", "tracked", "batchnorm", "precision"])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,18 +43,20 @@ def one_process():
     """In earnest each message is a process of its own; here all share one task and one model."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 2, 3
     built = functools.cache(
-        lambda *how, **more: (m := build_resnet34(*how, **more), to_cpu(m.state_dict()))
+        lambda settings, seed: (m := start_model(settings, seed), to_cpu(m.state_dict()))
     )
 
-    def build(*how, **more):
-        model, fresh = built(*how, **more)
+    def start(settings, seed):
+        about = "weights", "tracked", "batchnorm", "precision"
+        model, fresh = built(Start(*(getattr(settings, name) for name in about)), seed)
         model.load(fresh)
         return model.train()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(federation, "build_resnet34", build)
-        patch.setattr(flower, "build_resnet34", build)
-        patch.setattr(flower, "trunk_hash", lambda model: "trunk")
+        patch.setattr(replicas, "start_model", start)
+        patch.setattr(hospital, "start_model", start)
+        for room in (hospital, server):
+            patch.setattr(room, "trunk_hash", lambda model: "trunk")
         yield
 
 
@@ -119,7 +133,7 @@ def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
     model = build_resnet34("none", "layer1,fc", "average")
     shapes = {name: (tuple(v.shape), v.dtype) for name, v in model.tracked_state().items()}
     measured = {k: v for k, v in shapes.items() if k.endswith(("running_mean", "running_var"))}
-    numbers = {"films", "examples", "train_loss", "loss", "labels", "pairs", "ordered"}
+    numbers = {"weight", "examples", "train_loss", "loss", "labels", "pairs", "ordered"}
     replies = [(name, reply) for name, reply, _ in grid.wire if name != "down"]
     assert len(replies) == 3 * (
         1 + 2 * 3
@@ -131,7 +145,7 @@ def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
         assert set(reply.content["numbers"]) <= numbers
         for value in reply.content["numbers"].values():
             assert isinstance(value, int | float) or len(value) == len(FINDINGS)
-        state = flower.unpack(reply)
+        state = unpack(reply)
         assert {k: (tuple(v.shape), v.dtype) for k, v in state.items()} in ({}, shapes, measured)
 
 
@@ -224,7 +238,7 @@ def test_another_trunk_than_the_servers_is_refused(tmp_path):
     config = dataclasses.asdict(tiny_settings(tmp_path)) | {"threads": 1}
     order = {"config": json.dumps(config), "run": "run", "trunk": "another"}
     with pytest.raises(InputError, match="not the trunk of the server"):
-        flower.Hospital(order, {"work_dir": str(home), "name": "client-1"}).model()
+        Hospital(order, {"work_dir": str(home), "name": "client-1"}).model()
 
 
 SPOILT = {
@@ -243,13 +257,181 @@ def test_what_does_not_fit_costs_its_update_not_the_round(state):
     ask = Message(RecordDict({}), 11, "train")
     for tensors, status in ((good, {"ok"}), (state, {"failed", "non-finite"})):
         words = ConfigRecord({"status": "ok", "reason": ""})
-        content = {"words": words, "numbers": numbers, "state": flower.pack(tensors)}
-        update = flower.read_update("a", Message(RecordDict(content), reply_to=ask), good)
+        content = {"words": words, "numbers": numbers, "state": pack(tensors)}
+        update, _ = read_update("a", Message(RecordDict(content), reply_to=ask), good)
         assert update.status in status
-    assert flower.read_update("a", Message(RecordDict({}), reply_to=ask), good).status == "failed"
+    assert read_update("a", Message(RecordDict({}), reply_to=ask), good)[0].status == "failed"
 
 
 def test_local_models_and_other_arms_are_refused(tmp_path):
     for changes in ({"batchnorm": "local"}, {"arms": "federated,local"}):
         with pytest.raises(InputError, match="over a network only"):
             over_flower(tmp_path, Grid({}), **changes)
+
+
+# Differential privacy over the network.
+
+DP = {"dp": "patient", "batchnorm": "frozen", "noise_multiplier": 1.0, "delta": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory):
+    """A private run, simulated and over Flower: films, histories, the grid, and the folder."""
+    pytest.importorskip("opacus", reason="differential privacy needs Opacus")
+    work = tmp_path_factory.mktemp("private")
+    films = tiny_films(work)
+    simulated = Training(tiny_settings(work, **DP), films).train()
+    grid = Grid(tiny_homes(work / SECRET, films))
+    return films, simulated, over_flower(work, grid, **DP), grid, work
+
+
+def test_a_private_run_is_the_simulations_with_the_same_noise(private):
+    films, simulated, history, _, work = private
+    assert hashes(history) == hashes(simulated) and len(set(hashes(history))) == 2
+    other = tiny_settings(work, **DP | {"noise_multiplier": 2.0}, name="other")
+    assert hashes(Training(other, films).train()) != hashes(simulated), "no noise was drawn"
+    plain = tiny_settings(work, batchnorm="frozen", name="plain")
+    assert hashes(Training(plain, films).train()) != hashes(simulated)
+
+
+def test_its_budget_stands_by_hospital_and_round_as_in_the_simulation(private):
+    _, simulated, history, _, work = private
+    same = ["client", "round", "examples", "epsilon", "status"]
+    assert history[same].equals(simulated[same])
+    assert (history["epsilon"] > 0).all() and history["train_loss"].isna().all()
+    assert (history[history["client"] != ""]["examples"] == 1).all()
+    tables = [pd.read_csv(folder / "runs/run/privacy.csv") for folder in (work, work / "server")]
+    pd.testing.assert_frame_equal(*tables, check_like=True)
+
+
+def test_each_hospital_has_written_down_what_it_released(private):
+    *_, work = private
+    budget = pd.read_csv(work / "runs/run/privacy.csv").set_index("hospital")
+    for name in budget.index:
+        ledger = json.loads((work / SECRET / name / "runs/run/ledger.json").read_text())
+        assert ledger == {"federated-s0": {"privacy/steps": budget["steps"][name]}}
+
+
+def test_nothing_but_noised_parameters_and_counts_leaves_a_private_hospital(private):
+    """And the sums on validation patients, whom no run protects."""
+    *_, history, grid, _ = private
+    model = build_resnet34("none", "layer1,fc", "frozen")
+    shapes = {k: v.shape for k, v in model.named_parameters() if k.startswith(("layer1", "fc"))}
+    shapes = {name: shape for name, shape in shapes.items() if ".bn" not in name}
+    budget = {"hospital", "patients", "sampling_rate", "noise_multiplier", "steps", "delta",
+              "clip", "epsilon"}  # fmt: skip
+    updates = 0
+    for name, reply, _ in [one for one in grid.wire if one[0] != "down"]:
+        words, numbers, state = (
+            dict(reply.content["words"]),
+            reply.content["numbers"],
+            unpack(reply),
+        )
+        assert words.pop("name", name) == name and words.pop("status") == "ok"
+        if reply.metadata.message_type == "train":
+            assert {k: v.shape for k, v in state.items()} == shapes
+            assert dict(numbers) == {"examples": 1}
+            said = json.loads(words["said"])
+            assert set(said) == {"account", "stop"} and set(said["account"]) == budget
+            updates += 1
+        elif reply.metadata.message_type == "evaluate":
+            assert not state and set(numbers) == {"loss", "labels", "pairs", "ordered"}
+        else:
+            assert not state and dict(numbers) == {"weight": 1} and words == {"reason": ""}
+    assert updates == (history["client"] != "").sum() == 6
+
+
+def test_noise_is_drawn_in_the_hospital_before_anything_leaves(tmp_path):
+    """Without films that a gradient could come from, what moves the weights is the noise."""
+    films = tiny_films(tmp_path)
+    films.index[list(FINDINGS)] = float("nan")  # then every gradient is zero
+    homes = tiny_homes(tmp_path / SECRET, films)
+    grid = Grid(homes)
+    sgd = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 1.0}
+    over_flower(tmp_path, grid, rounds=1, tracked="fc", **DP | sgd)
+    sent = next(unpack(m) for n, m, _ in grid.wire if m.metadata.message_type == "train")
+    replies = [r for n, r, _ in grid.wire if n != "down" and r.metadata.message_type == "train"]
+    for reply in replies:
+        moved = (unpack(reply)["fc.weight"] - sent["fc.weight"]).flatten()
+        assert moved.std() > 1e-3 and abs(moved.mean()) < moved.std() / 10
+
+
+def test_a_round_that_a_killed_server_lost_is_spent(tmp_path):
+    films = tiny_films(tmp_path)
+    homes = tiny_homes(tmp_path / SECRET, films)
+    steps = over_flower(tmp_path, Grid(homes), rounds=1, **DP)["epsilon"].iloc[0]
+
+    class Killed(Grid):
+        def pull_messages(self, ids):
+            replies = super().pull_messages(ids)
+            if any(reply.metadata.message_type == "train" for reply in replies):
+                raise KeyboardInterrupt  # the updates of round 2 were released and are lost
+            return replies
+
+    with pytest.raises(KeyboardInterrupt):
+        over_flower(tmp_path, Killed(homes), **DP)
+    history = over_flower(tmp_path, Grid(homes), **DP)
+    assert hashes(history) == hashes(Training(tiny_settings(tmp_path, **DP), films).train())
+    budget = pd.read_csv(tmp_path / "server/runs/run/privacy.csv").set_index("hospital")
+    alone = pd.read_csv(tmp_path / "runs/run/privacy.csv").set_index("hospital")
+    assert (budget["steps"] == 1.5 * alone["steps"]).all() and steps < budget["epsilon"].min()
+
+
+def test_a_hospital_whose_budget_is_spent_says_so_and_trains_no_more(tmp_path):
+    films = tiny_films(tmp_path)
+    changes = DP | {"target_epsilon": 12.0, "rounds": 50}
+    homes = tiny_homes(tmp_path / SECRET, films)
+    history = over_flower(tmp_path, Grid(homes), **changes)
+    expected = Training(tiny_settings(tmp_path, **changes), films).train()
+    assert hashes(history) == hashes(expected) and 1 <= history["round"].max() < 50
+    assert history["reason"].iloc[-1] == expected["reason"].iloc[-1]
+    assert "beyond target_epsilon=12" in history["reason"].iloc[-1]
+    afresh = tmp_path / "afresh"  # a server that has forgotten what was spent
+    with pytest.raises(FederationError, match=r"stopped \(stopped: the next round would take"):
+        over_flower(afresh, Grid(homes), **changes)
+
+
+# Every parameter is heed or refused.
+
+SERVER = {"work_dir", "name", "profile", "num_clients", "rounds", "client_fraction", "min_clients",
+          "max_hours", "device"}  # fmt: skip
+PREPARED = {"seed", "image_size"}  # a hospital compares them with what its notebook 02 fixed
+
+
+def values_of(field):
+    """The allowed values of a parameter, other than its default."""
+    about, low = field.metadata, field.metadata["bounds"][0]
+    found = [*about["allowed"], *about["parts"]] or {
+        bool: [True, False], int: [max(3, 0 if low == -float("inf") else low + 1)],
+        float: [0.3], str: ["A"],
+    }[type(field.default)]  # fmt: skip
+    return [value for value in found if value != field.default]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_means_nothing_over_a_network_is_refused_by_name(tmp_path, name):
+    settings = tiny_settings(tmp_path)
+    for value in values_of(FIELDS[name]):
+        with pytest.raises(InputError, match=f"over a network only {name}="):
+            NetworkTraining(dataclasses.replace(settings, **{name: value}), Grid({}), 1)
+
+
+def test_every_other_parameter_reaches_the_hospitals_or_is_the_servers(tmp_path):
+    settings = tiny_settings(tmp_path / "server")
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    node = {"work_dir": str(home), "name": "client-1"}
+    travels = set(FIELDS) - set(REFUSED) - SERVER - PREPARED - {"data_dir"}
+    assert {"dp", "secure", "clip", "strategy", "mu", "augment", "precision"} <= travels
+    for name in sorted(travels):
+        for value in values_of(FIELDS[name]):
+            changed = dataclasses.replace(settings, **{name: value})
+            config = changed.identity() | {"threads": changed.threads or 1}
+            order = {"config": json.dumps(config), "run": "run", "trunk": ""}
+            assert getattr(Hospital(order, node).settings, name) == value, name
+    for name in PREPARED:
+        config = settings.identity() | {name: 77, "threads": 1}
+        with pytest.raises(InputError, match=f"{name}="):
+            Hospital({"config": json.dumps(config), "run": "run", "trunk": ""}, node)
+    for name in SERVER - {"profile"}:
+        rooms = "".join(Path(room.__file__).read_text() for room in (server, training, rounds, run))
+        assert f".{name}" in rooms or f"self.{name}" in rooms, name

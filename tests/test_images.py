@@ -14,17 +14,11 @@ import torch
 from PIL import Image
 from tiny import tiny_films
 
-from fedutils import images
-from fedutils.findings import FINDINGS
-from fedutils.images import (
-    ChestXrayDataset,
-    choose_films,
-    decode_film,
-    decode_films,
-    normalise,
-    read_index,
-    write_index,
-)
+from fedutils.base.findings import FINDINGS
+from fedutils.dataset import ChestXrayDataset, normalise, read_index
+from fedutils.films import decode
+from fedutils.films.decode import decode_film, decode_films, write_index
+from fedutils.films.split import choose_films
 
 
 def write_film(path, seed=0, size=40):
@@ -146,19 +140,19 @@ CHILD = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from fedutils import images
 from test_images import make_table
 folder = Path(sys.argv[1])
-images.CHUNK = 4
-slow = images.decode_film
-def decode(path, size):
+from fedutils.films import decode
+decode.FILMS_A_CHUNK = 4
+slow = decode.decode_film
+def decode_slowly(path, size):
     time.sleep(0.01)
     return slow(path, size)
-images.decode_film = decode
+decode.decode_film = decode_slowly
 names = sorted(path.name for path in folder.glob("*.png"))
 import pandas as pd
 table = pd.DataFrame({"image_index": names, "path": names})
-images.decode_films(table, folder, folder / "prepared", 16, lambda d, t: print(d, flush=True))
+decode.decode_films(table, folder, folder / "prepared", 16, lambda d, t: print(d, flush=True))
 """
 
 
@@ -186,7 +180,7 @@ def test_decoding_goes_on_after_a_kill_at_any_moment(tmp_path, monkeypatch):
 
 
 def test_a_half_written_journal_line_is_not_believed(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "CHUNK", 2)
+    monkeypatch.setattr(decode, "FILMS_A_CHUNK", 2)
     table, out = make_table(tmp_path, 6), tmp_path / "prepared"
 
     def stop(done, total):
@@ -206,7 +200,7 @@ def test_a_half_written_journal_line_is_not_believed(tmp_path, monkeypatch):
 def test_a_finished_store_is_not_decoded_again(tmp_path, monkeypatch):
     table, out = make_table(tmp_path, 3), tmp_path / "prepared"
     first = decode_films(table, tmp_path, out, 16)
-    monkeypatch.setattr(images, "decode_film", lambda *args: pytest.fail("decoded again"))
+    monkeypatch.setattr(decode, "decode_film", lambda *args: pytest.fail("decoded again"))
     assert decode_films(table, tmp_path, out, 16).equals(first)
 
 

@@ -1,9 +1,12 @@
 """The Kaggle kit, and what is found and carried over where kernels hand on their output."""
 
 import json
+import os
 import re
 import shutil
 import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
@@ -12,24 +15,42 @@ import pytest
 import torch
 from tiny import tiny_films, tiny_settings
 
-from fedutils import federation, pipeline
-from fedutils import settings as module
 from fedutils.__main__ import main
-from fedutils.federation import Training
-from fedutils.findings import InputError
-from fedutils.kaggle import slug, write_kit
-from fedutils.pipeline import NOTEBOOKS
-from fedutils.settings import fetch_runs, find_copy, find_profile, read_parameters, read_run
+from fedutils.base import device
+from fedutils.base.device import find_copy
+from fedutils.base.errors import InputError
+from fedutils.base.files import PACKAGE, fetch_runs
+from fedutils.base.weights import find_profile
+from fedutils.batch.kaggle import slug, write_kit
+from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
+from fedutils.settings import read_parameters, read_run
+from fedutils.training import training
+from fedutils.training.training import Training
 
 VALUES = {"max_films": "500"}
+KNOW_KAGGLE = (
+    "base.device",
+    "base.files",
+    "base.weights",
+    "films.find",
+    "run",
+    "settings",
+    "training.features",
+)
+
+
+def move_kaggle(monkeypatch, tree):
+    """Let every room that knows Kaggle's folder by name take another one for it."""
+    for room in KNOW_KAGGLE:
+        monkeypatch.setattr(f"fedutils.{room}.KAGGLE", tree)
+    monkeypatch.setattr("fedutils.base.weights.KAGGLE_INPUT", tree / "input")
 
 
 @pytest.fixture(autouse=True)
 def tree(tmp_path, monkeypatch):
     """A Kaggle of the test's own, with nothing attached."""
     monkeypatch.delenv("NIH_DATA_DIR", raising=False)
-    monkeypatch.setattr(module, "KAGGLE", tmp_path / "kaggle")
-    monkeypatch.setattr("fedutils.weights.KAGGLE_INPUT", tmp_path / "kaggle/input")
+    move_kaggle(monkeypatch, tmp_path / "kaggle")
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "kaggle/input").mkdir(parents=True)
     return tmp_path / "kaggle"
@@ -81,8 +102,20 @@ def test_both_data_sets_are_described_as_kaggle_wants(kit):
 
 
 def test_the_data_set_holds_the_package_as_it_is_now(kit):
-    held = {path.name: path.read_bytes() for path in (kit / "fedutils/fedutils").iterdir()}
-    assert held == {path.name: path.read_bytes() for path in pipeline.PACKAGE.glob("*.py")}
+    held = contents(kit / "fedutils/fedutils", "*")
+    assert held == contents(PACKAGE, "*.py")
+    assert {path.parts[0] for path in held if len(path.parts) > 1} == wings()
+
+
+def contents(folder, pattern):
+    """Return the content of each file at any depth below a folder, by its path from there."""
+    files = (path for path in folder.rglob(pattern) if path.is_file())
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+def wings():
+    """Return the names of the folders of the package that hold rooms."""
+    return {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 
 
 def test_parameters_go_into_the_cells_and_the_profile_does_not_depend_on_a_gpu(kit):
@@ -96,7 +129,7 @@ def test_parameters_go_into_the_cells_and_the_profile_does_not_depend_on_a_gpu(k
     for stem in NOTEBOOKS[:3]:
         assert 'profile: str = "kaggle"  # auto, demo' in cells[stem]
     assert "max_films: int = 500  # at most" in cells["02_preprocess"]
-    assert "max_films: int = 500  #" in cells["03_federated_train"]
+    assert "max_films = 500" in cells["03_federated_train"]
     assert "max_hours: float = 11.0  #" in cells["03_federated_train"]
 
 
@@ -126,7 +159,10 @@ def test_weights_on_this_machine_are_put_into_the_kit(tmp_path):
     [
         (["--user", "some/body", "--out", "kit"], "--user some/body: expected your name"),
         (["--user", "somebody", "--out", "full"], "--out full: holds other files"),
-        (["--user", "somebody", "--out", "kit", "-p", "round=3"], "unknown parameter 'round'"),
+        (
+            ["--user", "somebody", "--out", "kit", "-p", "round=3"],
+            "unknown parameter 'round'; did you mean rounds?",
+        ),
         (["--user", "somebody", "--out", "kit", "-p", "alpha=0"], "alpha=0.0: allowed is"),
     ],
 )
@@ -143,9 +179,11 @@ def test_a_kit_that_cannot_be_is_one_line_and_nothing_is_written(
 
 
 def test_a_second_kit_leaves_no_module_that_is_gone(kit):
-    (kit / "fedutils/fedutils/gone.py").touch()
+    gone = [kit / "fedutils/fedutils" / name for name in ("gone.py", "films/gone.py")]
+    for path in gone:
+        path.touch()
     write_kit("somebody", kit, {"rounds": "3"})
-    assert not (kit / "fedutils/fedutils/gone.py").exists()
+    assert not [path for path in gone if path.exists()]
     assert "rounds: int = 3 " in (kit / "03_federated_train/03_federated_train.ipynb").read_text()
 
 
@@ -237,14 +275,14 @@ def test_a_session_that_max_hours_ends_goes_on_in_the_next_with_the_same_hashes(
         """Every look at the clock is 22 minutes later: the session ends after one round."""
 
         def __init__(self):
-            self.now, self.perf_counter = 0.0, federation.time.perf_counter
+            self.now, self.perf_counter = 0.0, training.time.perf_counter
 
         def monotonic(self):
             self.now += 1320.0
             return self.now
 
     with monkeypatch.context() as patch:
-        patch.setattr(federation, "time", Clock())
+        patch.setattr(training, "time", Clock())
         first = tiny_settings(tmp_path / "first", max_hours=1.0, **changes)
         stopped = Training(first, films).train()
     assert stopped["round"].max() == 1 and not (first.run / "finished.json").exists()
@@ -300,19 +338,19 @@ def test_a_p100_stops_notebook_03_before_anything_touches_it(tmp_path, monkeypat
     fake_gpu(monkeypatch, "Tesla P100-PCIE-16GB", (6, 0))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
-    node = pipeline.read_notebook(pipeline.FOLDER, NOTEBOOKS[2])
+    node = read_notebook(FOLDER, NOTEBOOKS[2])
     done, scope = [], {}
     with pytest.raises(InputError, match=r"Tesla P100-PCIE-16GB .sm_60.*choose GPU T4 x2"):
         for cell in (cell for cell in node.cells if cell.cell_type == "code"):
             exec(cell.source, scope)
             done.append(cell.source)
-    assert len(done) == 2 and done[1].endswith("fedutils.print_environment()")
+    assert len(done) == 3 and done[2].endswith("fedutils.print_environment()")
     assert not list(tmp_path.glob("*/runs")) and not torch.cuda.is_initialized()
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_notebook_03_says_whether_all_rounds_are_done_or_max_hours_stopped_it(tmp_path, finished):
-    node = pipeline.read_notebook(pipeline.FOLDER, NOTEBOOKS[2])
+    node = read_notebook(FOLDER, NOTEBOOKS[2])
     (cell,) = (cell.source for cell in node.cells if "training.train(show" in cell.source)
     said = []
     live = SimpleNamespace(update=said.append)
@@ -333,11 +371,11 @@ def test_notebook_03_says_whether_all_rounds_are_done_or_max_hours_stopped_it(tm
 
 def test_the_copy_of_fedutils_is_named(tree, monkeypatch, tmp_path):
     assert find_copy() == "beside the notebooks"
-    monkeypatch.setattr(module, "ROOT_MARKER", "none")
+    monkeypatch.setattr(device, "ROOT_MARKER", "none")
     monkeypatch.chdir(tmp_path)
     assert find_copy() == "installed"
     attached = tree / "input/datasets/somebody/fedutils/fedutils"
-    monkeypatch.setattr(module, "__file__", str(attached / "settings.py"))
+    monkeypatch.setattr(device, "PACKAGE", attached)
     assert find_copy() == f"attached, {attached}"
 
 
@@ -348,13 +386,15 @@ def test_results_go_to_kaggles_output_folder(tree):
 
 def first_cells():
     """Return the cell of each notebook that finds fedutils, without repeats."""
-    nodes = [pipeline.read_notebook(pipeline.FOLDER, stem) for stem in NOTEBOOKS]
+    nodes = [read_notebook(FOLDER, stem) for stem in NOTEBOOKS]
     return {next(c.source for c in node.cells if "import fedutils" in c.source) for node in nodes}
 
 
-def test_all_notebooks_begin_with_the_same_cell_of_at_most_ten_lines():
+def test_all_notebooks_begin_with_the_same_cell_of_three_lines():
     (first,) = first_cells()
-    assert first.count("\n") < 10
+    lines = first.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) < 110
+    assert lines[-1] == "import fedutils"
 
 
 @pytest.mark.parametrize(
@@ -367,21 +407,49 @@ def test_all_notebooks_begin_with_the_same_cell_of_at_most_ten_lines():
         "datasets/somebody/a-checkout/fedutils",
     ],
 )
-def test_the_first_cell_finds_the_package_beside_the_notebooks_then_attached(
+def test_the_first_cell_finds_the_package_beside_the_notebooks_then_attached_then_installed(
     tree, tmp_path, monkeypatch, package
 ):
-    def found():
-        monkeypatch.setattr(sys, "path", ["elsewhere"])
-        exec(next(iter(first_cells())), {})
-        return sys.path[:-1]
+    def make(package):
+        (package / "base").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        return package
 
-    monkeypatch.setenv("FEDUTILS_KAGGLE", str(tree))
-    (tmp_path / "checkout/notebooks").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "checkout/notebooks")
-    assert found() == []
-    (tree / "input" / package).mkdir(parents=True)
-    (tree / "input" / package / "__init__.py").touch()
-    assert found() == [str((tree / "input" / package).parent)]
-    (tmp_path / "checkout/fedutils").mkdir()
-    (tmp_path / "checkout/fedutils/__init__.py").touch()
-    assert found() == [str(tmp_path / "checkout")]
+    def found():
+        """Return the package that the cell's last line would import in a fresh Python."""
+        monkeypatch.setattr(sys, "path", [str(installed.parent)])
+        monkeypatch.setattr(sys, "path_importer_cache", {})
+        exec(next(iter(first_cells())), {})
+        return Path(PathFinder.find_spec("fedutils", sys.path).origin).resolve().parent
+
+    installed = make(tmp_path / "site-packages/fedutils")
+    (tree / "working").mkdir()
+    monkeypatch.chdir(tree / "working")  # where a kernel on Kaggle runs
+    assert found() == installed
+    attached = make(tree / "input" / package)
+    assert found() == attached
+    beside = make(tree / "fedutils")
+    assert found() == beside
+
+
+def test_the_first_cell_takes_no_other_folder_of_that_name_for_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "fedutils/fedutils"  # in a checkout of the same name
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.chdir(tmp_path / "fedutils")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "fedutils")])  # as a kernel has its folder
+    exec(next(iter(first_cells())), {})
+    assert Path(PathFinder.find_spec("fedutils", sys.path).origin).parent == package
+
+
+def test_the_first_cell_looks_at_no_film_of_what_is_attached(tree, monkeypatch):
+    films = tree / "input/data/images_001/images"
+    films.mkdir(parents=True)
+    (tree / "working").mkdir()
+    monkeypatch.chdir(tree / "working")
+    monkeypatch.setattr(sys, "path", [])
+    looked = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: looked.append(Path(path)) or scandir(path))
+    exec(next(iter(first_cells())), {})
+    assert looked and films.resolve() not in {path.resolve() for path in looked}

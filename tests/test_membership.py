@@ -5,8 +5,11 @@ import pandas as pd
 import pytest
 from tiny import tiny_films
 
-from fedutils.findings import FINDINGS
-from fedutils.membership import RATE, attack_films, membership, membership_words, rate_at
+from fedutils.base.findings import FINDINGS
+from fedutils.evidence.membership import RATE, attack_films
+from fedutils.evidence.membership import attack_models as membership
+from fedutils.evidence.membership import found_at as rate_at
+from fedutils.evidence.words import membership_words
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
-from fedutils import metrics
-from fedutils.findings import FINDINGS
+from fedutils.base import scores
+from fedutils.base.findings import FINDINGS
+from fedutils.base.scores import average_precision, pr_points, roc_points
+from fedutils.evidence.bootstrap import RESAMPLES_AT_ONCE, bootstrap, interval, patient_resamples
+from fedutils.evidence.differences import bootstrap_p, holm, tabulate_differences
+from fedutils.evidence.metrics import evaluable_findings, tabulate_draws, with_mean
 
 
 def labels_and_scores(rng, n, ties, prevalence=0.3):
@@ -37,20 +41,20 @@ def ward(rng, patients=150, true_auroc=0.75, findings=14):
 
 def table_of(truth, score, patients, repeats):
     """The rows of one model, as notebook 04 computes them."""
-    resamples = metrics.patient_resamples(patients, repeats, seed=0)
+    resamples = patient_resamples(patients, repeats, seed=0)
     columns = zip(truth.T, score.T, strict=True)
-    draws = np.stack([metrics.bootstrap(*column, resamples) for column in columns], axis=1)
-    chosen = metrics.evaluable_findings(truth, patients)
-    return metrics.tabulate_draws(metrics.with_mean(draws, chosen), truth, chosen)
+    draws = np.stack([bootstrap(*column, resamples) for column in columns], axis=1)
+    chosen = evaluable_findings(truth, patients)
+    return tabulate_draws(with_mean(draws, chosen), truth, chosen)
 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(3, 60), ties=st.booleans())
 def test_point_values_are_scikit_learns(seed, n, ties):
     truth, score = labels_and_scores(np.random.default_rng(seed), n, ties)
-    assert metrics.auroc(truth, score) == pytest.approx(roc_auc_score(truth, score))
+    assert scores.auroc(truth, score) == pytest.approx(roc_auc_score(truth, score))
     expected = average_precision_score(truth, score)
-    assert metrics.average_precision(truth, score) == pytest.approx(expected)
+    assert average_precision(truth, score) == pytest.approx(expected)
 
 
 @settings(max_examples=30, deadline=None)
@@ -58,9 +62,9 @@ def test_point_values_are_scikit_learns(seed, n, ties):
 def test_bootstrap_equals_scikit_learn_with_multiplicities_as_weights(seed, n, ties):
     rng = np.random.default_rng(seed)
     truth, score = labels_and_scores(rng, n, ties)
-    draws = metrics.patient_resamples(rng.integers(0, max(n // 3, 1), n), 2 * metrics.CHUNK + 1, 5)
+    draws = patient_resamples(rng.integers(0, max(n // 3, 1), n), 2 * RESAMPLES_AT_ONCE + 1, 5)
     films = rng.random(n) < 0.8
-    resampled = metrics.bootstrap(truth, score, draws, films)
+    resampled = bootstrap(truth, score, draws, films)
     oracles = (roc_auc_score, average_precision_score)
     for values, oracle in zip(resampled, oracles, strict=True):
         for value, times in zip(values[::9], draws.times.T[::9], strict=True):
@@ -74,11 +78,11 @@ def test_bootstrap_equals_scikit_learn_with_multiplicities_as_weights(seed, n, t
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_first_column_is_the_value_on_the_films_themselves(ties):
     truth, score = labels_and_scores(np.random.default_rng(0), 200, ties)
-    draws = metrics.patient_resamples(np.arange(200) // 4, 3, seed=0)
-    area, precision = metrics.bootstrap(truth, score, draws)[:, 0]
-    assert area == pytest.approx(metrics.auroc(truth, score), abs=1e-12)
-    assert precision == pytest.approx(metrics.average_precision(truth, score), abs=1e-12)
-    assert metrics.bootstrap(truth, score, draws, wanted=["auroc"])[0, 0] == area
+    draws = patient_resamples(np.arange(200) // 4, 3, seed=0)
+    area, precision = bootstrap(truth, score, draws)[:, 0]
+    assert area == pytest.approx(scores.auroc(truth, score), abs=1e-12)
+    assert precision == pytest.approx(average_precision(truth, score), abs=1e-12)
+    assert bootstrap(truth, score, draws, wanted=["auroc"])[0, 0] == area
 
 
 def test_unlabelled_films_are_masked_in_values_and_in_resamples():
@@ -86,20 +90,20 @@ def test_unlabelled_films_are_masked_in_values_and_in_resamples():
     truth, score = labels_and_scores(rng, 120, ties=False)
     known = rng.random(120) < 0.6
     masked = np.where(known, truth, np.nan)
-    draws = metrics.patient_resamples(np.arange(120) // 2, 30, seed=0)
-    assert metrics.auroc(masked, score) == roc_auc_score(truth[known], score[known])
-    expected = metrics.bootstrap(truth, score, draws, films=known)
-    np.testing.assert_array_equal(metrics.bootstrap(masked, score, draws), expected)
+    draws = patient_resamples(np.arange(120) // 2, 30, seed=0)
+    assert scores.auroc(masked, score) == roc_auc_score(truth[known], score[known])
+    expected = bootstrap(truth, score, draws, films=known)
+    np.testing.assert_array_equal(bootstrap(masked, score, draws), expected)
 
 
 @pytest.mark.parametrize("truth", [[0, 0, 0], [1, 1, 1], [np.nan] * 3, [1, np.nan, np.nan]])
 def test_undefined_is_nan_and_has_no_curve(truth):
     score = np.array([0.1, 0.2, 0.3])
-    assert np.isnan(metrics.auroc(truth, score))
-    assert np.isnan(metrics.average_precision(truth, score))
-    assert all(len(axis) == 0 for axis in metrics.roc_points(truth, score))
-    assert all(len(axis) == 0 for axis in metrics.pr_points(truth, score))
-    resampled = metrics.bootstrap(truth, score, metrics.patient_resamples(np.arange(3), 4, 0))
+    assert np.isnan(scores.auroc(truth, score))
+    assert np.isnan(average_precision(truth, score))
+    assert all(len(axis) == 0 for axis in roc_points(truth, score))
+    assert all(len(axis) == 0 for axis in pr_points(truth, score))
+    resampled = bootstrap(truth, score, patient_resamples(np.arange(3), 4, 0))
     assert resampled.shape == (2, 5) and np.isnan(resampled).all()
 
 
@@ -109,21 +113,21 @@ def test_undefined_is_nan_and_has_no_curve(truth):
 )
 def test_unusable_input_is_refused(truth, score):
     with pytest.raises(ValueError, match=r"length|labels must be"):
-        metrics.auroc(truth, score)
+        scores.auroc(truth, score)
 
 
 def test_curves_enclose_the_areas():
     truth, score = labels_and_scores(np.random.default_rng(2), 300, ties=True)
-    false_rate, true_rate = metrics.roc_points(truth, score)
-    assert auc(false_rate, true_rate) == pytest.approx(metrics.auroc(truth, score))
-    recall, precision = metrics.pr_points(truth, score)
+    false_rate, true_rate = roc_points(truth, score)
+    assert auc(false_rate, true_rate) == pytest.approx(scores.auroc(truth, score))
+    recall, precision = pr_points(truth, score)
     area = -(np.diff(recall) * precision[:-1]).sum()
-    assert area == pytest.approx(metrics.average_precision(truth, score))
+    assert area == pytest.approx(average_precision(truth, score))
 
 
 def test_resamples_draw_whole_patients_as_many_as_there_are():
     patients = np.repeat(np.array(["a", "b", "c", "d"]), [1, 5, 2, 7])
-    owner, times = metrics.patient_resamples(patients, repeats=400, seed=3)
+    owner, times = patient_resamples(patients, repeats=400, seed=3)
     assert times.shape == (4, 401) and (np.array(list("abcd"))[owner] == patients).all()
     assert (times[:, 0] == 1).all() and (times.sum(axis=0) == 4).all()
     np.testing.assert_allclose(times.mean(axis=1), 1, atol=0.15)
@@ -131,14 +135,14 @@ def test_resamples_draw_whole_patients_as_many_as_there_are():
 
 def test_resamples_depend_on_the_seed_alone():
     patients = np.arange(30) // 3
-    first = metrics.patient_resamples(patients, 20, seed=7).times
-    np.testing.assert_array_equal(first, metrics.patient_resamples(patients, 20, seed=7).times)
-    assert (first != metrics.patient_resamples(patients, 20, seed=8).times).any()
+    first = patient_resamples(patients, 20, seed=7).times
+    np.testing.assert_array_equal(first, patient_resamples(patients, 20, seed=7).times)
+    assert (first != patient_resamples(patients, 20, seed=8).times).any()
 
 
 def test_an_empty_test_set_is_refused():
     with pytest.raises(ValueError, match="no film"):
-        metrics.patient_resamples(np.empty(0), repeats=5, seed=0)
+        patient_resamples(np.empty(0), repeats=5, seed=0)
 
 
 def test_evaluate_has_a_row_for_every_finding_even_undefined_ones():
@@ -152,7 +156,7 @@ def test_evaluate_has_a_row_for_every_finding_even_undefined_ones():
     assert auroc.loc["Hernia", ["value", "ci_low", "ci_high"]].isna().all()
     assert auroc.loc["Hernia", ["n", "positives"]].tolist() == [len(truth), 0]
     assert auroc.loc["Atelectasis", "n"] == len(truth) - 40
-    assert auroc.loc["Effusion", "value"] == pytest.approx(metrics.auroc(truth[:, 2], score[:, 2]))
+    assert auroc.loc["Effusion", "value"] == pytest.approx(scores.auroc(truth[:, 2], score[:, 2]))
     defined = auroc[auroc.value.notna()]
     assert (defined.ci_low <= defined.value).all() and (defined.value <= defined.ci_high).all()
 
@@ -162,7 +166,7 @@ def test_mean_is_taken_over_the_evaluable_findings():
     truth[:, 13] = 0
     few = np.flatnonzero(np.diff(patients, prepend=-1))[:9]
     truth[:, 12] = np.isin(np.arange(len(truth)), few)
-    assert metrics.evaluable_findings(truth, patients) == list(FINDINGS[:12])
+    assert evaluable_findings(truth, patients) == list(FINDINGS[:12])
     table = table_of(truth, score, patients, 50)
     for _, rows in table.groupby("metric"):
         rows = rows.set_index("finding")
@@ -174,64 +178,64 @@ def test_positive_patients_count_not_positive_films():
     truth, patients = np.zeros((60, 14)), np.r_[np.arange(30), np.full(30, 99)]
     truth[:10, 0] = 1  # 10 films of 10 patients
     truth[30:50, 1] = 1  # 20 films of one patient
-    assert metrics.evaluable_findings(truth, patients) == ["Atelectasis"]
-    assert metrics.evaluable_findings(truth, patients, minimum=1) == [*FINDINGS[:2]]
+    assert evaluable_findings(truth, patients) == ["Atelectasis"]
+    assert evaluable_findings(truth, patients, minimum=1) == [*FINDINGS[:2]]
 
 
 def test_a_tiny_test_set_falls_back_to_what_is_defined():
     truth = np.zeros((6, 14))
     truth[0, 3], truth[:2, 5], truth[:, 7] = 1, 1, 1
-    assert metrics.evaluable_findings(truth, np.arange(6)) == ["Infiltration", "Nodule"]
-    assert metrics.evaluable_findings(np.zeros((6, 14)), np.arange(6)) == []
+    assert evaluable_findings(truth, np.arange(6)) == ["Infiltration", "Nodule"]
+    assert evaluable_findings(np.zeros((6, 14)), np.arange(6)) == []
     table = table_of(np.zeros((6, 14)), np.zeros((6, 14)), np.arange(6), 5)
     assert table.value.isna().all() and len(table) == 30
 
 
 def test_an_interval_of_a_minority_of_resamples_is_not_given():
     values = np.r_[np.full(60, np.nan), np.linspace(0, 1, 40)]
-    assert np.isnan(metrics.interval(values)).all()
-    assert metrics.interval(values[40:]) == pytest.approx((0.025, 0.975))
+    assert np.isnan(interval(values)).all()
+    assert interval(values[40:]) == pytest.approx((0.025, 0.975))
 
 
 def test_groups_are_compared_over_the_findings_that_all_of_them_have():
     truth, patients = np.zeros((80, 14)), np.arange(80)
     left, right = patients < 40, patients >= 40
     truth[5:20, :2] = truth[50:65, 1:3] = 1
-    assert metrics.evaluable_findings(truth, patients) == [*FINDINGS[:3]]
-    assert metrics.evaluable_findings(truth, patients, [left, right]) == [FINDINGS[1]]
+    assert evaluable_findings(truth, patients) == [*FINDINGS[:3]]
+    assert evaluable_findings(truth, patients, [left, right]) == [FINDINGS[1]]
     nobody = np.zeros(80, dtype=bool)
-    assert metrics.evaluable_findings(truth, patients, [left, right, nobody]) == [FINDINGS[1]]
-    assert metrics.evaluable_findings(truth, patients, [nobody]) == []
+    assert evaluable_findings(truth, patients, [left, right, nobody]) == [FINDINGS[1]]
+    assert evaluable_findings(truth, patients, [nobody]) == []
 
 
 def test_holm_is_the_step_down_of_the_paper():
     p = np.array([0.01, 0.04, np.nan, 0.03, 0.005])
-    np.testing.assert_allclose(metrics.holm(p), [0.03, 0.06, np.nan, 0.06, 0.02])
-    assert np.isnan(metrics.holm(np.full(3, np.nan))).all()
+    np.testing.assert_allclose(holm(p), [0.03, 0.06, np.nan, 0.06, 0.02])
+    assert np.isnan(holm(np.full(3, np.nan))).all()
 
 
 @given(p=st.lists(st.floats(0.001, 1), min_size=1, max_size=14))
 def test_holm_never_lowers_a_p_and_keeps_their_order(p):
-    adjusted = metrics.holm(np.array(p))
+    adjusted = holm(np.array(p))
     assert (adjusted >= p).all() and (adjusted <= 1).all()
     assert (np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0).all()
 
 
 def test_p_is_small_only_where_resamples_lie_on_one_side_of_zero():
     rng = np.random.default_rng(0)
-    assert metrics.bootstrap_p(rng.normal(0, 1, 999)) > 0.5
-    assert metrics.bootstrap_p(rng.normal(9, 1, 999)) == pytest.approx(0.002)
-    assert metrics.bootstrap_p(np.zeros(99)) == 1
-    assert np.isnan(metrics.bootstrap_p(np.full(9, np.nan)))
+    assert bootstrap_p(rng.normal(0, 1, 999)) > 0.5
+    assert bootstrap_p(rng.normal(9, 1, 999)) == pytest.approx(0.002)
+    assert bootstrap_p(np.zeros(99)) == 1
+    assert np.isnan(bootstrap_p(np.full(9, np.nan)))
 
 
 def differences(values, seeds):
     """The rows of a difference whose resamples lie around `values` (14,), in so many seeds."""
     noise = 0.01 * np.random.default_rng(1).normal(size=(14, 1001))
     noise[:, 0] = 0
-    draws = metrics.with_mean(np.asarray(values)[:, None] + noise, FINDINGS)[None]
+    draws = with_mean(np.asarray(values)[:, None] + noise, FINDINGS)[None]
     by_seed = np.array(seeds)[:, None, None] + draws[None, ..., 0]
-    table = metrics.tabulate_differences(draws, by_seed, ["auroc"])
+    table = tabulate_differences(draws, by_seed, ["auroc"])
     return table.set_index("finding")
 
 
@@ -256,9 +260,9 @@ def coverage(runs, level="patient", repeats=200):
     for run in range(runs):
         truth, score, owner = ward(np.random.default_rng([9, run]))
         unit = owner if level == "patient" else np.arange(len(owner))
-        draws = metrics.patient_resamples(unit, repeats, seed=run)
+        draws = patient_resamples(unit, repeats, seed=run)
         for column in zip(truth.T, score.T, strict=True):
-            low, high = metrics.interval(metrics.bootstrap(*column, draws, None, ["auroc"])[0, 1:])
+            low, high = interval(bootstrap(*column, draws, None, ["auroc"])[0, 1:])
             inside.append(low <= 0.75 <= high)
             widths.append(high - low)
     return np.mean(inside), np.mean(widths)
@@ -279,8 +283,8 @@ def test_a_resample_of_a_full_size_test_set_takes_a_fifth_of_scikit_learns_time(
     patients = rng.integers(0, 2797, 25_596)
     truth, score = labels_and_scores(rng, 25_596, ties=False, prevalence=0.18)
     began = time.process_time()
-    draws = metrics.patient_resamples(patients, 100, seed=0)
-    metrics.bootstrap(truth, score, draws)
+    draws = patient_resamples(patients, 100, seed=0)
+    bootstrap(truth, score, draws)
     ours = (time.process_time() - began) / 100
     began = time.process_time()
     for times in draws.times.T[:10]:

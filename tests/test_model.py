@@ -6,11 +6,11 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from fedutils.findings import InputError
-from fedutils.images import normalise
+from fedutils.base.errors import InputError
+from fedutils.base.weights import find_weights
+from fedutils.dataset import normalise
+from fedutils.films.phantom.write import draw_batch
 from fedutils.model import build_resnet34, is_batchnorm
-from fedutils.phantom import draw_batch
-from fedutils.weights import find_weights
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_attached_file_is_found_without_the_network(imagenet, tmp_path, monkeypa
     folder.mkdir(parents=True)
     attached = folder / "resnet34-b627a593.pth"
     attached.write_bytes(imagenet[0].read_bytes())
-    monkeypatch.setattr("fedutils.weights.KAGGLE_INPUT", tmp_path / "input")
+    monkeypatch.setattr("fedutils.base.weights.KAGGLE_INPUT", tmp_path / "input")
     assert find_weights("imagenet") == attached
     assert torch.equal(build_resnet34("imagenet").conv1.weight, imagenet[1]["conv1.weight"])
 
@@ -76,7 +76,7 @@ def test_without_file_and_network_the_error_says_what_to_do(tmp_path, monkeypatc
     def no_network(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr("fedutils.weights.KAGGLE_INPUT", tmp_path)
+    monkeypatch.setattr("fedutils.base.weights.KAGGLE_INPUT", tmp_path)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     with pytest.raises(InputError, match=r"no route to host.*weights=PATH.*weights=none"):
@@ -146,7 +146,7 @@ def test_building_leaves_the_global_generator_alone():
 
 
 def test_a_random_frozen_trunk_has_calibrated_batchnorm():
-    model = build_resnet34("none", "layer4,fc").eval()
+    model = build_resnet34("none", "layer4,fc", draw_films=lambda: draw_batch(32, 64)).eval()
     features = {}
     model.layer3.register_forward_hook(lambda m, i, o: features.update(out=o))
     model(normalise(torch.from_numpy(draw_batch(16, 64, seed=1))[:, None]))

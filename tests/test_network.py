@@ -8,15 +8,31 @@ import time
 
 import pandas as pd
 import pytest
+from flower import (
+    Flower,  # bench
+    compare_models,  # bench
+    scatter,  # bench
+)
 from tiny import tiny_films, tiny_homes, tiny_settings
 
 from fedutils import network
-from fedutils.federation import Training
-from fedutils.findings import InputError
-from fedutils.nih import read_nih
-from fedutils.partition import partition_patients, split_patients
-from fedutils.phantom import write_phantom
-from fedutils.pipeline import NotebookFailed
+from fedutils.base.errors import InputError, NotebookFailed
+from fedutils.films.partition import partition_patients
+from fedutils.films.phantom.write import write_phantom
+from fedutils.films.read import read_nih
+from fedutils.films.split import split_patients
+from fedutils.network import commands
+from fedutils.network.commands import (
+    check_flower,
+    flower_environment,
+    make_certificate,
+    make_key,
+    register,
+    run_server_app,
+    show,
+    superlink,
+)
+from fedutils.training.training import Training
 
 GIVEN = ("profile", "image_size", "num_clients", "tracked", "batch_size", "rounds", "threads", "device", "batchnorm")  # fmt: skip
 
@@ -42,15 +58,15 @@ def test_over_tls_the_run_is_the_simulation_and_an_unknown_node_is_refused(flwr,
     settings = tiny_settings(tmp_path, num_clients=2, rounds=1, batchnorm="average")
     expected = Training(settings, films).train()["state_sha256"].iloc[-1]
     homes = tiny_homes(tmp_path / "homes", films)
-    network.make_certificate(keys, "127.0.0.1")
+    make_certificate(keys, "127.0.0.1")
     for name in (*homes, "stranger"):
-        network.make_key(keys, name)
-    with network.Flower(tmp_path / "flower", keys) as flower:
+        make_key(keys, name)
+    with Flower(tmp_path / "flower", keys) as flower:
         for name, home in homes.items():
-            network.register(keys / f"{name}.key.pub", flower.environment)
+            register(keys / f"{name}.key.pub", flower.environment)
             flower.join(name, home)
         flower.join("stranger", homes["client-1"])
-        network.train(values(settings, tmp_path / "server"), flower.environment, 600, 300)
+        run_server_app(values(settings, tmp_path / "server"), flower.environment, 600, 300)
         processes = dict(flower.processes)
     assert rows(tmp_path / "server")["state_sha256"].iloc[-1] == expected
     assert "Failed to activate SuperNode" in (tmp_path / "flower/stranger.log").read_text()
@@ -75,13 +91,13 @@ def test_killed_nodes_and_a_killed_server_cost_rounds_not_the_run(flwr, tmp_path
 
     def run(*how):
         with contextlib.suppress(NotebookFailed):  # its server will be killed
-            network.train(*how)
+            run_server_app(*how)
 
     def kill(name):
         flower.processes[name].kill()
         flower.stop(name)
 
-    with network.Flower(tmp_path / "flower") as flower:
+    with Flower(tmp_path / "flower") as flower:
         for name, home in homes.items():
             flower.join(name, home)
         start()
@@ -96,10 +112,10 @@ def test_killed_nodes_and_a_killed_server_cost_rounds_not_the_run(flwr, tmp_path
         )
         kill("superlink")
         before = int(rows(work)["round"].max())
-        flower.start("superlink", network.superlink("127.0.0.1", flower.port, flower.folder, None))
+        flower.start("superlink", superlink("127.0.0.1", flower.port, flower.folder, None))
         flower.wait_for_superlink(60)
         settings = tiny_settings(tmp_path, num_clients=2, rounds=before + 1)
-        network.train(values(settings, work), flower.environment, 400, 200)
+        run_server_app(values(settings, work), flower.environment, 400, 200)
     models = rows(work).query("client == ''")["round"].tolist()
     assert models == list(range(1, before + 2))
 
@@ -114,24 +130,24 @@ def fake(tmp_path, monkeypatch, run, status):
         "time.sleep(60 if 'slow' in sys.argv[-2] else 0)\n"
     )
     tool.chmod(0o755)
-    monkeypatch.setattr(network, "command", lambda name: str(tool))
+    monkeypatch.setattr(commands, "command", lambda name: str(tool))
 
 
 def test_a_failed_run_is_reported_as_failed_though_the_command_ends_well(tmp_path, monkeypatch):
     fake(tmp_path, monkeypatch, "Successfully started run 7", "finished:failed")
     with pytest.raises(NotebookFailed, match="run 7 finished:failed: films of another size"):
-        network.train({}, {})
+        run_server_app({}, {})
     fake(tmp_path, monkeypatch, "no app here", "finished:completed")
     with pytest.raises(NotebookFailed, match="did not start the run: no app here"):
-        network.train({}, {})
+        run_server_app({}, {})
     fake(tmp_path, monkeypatch, "Successfully started run 7", "finished:completed")
-    assert network.train({}, {})["status"] == "finished:completed"
+    assert run_server_app({}, {})["status"] == "finished:completed"
 
 
 def test_a_command_that_hangs_is_stopped(capsys):
     began = time.monotonic()
     call = ["/bin/sh", "-c", "echo here; exec sleep 60"]
-    assert network.show(call, {}, 3) == "here\n" and time.monotonic() - began < 60
+    assert show(call, {}, 3) == "here\n" and time.monotonic() - began < 60
 
 
 def test_a_missing_or_other_flower_is_named(monkeypatch):
@@ -139,7 +155,7 @@ def test_a_missing_or_other_flower_is_named(monkeypatch):
     with pytest.raises(
         InputError, match=r"flwr 1.40.1 is installed, 1.42 is supported: pip install"
     ):
-        network.check_flower()
+        check_flower()
 
     def missing(name):
         raise network.PackageNotFoundError(name)
@@ -148,34 +164,32 @@ def test_a_missing_or_other_flower_is_named(monkeypatch):
     with pytest.raises(
         InputError, match=r"Flower is not installed, the extra `flower`: pip install"
     ):
-        network.check_flower()
+        check_flower()
 
 
 def test_flower_is_quiet_and_installs_nothing(tmp_path):
-    environment = network.flower_environment(tmp_path, "127.0.0.1:1", None)
+    environment = flower_environment(tmp_path, "127.0.0.1:1", None)
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0"
     assert environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert environment["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
-    assert "--disable-runtime-dependency-installation" in network.superlink(
-        "127.0.0.1", 1, tmp_path, None
-    )
+    assert "--disable-runtime-dependency-installation" in superlink("127.0.0.1", 1, tmp_path, None)
     assert environment["FLWR_HOME"] == str(tmp_path)  # nothing in the user's own
 
 
 def test_keys_are_private_and_never_overwritten(tmp_path):
-    network.make_key(tmp_path, "a")
-    network.make_certificate(tmp_path, "server.example.org")
+    make_key(tmp_path, "a")
+    make_certificate(tmp_path, "server.example.org")
     for name in ("a.key", "server.key"):
         assert (tmp_path / name).stat().st_mode & 0o077 == 0
     with pytest.raises(InputError, match=r"a.key is there already"):
-        network.make_key(tmp_path, "a")
+        make_key(tmp_path, "a")
 
 
 def test_each_hospital_gets_its_own_patients_and_no_others(tmp_path):
     data = read_nih(write_phantom(tmp_path / "phantom", patients=60, size=64))
     table = data.table.assign(split=split_patients(data.table, 0))
     clients = partition_patients(table, "scanner", 3, 0.5, 0)
-    homes = network.scatter(data, clients, tmp_path / "hospitals")
+    homes = scatter(data, clients, tmp_path / "hospitals")
     own = {name: read_nih(home / "films") for name, home in homes.items()}
     assert sum(len(part.table) for part in own.values()) == len(data.table)
     for name, part in own.items():
@@ -198,8 +212,8 @@ def test_both_hashes_are_printed_and_compared(tmp_path, capsys):
         }
         pd.DataFrame(table).to_csv(tmp_path / name / "history.csv", index=False)
     about = {"network-traffic": {"total-bytes": 3e6}}
-    network.compare(tmp_path / "simulation", tmp_path / "flower", about)
+    compare_models(tmp_path / "simulation", tmp_path / "flower", about)
     printed = capsys.readouterr().out
     assert printed.count("a" * 64) == 2 and printed.endswith("identical\n")
     with pytest.raises(NotebookFailed, match="differ"):
-        network.compare(tmp_path / "simulation", tmp_path / "other", about)
+        compare_models(tmp_path / "simulation", tmp_path / "other", about)

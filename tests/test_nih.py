@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedutils.findings import FINDINGS, InputError, format_labels, parse_labels
-from fedutils.nih import check_table, find_data, read_nih, summary
+from fedutils.base.errors import InputError
+from fedutils.base.findings import FINDINGS, format_labels, parse_labels
+from fedutils.films.check import check_table, summary
+from fedutils.films.find import find_data
+from fedutils.films.read import read_nih
 
 UNQUOTED = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"

@@ -9,15 +9,23 @@ import pytest
 from ownfilms import MARKS, MARKS_TABLE, README, WORDS, WORDS_TABLE, write, write_films
 from tiny import tiny_settings
 
-from fedutils import pipeline
 from fedutils.__main__ import main
+from fedutils.base.errors import InputError
+from fedutils.base.findings import FINDINGS, format_labels, no_finding
+from fedutils.batch.run import identify
 from fedutils.client import masked_loss
-from fedutils.evaluation import evaluate_models, over_seeds, predict_films, read_films, tabulate
-from fedutils.federation import Training
-from fedutils.findings import FINDINGS, InputError, format_labels, no_finding
-from fedutils.images import decode_films, example_films, read_index, write_index
-from fedutils.nih import check_table, find_data, open_data, read_nih, summary
-from fedutils.partition import label_skew, partition_patients, partition_report, split_patients
+from fedutils.dataset import read_index
+from fedutils.evidence.metrics import evaluate_models
+from fedutils.evidence.predict import predict_films
+from fedutils.evidence.tables import over_seeds, tabulate
+from fedutils.films.check import check_table, summary
+from fedutils.films.decode import decode_films, example_films, write_index
+from fedutils.films.find import find_data
+from fedutils.films.partition import label_skew, partition_patients, partition_report
+from fedutils.films.read import open_data, read_nih
+from fedutils.films.split import split_patients
+from fedutils.run import read_films
+from fedutils.training.training import Training
 
 KNOWN = ["Effusion", "Cardiomegaly", "Pneumothorax", "Edema", "Mass", "Infiltration"]
 OTHERS = [finding for finding in FINDINGS if finding not in KNOWN]
@@ -129,11 +137,11 @@ def test_examples_and_titles_never_call_a_gap_no_finding(tmp_path):
 
 def test_jpeg_films_and_the_mapping_belong_to_the_identity_of_the_data(tmp_path):
     folder = write(tmp_path / "own")
-    seen = {pipeline.identify(folder)}
+    seen = {identify(folder)}
     (folder / "films.toml").write_text(MARKS + "# another word\n")
-    seen.add(pipeline.identify(folder))
+    seen.add(identify(folder))
     (folder / "new.jpg").touch()
-    assert len(seen | {pipeline.identify(folder)}) == 3
+    assert len(seen | {identify(folder)}) == 3
 
 
 def test_own_films_are_found_by_folder_and_a_folder_too_high_is_told(tmp_path):

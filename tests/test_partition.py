@@ -8,15 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedutils.findings import FINDINGS, InputError
-from fedutils.nih import read_nih
-from fedutils.partition import (
-    assert_disjoint,
-    label_skew,
-    partition_patients,
-    partition_report,
-    split_patients,
-)
+from fedutils.base.errors import InputError
+from fedutils.base.findings import FINDINGS
+from fedutils.films.partition import label_skew, partition_patients, partition_report
+from fedutils.films.read import read_nih
+from fedutils.films.split import assert_disjoint, split_patients
 
 
 def make_index(patients=600, seed=0, most_films=5):

@@ -7,17 +7,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from fedutils.findings import FINDINGS, InputError, parse_labels
-from fedutils.phantom import (
-    BOXED,
-    NIH_SHARE,
-    SCANNERS,
-    Film,
-    draw_batch,
-    draw_film,
-    phantom_table,
-    write_phantom,
-)
+from fedutils.base.errors import InputError
+from fedutils.base.findings import FINDINGS, parse_labels
+from fedutils.films.phantom.cases import NIH_SHARE, SCANNERS, Film, phantom_table
+from fedutils.films.phantom.signs import draw_film
+from fedutils.films.phantom.write import BOXED, draw_batch, write_phantom
 
 SMALL = {"patients": 60, "size": 96, "seed": 3}
 

@@ -14,8 +14,12 @@ from types import SimpleNamespace
 import jupytext
 import pytest
 
-from fedutils import __main__, pipeline
-from fedutils.pipeline import NOTEBOOKS
+from fedutils import __main__, batch
+from fedutils.base.errors import NotebookFailed
+from fedutils.base.files import PACKAGE
+from fedutils.batch import notebook
+from fedutils.batch.notebook import NOTEBOOKS, read_notebook
+from fedutils.batch.run import Step, run
 
 HEADER = """# ---
 # jupyter:
@@ -84,8 +88,8 @@ def project(tmp_path, monkeypatch):
     for stem in NOTEBOOKS:
         (folder / f"{stem}.py").write_text(HEADER + PARAMETERS[stem] + START + BODIES[stem])
     monkeypatch.delenv("NIH_DATA_DIR", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(pipeline.PACKAGE.parent))
-    monkeypatch.setattr(pipeline, "FOLDER", folder)
+    monkeypatch.setenv("PYTHONPATH", str(PACKAGE.parent))
+    monkeypatch.setattr(notebook, "FOLDER", folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -105,7 +109,7 @@ def executed(monkeypatch):
         for path in (output, output.with_suffix(".html")):
             path.write_text(f"{parameters} {names}")
 
-    monkeypatch.setattr(pipeline, "execute", execute)
+    monkeypatch.setattr(batch.run, "execute", execute)
     return names
 
 
@@ -135,8 +139,9 @@ def break_cell(project, line, stem="02_preprocess"):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-p", "round=3"], "unknown parameter 'round'; allowed are .*rounds"),
-        (["-p", "momentum=0.5"], "unknown parameter 'momentum'; allowed are "),
+        (["-p", "round=3"], "unknown parameter 'round'; did you mean rounds?"),
+        (["-p", "ruonds=3"], "unknown parameter 'ruonds'; did you mean rounds?"),
+        (["-p", "colour=red"], "unknown parameter 'colour'; `python -m fedutils parameters` lists"),
         (["-p", "rounds=many"], "rounds='many': expected int"),
         (["-p", "rounds=-1"], "rounds=-1: allowed is 1 to"),
         (["-p", "rounds"], "-p rounds: expected KEY=VALUE"),
@@ -163,12 +168,33 @@ def test_unusable_input_is_one_line_and_no_notebook_starts(
 
 
 def test_each_notebook_gets_those_resolved_parameters_that_it_declares(project, executed):
-    settings = pipeline.run({"work_dir": "work", "profile": "demo"}, notebooks=pipeline.FOLDER)
-    node = pipeline.read_notebook(pipeline.FOLDER, "02_preprocess")
-    job = pipeline.Job("02_preprocess", node, settings, pipeline.FOLDER, "")
+    folder = project / "notebooks"
+    settings = run({"work_dir": "work", "profile": "demo"}, notebooks=folder)
+    node = read_notebook(folder, "02_preprocess")
+    step = Step("02_preprocess", node, settings, folder, "", ())
     places = {"data_dir": "", "work_dir": str(project / "work"), "name": settings.name}
-    assert job.parameters == places | {"seed": 0, "image_size": 64}
+    assert step.parameters == places | {"seed": 0, "image_size": 64}
     assert len(settings.name) == 8
+
+
+def test_each_notebook_gets_what_was_given_and_it_reads_though_its_cell_shows_it_not(
+    project, executed
+):
+    given = {"mu": "0.3", "max_films": "90", "rounds": "3", "device": "cpu"}
+    settings = run({"work_dir": "work", "profile": "demo"} | given, notebooks=project / "notebooks")
+    extra = {}
+    for stem in NOTEBOOKS:
+        node = read_notebook(project / "notebooks", stem)
+        step = Step(stem, node, settings, project / "notebooks", "", tuple(given))
+        shown = notebook.declared(node)
+        extra[stem[:2]] = {k: v for k, v in step.parameters.items() if k not in shown}
+    prepared = {"max_films": 90}
+    assert extra == {
+        "01": {},
+        "02": prepared,
+        "03": prepared | {"mu": 0.3, "device": "cpu"},
+        "04": {"device": "cpu"},
+    }
 
 
 # A grid of runs.
@@ -215,7 +241,7 @@ def test_a_sweep_ends_with_what_each_run_reached_on_validation(project, executed
         (["lr"], "sweep lr: expected KEY=VALUE"),
         (["image_size=32|64"], "sweep image_size: prepares other films"),
         (["lr=0.1|0.2", "-p", "lr=1"], "sweep lr: .* is given already"),
-        (["round=1|2"], "unknown parameter 'round'"),
+        (["round=1|2"], "unknown parameter 'round'; did you mean rounds?"),
     ],
 )
 def test_an_unusable_sweep_is_one_line_and_no_run_starts(
@@ -226,14 +252,14 @@ def test_an_unusable_sweep_is_one_line_and_no_run_starts(
 
 
 def test_a_run_that_fails_costs_the_sweep_that_run_only(project, executed, capsys, monkeypatch):
-    execute = pipeline.execute
+    execute = batch.run.execute
 
     def fail_once(node, output, parameters, cwd):
         if parameters.get("lr") == 0.1:
-            raise pipeline.NotebookFailed("03 failed")
+            raise NotebookFailed("03 failed")
         execute(node, output, parameters, cwd)
 
-    monkeypatch.setattr(pipeline, "execute", fail_once)
+    monkeypatch.setattr(batch.run, "execute", fail_once)
     assert sweep("lr=0.1|0.2") == 1
     assert executed == ["01", "02", "03", "04"]
     assert "lr=0.1: 03 failed" in capsys.readouterr().err
@@ -255,6 +281,13 @@ def test_a_parameter_repeats_the_notebooks_that_depend_on_it(project, executed):
     assert again(executed, "-p", "lr=0.01", "-p", "image_size=128") == ["02", "03", "04"]
 
 
+def test_a_parameter_that_no_cell_shows_repeats_what_reads_it(project, executed):
+    again(executed)
+    assert again(executed, "-p", "mu=0.3") == ["03"]
+    assert again(executed, "-p", "mu=0.3") == []
+    assert again(executed) == ["03"]
+
+
 def test_changed_code_of_a_notebook_repeats_it(project, executed):
     again(executed)
     edit(project / "notebooks/03_federated_train.py", '"weights"', '"other weights"')
@@ -263,13 +296,36 @@ def test_changed_code_of_a_notebook_repeats_it(project, executed):
     assert again(executed) == []
 
 
-def test_changed_code_of_fedutils_repeats_all(project, executed, monkeypatch):
+ROOMS = {
+    "the root": "fedavg.py",
+    "base": "base/rng.py",
+    "batch": "batch/run.py",
+    "evidence": "evidence/words.py",
+    "films": "films/split.py",
+    "phantom": "films/phantom/chest.py",
+    "network": "network/messages.py",
+    "plots": "plots/style.py",
+    "privacy": "privacy/ledger.py",
+    "training": "training/arms.py",
+}
+
+
+def test_every_wing_has_a_room_below():
+    wings = {path.parent for path in PACKAGE.rglob("__init__.py")}
+    assert {(PACKAGE / room).parent for room in ROOMS.values()} == wings
+
+
+@pytest.mark.parametrize("room", ROOMS.values(), ids=ROOMS)
+def test_changed_code_of_fedutils_repeats_all(project, executed, monkeypatch, capsys, room):
     again(executed)
-    shutil.copytree(pipeline.PACKAGE, project / "fedutils")
-    monkeypatch.setattr(pipeline, "PACKAGE", project / "fedutils")
+    shutil.copytree(PACKAGE, project / "fedutils")
+    monkeypatch.setattr(batch.run, "PACKAGE", project / "fedutils")
     assert again(executed) == []
-    edit(project / "fedutils/rng.py", "def ", "def  ")
+    assert capsys.readouterr().out.count("skipped (unchanged)") == 4
+    edit(project / "fedutils" / room, "def ", "def  ")
     assert again(executed) == ["01", "02", "03", "04"]
+    assert "skipped" not in capsys.readouterr().out
+    assert again(executed) == []
 
 
 def test_an_output_that_is_missing_or_different_is_made_again(project, executed):
@@ -288,8 +344,8 @@ def test_changed_data_repeats_what_reads_films(project, executed, monkeypatch):
     films = project / "films"
     (films / "images").mkdir(parents=True)
     (films / "Data_Entry_2017.csv").write_text("one")
-    monkeypatch.setattr(pipeline.nih, "read_nih", lambda folder: SimpleNamespace(table=None))
-    monkeypatch.setattr(pipeline, "check_splits", lambda table, seed: None)
+    monkeypatch.setattr(batch.run, "read_nih", lambda folder: SimpleNamespace(table=None))
+    monkeypatch.setattr(batch.run, "check_splits", lambda table, seed: None)
     again(executed, "--data", "films")
     assert again(executed, "--data", "films") == []
     (films / "Data_Entry_2017.csv").write_text("two")
@@ -324,7 +380,7 @@ def test_a_run_goes_on_at_the_notebook_that_failed(project, executed):
 def test_a_run_leaves_notebooks_html_and_headline_figures(project, capfd):
     assert command() == 0
     out, err = capfd.readouterr()
-    assert err == ""
+    assert err == ""  # nor a word of papermill that no stand-in shows `profile`
     lines = out.splitlines()
     assert re.fullmatch(r"01_explore +done in \d+ s  -> work/notebooks/A/01_explore.html", lines[0])
     assert lines[2:5] == ["03_federated_train  running", "    round 1", "    round 2"]
@@ -336,7 +392,8 @@ def test_a_run_leaves_notebooks_html_and_headline_figures(project, capfd):
         assert (
             "viewport" in html and "A stand-in" in html and "name: str" in re.sub("<.*?>", "", html)
         )
-    assert sorted(path.name for path in pipeline.FOLDER.iterdir()) == [f"{s}.py" for s in NOTEBOOKS]
+    left = sorted(path.name for path in (project / "notebooks").iterdir())
+    assert left == [f"{s}.py" for s in NOTEBOOKS]
 
 
 @pytest.mark.parametrize(
@@ -375,17 +432,15 @@ def test_the_ipynb_runs_where_the_py_or_jupytext_is_missing(project, monkeypatch
     assert command("--only", "01") == 0
     monkeypatch.undo()
     (project / "notebooks/01_explore.py").unlink()
-    pipeline.run(
-        {"work_dir": str(project / "w"), "name": "B"}, "01", notebooks=project / "notebooks"
-    )
+    run({"work_dir": str(project / "w"), "name": "B"}, "01", notebooks=project / "notebooks")
     assert (project / "w/notebooks/B/01_explore.html").is_file()
 
 
 def test_the_kernel_dies_with_a_killed_pipeline(project):
     pid = sleep_in_first_cell(project)
     program = (
-        "from pathlib import Path; from fedutils import pipeline;"
-        f"pipeline.run({{'work_dir': 'work'}}, notebooks=Path({str(pipeline.FOLDER)!r}))"
+        "from pathlib import Path; from fedutils.batch.run import run;"
+        f"run({{'work_dir': 'work'}}, notebooks=Path({str(project / 'notebooks')!r}))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
     wait_for(lambda: pid.exists() and pid.read_text(), 60)

@@ -12,9 +12,40 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from fedutils import explain, plots
-from fedutils.findings import FINDINGS, NO_FINDING
-from fedutils.metrics import YARDSTICKS_OFFICIAL
+from fedutils.base.findings import FINDINGS, NO_FINDING
+from fedutils.evidence.explain import (
+    ALL_BOXES,
+    BY_MODEL,
+    CENTRE,
+    ELSEWHERE,
+    KINDS,
+    POINTING,
+    UPPER,
+)
+from fedutils.evidence.metrics import YARDSTICKS_OFFICIAL
+from fedutils.plots.films import (
+    client_heatmap,
+    cooccurrence,
+    demographics,
+    film_grid,
+    films_per_patient,
+    finding_grid,
+    prevalence,
+    split_overlap,
+)
+from fedutils.plots.scores import (
+    auroc_forest,
+    client_matrix,
+    difference_forest,
+    pr_curves,
+    roc_curves,
+    run_forest,
+    subgroup_forest,
+    subgroup_heatmap,
+)
+from fedutils.plots.style import GREY
+from fedutils.plots.training import cost_curves, learning_curves
+from fedutils.plots.trust import gallery, pointing, reliability_diagram
 
 
 def film_table(n):
@@ -91,25 +122,25 @@ def cost_table(arms, rounds=3):
 
 def pointing_table(arms, findings):
     """Rows of pointing.csv, every tally 3 of 984."""
-    owners = [(explain.MODEL, arm) for arm in arms]
-    owners += [(m, np.nan) for m in (explain.CENTRE, explain.ELSEWHERE, explain.UPPER)]
+    owners = [(BY_MODEL, arm) for arm in arms]
+    owners += [(m, np.nan) for m in (CENTRE, ELSEWHERE, UPPER)]
     rows = [
         [method, arm, 0, "", finding, 3, 984, 3 / 984, 0.001, 0.009]
         for method, arm in owners
-        for finding in (*findings, explain.ALL)
+        for finding in (*findings, ALL_BOXES)
     ]
-    return pd.DataFrame(rows, columns=explain.POINTING)
+    return pd.DataFrame(rows, columns=POINTING)
 
 
 def gallery_panels(findings):
-    """Panels as `explain.fill_gallery` returns them: with a heat map, without, and without film."""
+    """Panels as `fill_gallery` returns them: with a heat map, without, and without film."""
     film, nothing = np.zeros((8, 8), np.uint8), {"probability": None, "film": None, "heat": None}
     shown = {"probability": 0.97, "film": film, "heat": np.eye(2), "boxes": [[1, 2, 3, 4]]}
     kinds = (shown, shown | {"probability": 0.001, "heat": None}, nothing | {"boxes": []})
     return [
         {"finding": finding, "kind": kind} | panel
         for finding in findings
-        for kind, panel in zip(explain.KINDS, kinds, strict=True)
+        for kind, panel in zip(KINDS, kinds, strict=True)
     ]
 
 
@@ -143,27 +174,27 @@ def every_figure(films=30, clients=3, rounds=5):
     film = np.zeros((8, 8), dtype=np.uint8)
     overlap = pd.DataFrame({"split": ["rows", "patients"], "share": [0.8, 0.0]})
     return {
-        "prevalence": plots.prevalence(table, "phantom"),
-        "cooccurrence": plots.cooccurrence(table, "phantom"),
-        "films_per_patient": plots.films_per_patient(table, "phantom"),
-        "demographics": plots.demographics(table, "phantom"),
-        "finding_grid": plots.finding_grid({"Mass": film}, {"Mass": [(1, 1, 2, 3)]}, "phantom"),
-        "film_grid": plots.film_grid([film], ["a film"], "phantom"),
-        "split_overlap": plots.split_overlap(overlap, "phantom"),
-        "client_heatmap": plots.client_heatmap(client_report(clients), "phantom"),
-        "learning_curves": plots.learning_curves(history(["federated"], 1, rounds), "phantom"),
-        "roc_curves": plots.roc_curves(truth, truth * 0.5, "phantom"),
-        "pr_curves": plots.pr_curves(truth, truth * 0.5, "phantom"),
-        "auroc_forest": plots.auroc_forest(metrics_table(["federated"]), title="phantom"),
-        "subgroup_forest": plots.subgroup_forest(three_arms(), "phantom"),
-        "subgroup_heatmap": plots.subgroup_heatmap(three_arms(), "phantom"),
-        "client_matrix": plots.client_matrix(three_arms(), "phantom"),
-        "difference_forest": plots.difference_forest(difference_table(["centralised"]), "phantom"),
-        "cost_curves": plots.cost_curves(cost_table(["federated"], rounds), "phantom"),
-        "run_forest": plots.run_forest(three_arms().assign(run="iid"), "phantom"),
-        "reliability_diagram": plots.reliability_diagram(truth, truth * 0.5, 1.2, "phantom"),
-        "pointing": plots.pointing(pointing_table(["federated"], FINDINGS[:clients]), "phantom"),
-        "gallery": plots.gallery(gallery_panels(FINDINGS[:clients]), "phantom"),
+        "prevalence": prevalence(table, "phantom"),
+        "cooccurrence": cooccurrence(table, "phantom"),
+        "films_per_patient": films_per_patient(table, "phantom"),
+        "demographics": demographics(table, "phantom"),
+        "finding_grid": finding_grid({"Mass": film}, {"Mass": [(1, 1, 2, 3)]}, "phantom"),
+        "film_grid": film_grid([film], ["a film"], "phantom"),
+        "split_overlap": split_overlap(overlap, "phantom"),
+        "client_heatmap": client_heatmap(client_report(clients), "phantom"),
+        "learning_curves": learning_curves(history(["federated"], 1, rounds), "phantom"),
+        "roc_curves": roc_curves(truth, truth * 0.5, "phantom"),
+        "pr_curves": pr_curves(truth, truth * 0.5, "phantom"),
+        "auroc_forest": auroc_forest(metrics_table(["federated"]), title="phantom"),
+        "subgroup_forest": subgroup_forest(three_arms(), "phantom"),
+        "subgroup_heatmap": subgroup_heatmap(three_arms(), "phantom"),
+        "client_matrix": client_matrix(three_arms(), "phantom"),
+        "difference_forest": difference_forest(difference_table(["centralised"]), "phantom"),
+        "cost_curves": cost_curves(cost_table(["federated"], rounds), "phantom"),
+        "run_forest": run_forest(three_arms().assign(run="iid"), "phantom"),
+        "reliability_diagram": reliability_diagram(truth, truth * 0.5, 1.2, "phantom"),
+        "pointing": pointing(pointing_table(["federated"], FINDINGS[:clients]), "phantom"),
+        "gallery": gallery(gallery_panels(FINDINGS[:clients]), "phantom"),
     }
 
 
@@ -186,14 +217,14 @@ def test_prevalence_counts_each_finding_and_films_without_any():
     table[list(FINDINGS)] = 0.0
     table.loc[:2, "Mass"] = 1.0
     table.loc[8:, "Edema"] = np.nan
-    said = texts(plots.prevalence(table))
+    said = texts(prevalence(table))
     assert (
         "3  (30.0 %)" in said
         and "5  (62.5 %)" in said  # of eight films: two may or may not show Edema
         and NO_FINDING in said
         and set(FINDINGS) <= set(said)
     )
-    ticks = [label.get_text() for label in plots.prevalence(table).axes[0].get_yticklabels()]
+    ticks = [label.get_text() for label in prevalence(table).axes[0].get_yticklabels()]
     assert ticks[:2] == [NO_FINDING, "Mass"]
 
 
@@ -202,16 +233,16 @@ def test_cooccurrence_is_conditional_on_the_row():
     table[list(FINDINGS)] = 0.0
     table.loc[:3, "Effusion"] = 1.0
     table.loc[:0, "Mass"] = 1.0
-    cells = plots.cooccurrence(table).axes[0].collections[0].get_array().reshape(14, 14)
+    cells = cooccurrence(table).axes[0].collections[0].get_array().reshape(14, 14)
     effusion, mass = FINDINGS.index("Effusion"), FINDINGS.index("Mass")
     assert cells[effusion, mass] == 0.25 and cells[mass, effusion] == 1
     assert cells.mask[effusion, effusion] and cells.mask[FINDINGS.index("Hernia")].all()
-    assert "Effusion (4)" in texts(plots.cooccurrence(table))
+    assert "Effusion (4)" in texts(cooccurrence(table))
 
 
 def test_films_per_patient_says_how_much_the_top_percent_hold():
     table = pd.DataFrame({"patient_id": np.r_[np.zeros(60), np.arange(1, 41)]})
-    said = texts(plots.films_per_patient(table, "phantom"))
+    said = texts(films_per_patient(table, "phantom"))
     assert any("top 1 % of patients (1) hold 60 % of the films" in text for text in said)
     assert "40  (97.6 %)" in said and "60  (60.0 %)" in said
 
@@ -220,13 +251,13 @@ def test_demographics_counts_what_it_cannot_show():
     table = film_table(20).assign(scanner="0.143")
     table.loc[:4, "age"] = np.nan
     table["view"] = ["AP"] * 5 + ["PA"] * 15
-    figure = plots.demographics(table)
+    figure = demographics(table)
     assert len(figure.axes) == 3
     assert "films (not shown: 5)" in texts(figure) and "25 %" in texts(figure)
 
 
 def test_a_finding_without_a_film_is_said_to_have_none():
-    figure = plots.finding_grid({"Mass": np.zeros((9, 9), np.uint8)}, {"Mass": [(1, 2, 3, 4)]})
+    figure = finding_grid({"Mass": np.zeros((9, 9), np.uint8)}, {"Mass": [(1, 2, 3, 4)]})
     assert texts(figure).count("no film") == 13
     (box,) = figure.axes[FINDINGS.index("Mass")].patches
     assert (*box.get_xy(), box.get_width(), box.get_height()) == (1, 2, 3, 4)
@@ -235,7 +266,7 @@ def test_a_finding_without_a_film_is_said_to_have_none():
 def test_client_rows_carry_films_and_the_unlabelled_stay_grey():
     report = client_report(2)
     report.loc["h1", "Hernia"] = np.nan
-    figure = plots.client_heatmap(report)
+    figure = client_heatmap(report)
     assert "h1 2,000 films, 300 patients" in texts(figure)
     cells = figure.axes[0].collections[0].get_array().reshape(2, 14)
     assert cells.mask.sum() == 1 and cells.mask[1, 13] and cells[0, 0] == 0
@@ -251,7 +282,7 @@ def test_client_rows_carry_films_and_the_unlabelled_stay_grey():
     ],
 )
 def test_learning_curves_are_named_at_their_ends_without_overlap(arms, seeds, rounds):
-    figure = plots.learning_curves(history(arms, seeds, rounds), "phantom")
+    figure = learning_curves(history(arms, seeds, rounds), "phantom")
     for ax in figure.axes:
         labels = [text for text in ax.texts if text.get_text()]
         assert len(labels) == (2 if len(arms) == 1 and ax is figure.axes[0] else len(arms))
@@ -266,13 +297,13 @@ def test_learning_curves_mark_the_best_round_of_the_aggregated_model():
     rows = history(["federated"], rounds=6)
     rows["val_auroc"] = [0.5, 0.6, 0.75, 0.7, 0.7, 0.7]
     of_a_client = rows.assign(client="hospital-0", val_auroc=0.99, train_loss=99.0)
-    figure = plots.learning_curves(pd.concat([rows.assign(client=np.nan), of_a_client]))
+    figure = learning_curves(pd.concat([rows.assign(client=np.nan), of_a_client]))
     assert "federated best 0.750, round 3" in texts(figure)
     assert figure.axes[0].get_ylim()[1] < 2
 
 
 def test_local_models_are_thin_and_their_mean_is_thick():
-    figure = plots.learning_curves(history(["federated", "local"], clients=4))
+    figure = learning_curves(history(["federated", "local"], clients=4))
     thin = [line for line in figure.axes[1].lines if line.get_linewidth() < 1]
     assert len(thin) == 4
     assert any("thin: each seed or client" in text for text in texts(figure))
@@ -280,10 +311,10 @@ def test_local_models_are_thin_and_their_mean_is_thick():
 
 def test_learning_curves_without_any_auroc_say_so():
     rows = history(["federated"]).assign(val_auroc=np.nan)
-    assert "not defined" in texts(plots.learning_curves(rows))
+    assert "not defined" in texts(learning_curves(rows))
 
 
-@pytest.mark.parametrize("draw", [plots.roc_curves, plots.pr_curves])
+@pytest.mark.parametrize("draw", [roc_curves, pr_curves])
 def test_curves_have_a_panel_a_finding_and_name_the_undefined(draw):
     truth = np.zeros((20, 14))
     truth[:5, :12], truth[:, 12] = 1, 1
@@ -292,27 +323,27 @@ def test_curves_have_a_panel_a_finding_and_name_the_undefined(draw):
     assert len([ax for ax in figure.axes if ax.get_title(loc="left")]) == 14
     assert texts(figure).count("not defined (0 positives)") == 1
     assert texts(figure).count("not defined (0 negatives)") == 1
-    name = "AUROC" if draw is plots.roc_curves else "AP"
+    name = "AUROC" if draw is roc_curves else "AP"
     assert any(text.startswith(f"Atelectasis {name} 1.00") for text in texts(figure))
 
 
 def test_pr_panels_show_the_prevalence_as_chance():
     truth = np.zeros((20, 14))
     truth[:5] = 1
-    figure = plots.pr_curves(truth, np.random.default_rng(0).random((20, 14)))
+    figure = pr_curves(truth, np.random.default_rng(0).random((20, 14)))
     assert list(figure.axes[0].lines[0].get_ydata()) == [0.25, 0.25]
     assert "(chance 0.250)" in figure.axes[0].get_title(loc="left")
 
 
 def test_a_lone_arms_forest_writes_every_value():
-    said = texts(plots.auroc_forest(metrics_table(["federated"])))
+    said = texts(auroc_forest(metrics_table(["federated"])))
     assert said.count("0.700 [0.650, 0.750]") == 14
     assert said.count("not defined (0 positives)") == 1 and "mean of 13" in said
 
 
 @pytest.mark.parametrize("arms", [["federated"], ["federated", "centralised", "local"]])
 def test_forest_labels_stay_apart(arms):
-    figure = plots.auroc_forest(metrics_table(arms), YARDSTICKS_OFFICIAL, "phantom")
+    figure = auroc_forest(metrics_table(arms), YARDSTICKS_OFFICIAL, "phantom")
     assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
     assert any("Wang 2017" in text for text in texts(figure))
 
@@ -321,36 +352,36 @@ def test_forest_shows_local_models_as_circles_and_prefers_the_mean_over_seeds():
     table = metrics_table(["federated"])
     seed = table.assign(seed="0", value=0.1)
     local = metrics_table(["local"], clients=["", "h0", "h1"])
-    figure = plots.auroc_forest(pd.concat([table, seed, local], ignore_index=True))
+    figure = auroc_forest(pd.concat([table, seed, local], ignore_index=True))
     assert {"federated 0.700 [0.650, 0.750]", "mean local 0.700 [0.650, 0.750]"} <= set(
         texts(figure)
     )
     circles = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "none"]
     assert max(len(line.get_xdata()) for line in circles) == 2 * 15
     alone = pd.concat([seed, local], ignore_index=True)
-    assert "federated 0.100 [0.650, 0.750]" in texts(plots.auroc_forest(alone))
+    assert "federated 0.100 [0.650, 0.750]" in texts(auroc_forest(alone))
 
 
 def test_subgroups_with_few_positives_are_grey():
-    figure = plots.subgroup_forest(three_arms(), "phantom")
+    figure = subgroup_forest(three_arms(), "phantom")
     colours = {text.get_position()[1] // 1: text.get_color() for text in figure.axes[0].texts}
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert names == [f"{n} (100 films)" for n in EVERYWHERE if not n.startswith("h")]
     grey = names.index("sex=F (100 films)")
-    assert colours[grey] == plots.GREY and plots.GREY not in {*colours.values()} - {colours[grey]}
-    cells = plots.subgroup_heatmap(three_arms()).axes[0].collections[0].get_array()
+    assert colours[grey] == GREY and GREY not in {*colours.values()} - {colours[grey]}
+    cells = subgroup_heatmap(three_arms()).axes[0].collections[0].get_array()
     assert np.ma.getmaskarray(cells).all()  # 13 positives, under 30
 
 
 def test_heat_map_of_subgroups_shows_cells_with_enough_positives():
-    figure = plots.subgroup_heatmap(three_arms().assign(positives=30))
+    figure = subgroup_heatmap(three_arms().assign(positives=30))
     cells = figure.axes[0].collections[0].get_array().reshape(5, 14)
     assert cells.mask[:, 13].all() and not cells.mask[:, :13].any()
     assert (cells[:, :13] == 0.7).all()
 
 
 def test_matrix_has_a_row_a_model_and_frames_local_models_at_home():
-    figure = plots.client_matrix(three_arms(), "phantom")
+    figure = client_matrix(three_arms(), "phantom")
     rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert rows == ["federated", "centralised", "mean local model", "local h0", "local h1"]
     frames = [patch.get_xy() for patch in figure.axes[0].patches]
@@ -361,7 +392,7 @@ def test_matrix_has_a_row_a_model_and_frames_local_models_at_home():
 @pytest.mark.parametrize("locals_", [0, 1, 8])
 def test_differences_are_filled_only_where_shown_and_labels_stay_apart(locals_):
     seconds = ["centralised", "mean local model", *(f"local client-{k}" for k in range(locals_))]
-    figure = plots.difference_forest(difference_table(seconds), "phantom")
+    figure = difference_forest(difference_table(seconds), "phantom")
     points = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     filled = [line for line in points if line.get_markerfacecolor() != "white"]
     assert len(filled) == 2 and all(line.get_xdata()[0] == 0.03 for line in filled)
@@ -372,14 +403,14 @@ def test_differences_are_filled_only_where_shown_and_labels_stay_apart(locals_):
 def test_differences_between_three_runs_name_both():
     table = difference_table(["scanner", "dirichlet"]).assign(first="iid")
     last = difference_table(["dirichlet"]).assign(first="scanner")
-    figure = plots.difference_forest(pd.concat([table, last], ignore_index=True), "phantom")
+    figure = difference_forest(pd.concat([table, last], ignore_index=True), "phantom")
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()][:3]
     assert labels == ["mean: iid − scanner", "mean: iid − dirichlet", "mean: scanner − dirichlet"]
     assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
 
 
 def test_an_arm_that_sends_nothing_is_a_line_in_the_left_panel():
-    figure = plots.cost_curves(cost_table(["federated", "centralised", "local"]), "phantom")
+    figure = cost_curves(cost_table(["federated", "centralised", "local"]), "phantom")
     left, right = figure.axes
     assert [line.get_linestyle() for line in left.lines] == ["-", ":", ":"]
     assert [line.get_linestyle() for line in right.lines] == ["-", "-", "-"]
@@ -391,7 +422,7 @@ def test_an_arm_that_sends_nothing_is_a_line_in_the_left_panel():
 def test_runs_stand_below_each_other():
     table = pd.concat([three_arms().query("client == '' and test_set == 'all'").assign(run=r)
                        for r in ("iid", "scanner")])  # fmt: skip
-    figure = plots.run_forest(table)
+    figure = run_forest(table)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["iid", "scanner"]
     assert texts(figure).count("mean local 0.700 [0.650, 0.750]") == 2
 
@@ -399,7 +430,7 @@ def test_runs_stand_below_each_other():
 def test_reliability_shows_what_was_observed_before_and_after_scaling():
     truth = np.tile([1, 1, 1, 0, 0.0], 14 * 8).reshape(40, 14)
     truth[:, 13] = np.nan
-    figure = plots.reliability_diagram(truth, np.full((40, 14), 0.2), 2.0)
+    figure = reliability_diagram(truth, np.full((40, 14), 0.2), 2.0)
     _, before, after = figure.axes[0].lines
     assert before.get_xydata().ravel() == pytest.approx([0.2, np.nanmean(truth)])
     assert after.get_xdata()[0] == pytest.approx(1 / 3)  # logit of 0.2 halved
@@ -409,16 +440,16 @@ def test_reliability_shows_what_was_observed_before_and_after_scaling():
 
 @pytest.mark.parametrize("arms", [["federated"], ["federated", "centralised", "local"]])
 def test_pointing_names_models_and_baselines_once_without_overlap(arms):
-    figure = plots.pointing(pointing_table(arms, FINDINGS[:8]), "phantom")
+    figure = pointing(pointing_table(arms, FINDINGS[:8]), "phantom")
     said = texts(figure)
-    for name in (*arms, explain.CENTRE, explain.ELSEWHERE):
+    for name in (*arms, CENTRE, ELSEWHERE):
         assert said.count(f"3 of 984  {name}") == 1
     assert said.count("3 of 984") == (len(arms) + 2) * 8
     assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
 
 
 def test_gallery_panels_stay_apart_and_say_kind_and_probability():
-    figure = plots.gallery(gallery_panels(FINDINGS), "phantom")
+    figure = gallery(gallery_panels(FINDINGS), "phantom")
     said = texts(figure)
     assert said.count("true positive 0.97") == said.count("false positive <0.01") == 14
     assert said.count("false negative") == said.count("no film") == 14 and set(FINDINGS) <= set(

@@ -7,16 +7,31 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import integrate, stats
 from tiny import ROUNDING, smooth, tiny_films, tiny_settings
 
-from fedutils import federation, privacy
+from fedutils.base.errors import InputError
+from fedutils.base.rng import generator
+from fedutils.base.state import to_cpu
 from fedutils.client import Client, make_optimizer
-from fedutils.federation import Training
-from fedutils.images import normalise
+from fedutils.dataset import normalise
+from fedutils.films.phantom.write import draw_batch
 from fedutils.model import build_resnet34
-from fedutils.rng import generator
-from fedutils.weights import to_cpu
+from fedutils.privacy import client as private
+from fedutils.privacy import gradients
+from fedutils.privacy.accountant import _rdp, calibrate_noise, epsilon
+from fedutils.privacy.client import STEPS, PrivateClient
+from fedutils.privacy.gradients import (
+    SystemRandomness,
+    clip_each,
+    clipped_sum,
+    draw_films,
+    freeze_batchnorm,
+    gaussian,
+    per_patient_gradients,
+)
+from fedutils.training.training import Training
 
 pytest.importorskip("opacus", reason="differential privacy needs Opacus")
 DP = {"dp": "patient", "noise_multiplier": 1.0, "batchnorm": "frozen", "tracked": "fc"}
@@ -38,18 +53,18 @@ def films(tmp_path):
 
 
 def private_client(tmp_path, films, **changes):
-    return privacy.PrivateClient("client-1", films, tiny_settings(tmp_path, **DP | changes), 0)
+    return PrivateClient("client-1", films, tiny_settings(tmp_path, **DP | changes), 0)
 
 
 def build(tracked="fc"):
-    model = build_resnet34("none", tracked, "frozen").train()
-    privacy.freeze_batchnorm(model)
+    model = build_resnet34("none", tracked, "frozen", draw_films=lambda: draw_batch(32, 64)).train()
+    freeze_batchnorm(model)
     return model
 
 
 def sum_of(model, films, positions, clip):
-    with privacy.per_patient_gradients(model) as hooked:
-        return torch.cat([s.flatten() for s in privacy.clipped_sum(hooked, films, positions, clip)])
+    with per_patient_gradients(model) as hooked:
+        return torch.cat([s.flatten() for s in clipped_sum(hooked, films, positions, clip)])
 
 
 # The accountant.
@@ -67,7 +82,7 @@ def sum_of(model, films, positions, clip):
 def test_epsilon_agrees_with_published_figures_of_two_libraries(
     rate, noise, steps, dp_accounting, opacus
 ):
-    found = privacy.epsilon(noise, rate, steps, 1e-5)
+    found = epsilon(noise, rate, steps, 1e-5)
     assert found == pytest.approx(opacus, abs=1e-4)
     assert found == pytest.approx(dp_accounting, abs=0.01)
 
@@ -79,7 +94,7 @@ def test_epsilon_agrees_with_a_second_library(rate, noise, steps):
     event = dp.GaussianDpEvent(noise)
     accountant = dp.rdp.RdpAccountant()
     accountant.compose(dp.PoissonSampledDpEvent(rate, event) if rate < 1 else event, steps)
-    ours, theirs = privacy.epsilon(noise, rate, steps, 1e-5), accountant.get_epsilon(1e-5)
+    ours, theirs = epsilon(noise, rate, steps, 1e-5), accountant.get_epsilon(1e-5)
     assert -1e-4 < theirs - ours < 0.01 * ours
 
 
@@ -95,7 +110,7 @@ def test_divergence_of_a_step_equals_its_integral(order):
         return stats.norm.pdf(z, scale=noise) * ratio**order
 
     exact = math.log(integrate.quad(integrand, -30, 60, limit=500)[0]) / (order - 1)
-    found = privacy._rdp(noise, rate)[RDPAccountant.DEFAULT_ALPHAS.index(order)]
+    found = _rdp(noise, rate)[RDPAccountant.DEFAULT_ALPHAS.index(order)]
     assert found == pytest.approx(exact, rel=1e-6)
 
 
@@ -104,7 +119,7 @@ def test_epsilon_at_full_sampling_agrees_with_the_exact_privacy_curve():
 
     Balle and Wang, ICML 2018, theorem 8. Rényi's bound lies above it, and not far.
     """
-    mu, eps = math.sqrt(10) / 4, privacy.epsilon(4, 1, 10, 1e-5)
+    mu, eps = math.sqrt(10) / 4, epsilon(4, 1, 10, 1e-5)
 
     def delta(e):
         normal = stats.norm.cdf
@@ -115,13 +130,13 @@ def test_epsilon_at_full_sampling_agrees_with_the_exact_privacy_curve():
 
 def test_noise_for_a_target_stays_just_within_it():
     for target in (0.5, 8.0):
-        noise = privacy.calibrate(target, 1e-5, 1.0, 60)
-        assert 0.98 * target < privacy.epsilon(noise, 1.0, 60, 1e-5) <= target
+        noise = calibrate_noise(target, 1e-5, 1.0, 60)
+        assert 0.98 * target < epsilon(noise, 1.0, 60, 1e-5) <= target
 
 
 def test_no_step_costs_nothing_and_no_noise_everything():
-    assert privacy.epsilon(1.0, 0.5, 0, 1e-5) == 0
-    assert privacy.epsilon(0.0, 0.5, 1, 1e-5) == math.inf
+    assert epsilon(1.0, 0.5, 0, 1e-5) == 0
+    assert epsilon(0.0, 0.5, 1, 1e-5) == math.inf
 
 
 # Clipping.
@@ -153,10 +168,10 @@ def test_the_worst_of_gradients_are_clipped_jointly():
     gradients[1][0] *= -1e6
     gradients[0][1, 0, 0], gradients[1][2, 0] = math.inf, math.nan
     gradients[0][3], gradients[1][3] = 1e30, -1e30
-    whole = torch.cat([g.flatten() for g in privacy.clip_each([g.clone() for g in gradients], 2.0)])
+    whole = torch.cat([g.flatten() for g in clip_each([g.clone() for g in gradients], 2.0)])
     for patient in range(8):
         rest = [torch.cat([g[:patient], g[patient + 1 :]]) for g in gradients]
-        part = torch.cat([g.flatten() for g in privacy.clip_each(rest, 2.0)])
+        part = torch.cat([g.flatten() for g in clip_each(rest, 2.0)])
         assert (whole - part).norm() <= 2.0 * (1 + 1e-5)
 
 
@@ -164,7 +179,7 @@ def test_gradients_in_parts_are_the_gradients_at_once(films, monkeypatch):
     model, positions = build(), np.arange(12)
     whole = sum_of(model, films, positions, 0.1)
     monkeypatch.setattr(
-        privacy, "GRADIENT_BYTES", 5 * 4 * sum(p.numel() for p in model.fc.parameters())
+        gradients, "GRADIENT_BYTES", 5 * 4 * sum(p.numel() for p in model.fc.parameters())
     )
     parts = sum_of(model, films, positions, 0.1)
     assert (parts - whole).norm() <= ROUNDING * whole.norm()
@@ -183,7 +198,7 @@ def test_patients_are_drawn_on_their_own_with_the_stated_chance(films):
     rng = generator(0, "test")
     drawn = np.zeros((4000, 20))
     for row in drawn:
-        row[privacy.draw_films(patients, 0.3, rng) // 2] = 1
+        row[draw_films(patients, 0.3, rng) // 2] = 1
     counts = drawn.sum(axis=1)
     assert abs(drawn.mean(axis=0) - 0.3).max() < 5 * math.sqrt(0.3 * 0.7 / 4000)
     assert counts.var() == pytest.approx(20 * 0.3 * 0.7, rel=0.12)  # a fixed size would have none
@@ -193,7 +208,7 @@ def test_patients_are_drawn_on_their_own_with_the_stated_chance(films):
 def test_a_patient_with_many_films_counts_like_one_with_one_film():
     patients = [np.arange(100), np.array([100])]
     rng = generator(0, "test")
-    drawn = [privacy.draw_films(patients, 0.5, rng) for _ in range(2000)]
+    drawn = [draw_films(patients, 0.5, rng) for _ in range(2000)]
     counts = [sum((d < 100).sum() for d in drawn), sum((d == 100).sum() for d in drawn)]
     assert all(abs(count - 1000) < 5 * math.sqrt(500) for count in counts)
     assert max((d < 100).sum() for d in drawn) == 1  # one film a step, never two
@@ -203,9 +218,9 @@ def test_a_patient_with_many_films_counts_like_one_with_one_film():
 # Noise.
 
 
-@pytest.mark.parametrize("draw", [generator(0, "noise"), privacy.SystemRandomness()])
+@pytest.mark.parametrize("draw", [generator(0, "noise"), SystemRandomness()])
 def test_noise_is_normal_and_has_the_stated_scale(draw):
-    noise = privacy.gaussian(torch.zeros(200, 100), 1.7, draw).flatten().numpy() / 1.7
+    noise = gaussian(torch.zeros(200, 100), 1.7, draw).flatten().numpy() / 1.7
     assert stats.kstest(noise, "norm").pvalue > 1e-6
     assert noise.std() == pytest.approx(1, abs=5 / math.sqrt(2 * noise.size))
 
@@ -232,8 +247,8 @@ def test_with_a_huge_clip_and_no_noise_a_step_is_plain_sgd_on_the_same_batch(
         optimizer.register_step_post_hook(lambda *_: weights.append(to_cpu(model.tracked_state())))
         return optimizer
 
-    monkeypatch.setattr(privacy, "make_optimizer", watched)
-    monkeypatch.setattr(privacy, "gaussian", lambda like, deviation, draw: torch.zeros_like(like))
+    monkeypatch.setattr(private, "make_optimizer", watched)
+    monkeypatch.setattr(private, "gaussian", lambda like, deviation, draw: torch.zeros_like(like))
     client = private_client(tmp_path, films, clip=1e9, tracked=tracked, augment="false", **SGD)
     model = smooth(build(tracked))
     sent = to_cpu(model.tracked_state())
@@ -242,16 +257,16 @@ def test_with_a_huge_clip_and_no_noise_a_step_is_plain_sgd_on_the_same_batch(
     assert all(torch.equal(value, weights[-1][name]) for name, value in update.state.items())
 
     plain, rng = smooth(build(tracked)).double(), generator(0, "privacy", 1, "client-1")
-    trained = privacy.freeze_batchnorm(plain)
+    trained = freeze_batchnorm(plain)
     assert update.state.keys() == trained.keys()
     for before, after in itertools.pairwise([sent, *weights]):
         plain.load(before)
-        pixels, labels = films.batch(privacy.draw_films(client.patients, client.rate, rng))
+        pixels, labels = films.batch(draw_films(client.patients, client.rate, rng))
         losses = torch.nn.functional.binary_cross_entropy_with_logits(
             plain(normalise(pixels).double()), labels.double(), reduction="none"
         )
-        gradients = torch.autograd.grad(losses.mean(dim=1).sum() / 8, list(trained.values()))
-        for name, gradient in zip(trained, gradients, strict=True):
+        exact = torch.autograd.grad(losses.mean(dim=1).sum() / 8, list(trained.values()))
+        for name, gradient in zip(trained, exact, strict=True):
             step = 0.1 * gradient
             error = (after[name] - (before[name] - step)).norm()
             storing = torch.finfo(torch.float32).eps * before[name].norm()
@@ -286,7 +301,7 @@ def test_only_trained_parameters_leave_with_neither_loss_nor_film_count(tmp_path
         "layer2.0.conv1.weight" in update.state and "layer2.0.downsample.0.weight" in update.state
     )
     assert math.isnan(update.train_loss) and update.examples == 1
-    assert list(kept) == [privacy.STEPS]
+    assert list(kept) == [STEPS]
     for name, value in model.state_dict().items():
         if name not in update.state:
             assert torch.equal(value, before[name]), name
@@ -304,19 +319,19 @@ def test_the_budget_is_kept_from_round_to_round(tmp_path, films):
     sent, kept = to_cpu(model.tracked_state()), {}
     for round in (1, 2, 3):
         update, kept = client.fit(model, sent, kept, round)
-        expected = privacy.epsilon(1.0, client.rate, round * client.steps, 1e-5)
+        expected = epsilon(1.0, client.rate, round * client.steps, 1e-5)
         assert update.epsilon == client.account(kept)["epsilon"] == expected > 0
     assert client.rate == 8 / len(client.patients) and client.steps == 2
 
 
 def test_batchnorm_that_is_not_frozen_is_refused(tmp_path, films):
     model = build_resnet34("none", "layer4,fc", "average")
-    with pytest.raises(privacy.InputError, match="batchnorm=frozen"):
+    with pytest.raises(InputError, match="batchnorm=frozen"):
         private_client(tmp_path, films).fit(model, to_cpu(model.tracked_state()), {}, 1)
 
 
 def test_a_delta_of_one_in_the_number_of_patients_is_refused(tmp_path, films):
-    with pytest.raises(privacy.InputError, match="delta"):
+    with pytest.raises(InputError, match="delta"):
         private_client(tmp_path, many_films(tmp_path, 240), delta=0.01)
 
 
@@ -361,7 +376,7 @@ def test_the_aggregate_is_the_plain_mean_whatever_the_number_of_films(tmp_path, 
     films.index.loc[films.index["client"] == "client-3", "split"] = "test"
     films.index.loc[films.index.index[-3:], ["client", "split"]] = ["client-3", "train"]
     Training(tiny_settings(tmp_path, rounds=1, **DP), films).train()
-    state = federation.load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
+    state = load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
     assert len(sent) == 3 and torch.allclose(state["fc.bias"], torch.stack(sent).mean(0), atol=1e-7)
 
 
@@ -379,7 +394,7 @@ def test_anyone_can_compute_epsilon_again_from_what_the_run_wrote(tmp_path):
     table = pd.read_csv(tmp_path / "runs/run/privacy.csv").fillna({"client": ""})
     assert len(table) == 3 + 1 + 3
     for row in table.itertuples():
-        again = privacy.epsilon(row.noise_multiplier, row.sampling_rate, row.steps, row.delta)
+        again = epsilon(row.noise_multiplier, row.sampling_rate, row.steps, row.delta)
         assert again == pytest.approx(row.epsilon, rel=1e-12)
     written = table.groupby("arm")["epsilon"].max()
     assert written.to_dict() == history.groupby("arm")["epsilon"].max().to_dict()
@@ -400,26 +415,26 @@ def test_a_run_stops_before_the_round_that_would_exceed_its_budget(straight, cap
 
 
 def test_a_budget_too_small_for_one_round_is_refused(tmp_path):
-    with pytest.raises(privacy.InputError, match="not even one round"):
+    with pytest.raises(InputError, match="not even one round"):
         train(tmp_path, target_epsilon=0.01)
 
 
 def test_a_target_alone_sets_the_noise_so_that_all_rounds_fit(tmp_path):
     history = train(tmp_path, noise_multiplier=0.0, target_epsilon=6.0, batch_size=64)
     assert 5.9 < last_of(history)["epsilon"] <= 6.0 and last_of(history)["round"] == 2
-    with pytest.raises(privacy.InputError, match="rounds=2"):  # the noise was chosen for two rounds
+    with pytest.raises(InputError, match="rounds=2"):  # the noise was chosen for two rounds
         train(tmp_path, noise_multiplier=0.0, target_epsilon=6.0, batch_size=64, rounds=3)
 
 
 def test_an_update_that_is_left_out_is_paid_for_all_the_same(tmp_path, monkeypatch):
-    fit = privacy.PrivateClient.fit
+    fit = PrivateClient.fit
 
     def late(self, *args):
         update, kept = fit(self, *args)
         object.__setattr__(update, "seconds", 999.0 if self.name == "client-2" else 0.0)
         return update, kept
 
-    monkeypatch.setattr(privacy.PrivateClient, "fit", late)
+    monkeypatch.setattr(PrivateClient, "fit", late)
     history = train(tmp_path, client_seconds=500.0)
     row = history[history["client"] == "client-2"]
     assert row["status"].tolist() == ["late", "late"]
@@ -439,5 +454,5 @@ def test_an_update_that_is_left_out_is_paid_for_all_the_same(tmp_path, monkeypat
     ],
 )
 def test_a_run_that_would_be_less_private_than_it_says_is_refused(tmp_path, changes, message):
-    with pytest.raises(privacy.InputError, match=message):
+    with pytest.raises(InputError, match=message):
         tiny_settings(tmp_path, **DP | changes)

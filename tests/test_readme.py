@@ -23,6 +23,8 @@ def test_the_example_in_readme_runs(tmp_path, capsys):
 def test_every_room_is_named_and_every_link_leads_somewhere():
     root = Path(__file__).parents[1]
     rooms = {path.stem for path in (root / "fedutils").glob("*.py")} - {"__init__", "__main__"}
+    rooms |= {path.parent.name for path in (root / "fedutils").glob("*/__init__.py")}
+    assert {"fedavg", "films", "training"} <= rooms
     assert not [room for room in rooms if f"`{room}`" not in README]
     links = re.findall(r"\]\((?!http)([^)#]+)", README)
     assert len(links) > 5 and not [link for link in links if not (root / link).exists()]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny import tiny_films, tiny_settings
-from fedutils.federation import Training
+from fedutils.training.training import Training
 work = Path(sys.argv[2])
 history = Training(tiny_settings(work, device=sys.argv[3]), tiny_films(work)).train()
 print(" ".join(history["state_sha256"].dropna()))

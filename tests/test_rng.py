@@ -5,7 +5,7 @@ import itertools
 from pathlib import Path
 
 import fedutils
-from fedutils.rng import generator
+from fedutils.base.rng import generator
 
 
 def test_draws_depend_on_seed_round_client_and_purpose_and_on_nothing_else():
@@ -22,7 +22,9 @@ def test_fields_cannot_run_into_one_another():
 def test_no_room_touches_global_random_state():
     """`np.random.seed`, `torch.rand(...)` without a generator and `import random` are banned."""
     banned = {"seed", "rand", "randn", "randint", "randperm", "manual_seed", "shuffle", "normal"}
-    for path in Path(fedutils.__file__).parent.glob("*.py"):
+    rooms = sorted(Path(fedutils.__file__).parent.rglob("*.py"))
+    assert {"base", "films", "phantom", "training"} <= {path.parent.name for path in rooms}
+    for path in rooms:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 assert all(name.name != "random" for name in node.names), path

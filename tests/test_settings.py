@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny import fake_gpus, tiny_settings
 
-from fedutils import settings as module
-from fedutils.findings import InputError
-from fedutils.settings import convert, read_parameters, read_run
+from fedutils import settings
+from fedutils.base.errors import InputError
+from fedutils.base.files import ROOT_MARKER, find_root
+from fedutils.settings import convert_texts, find_profile, read_parameters, read_run
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +63,13 @@ def test_a_wrong_value_names_the_parameter_and_what_is_allowed(values, message):
         read_parameters({"profile": "demo", "device": "cpu"} | values)
 
 
+def convert(name, value):
+    return convert_texts({name: value})[name]
+
+
 def test_text_from_the_command_line_is_converted_by_type():
     assert convert("rounds", "12") == 12 and convert("lr", "1e-4") == 1e-4
-    with pytest.raises(InputError, match=r"unknown parameter 'round'; known: .*rounds"):
+    with pytest.raises(InputError, match=r"unknown parameter 'round'; did you mean rounds\?"):
         convert("round", "12")
 
 
@@ -91,7 +96,7 @@ def test_another_parameter_is_another_run_but_rounds_and_device_go_on(tmp_path):
 def test_read_run_finds_the_named_or_the_latest_run(tmp_path):
     from tiny import tiny_films
 
-    from fedutils.federation import Training
+    from fedutils.training.training import Training
 
     for name in ("a", "b"):
         Training(tiny_settings(tmp_path, name=name, lr=0.01), tiny_films(tmp_path))
@@ -103,8 +108,8 @@ def test_read_run_finds_the_named_or_the_latest_run(tmp_path):
 
 def test_gpu_with_weights_is_the_kaggle_profile(monkeypatch, tmp_path):
     fake_gpus(monkeypatch, 1)
-    monkeypatch.setattr(module, "find_weights", lambda weights: tmp_path)
-    assert module.find_profile() == "kaggle"
+    monkeypatch.setattr(settings, "find_weights", lambda weights: tmp_path)
+    assert find_profile() == "kaggle"
     kaggle = read_parameters({})
     assert (kaggle.image_size, kaggle.weights, kaggle.tracked) == (224, "imagenet", "layer4,fc")
 
@@ -131,6 +136,6 @@ def test_importing_fedutils_takes_a_tenth_of_what_its_libraries_take_and_loads_n
 
 def test_root_is_found_by_its_marker(monkeypatch, tmp_path):
     (tmp_path / "notebooks").mkdir()
-    (tmp_path / module.ROOT_MARKER).touch()
+    (tmp_path / ROOT_MARKER).touch()
     monkeypatch.chdir(tmp_path / "notebooks")
-    assert module.find_root() == tmp_path
+    assert find_root() == tmp_path

@@ -372,6 +372,7 @@ def write_handwritten(work: Path, folder: str, table: Path, weights: Path) -> No
     if table.is_file():
         return
     import torch
+    import workload
 
     import fedutils
 
@@ -380,7 +381,7 @@ def write_handwritten(work: Path, folder: str, table: Path, weights: Path) -> No
     placed = fedutils.partition_patients(films, "iid", 3, 0.5, 0).set_index("patient_id")["client"]
     films = films.assign(client=films["patient_id"].map(placed))
     films["path"] = [str(data.folder / path) for path in films["path"]]
-    torch.save(fedutils.build_resnet34("none", "layer4,fc").state_dict(), weights)
+    torch.save(workload.random_network().state_dict(), weights)
     films[films["split"] == "train"].to_csv(table, index=False)
 
 

@@ -15,11 +15,14 @@ from pathlib import Path
 import pandas as pd
 
 from fedutils import write_phantom
-from fedutils.evaluation import mean_auroc_rows, read_table
-from fedutils.federation import best_rounds, read_history
-from fedutils.pipeline import run, sweep
-from fedutils.settings import ARMS, Settings, find_root
+from fedutils.base.files import find_root
+from fedutils.batch.run import run
+from fedutils.batch.sweep import sweep
+from fedutils.evidence.tables import mean_auroc_rows, read_table
+from fedutils.run import best_rounds, read_history
+from fedutils.settings import FIELDS, Settings
 
+ARMS = FIELDS["arms"].metadata["parts"]
 # The search has a seed of its own: with the trunk's, 0, its first head would fit the trunk already.
 SEEDS, SEARCH_SEED = "11,12,13", "10"
 PARTITIONS = ["iid", "dirichlet", "scanner"]
@@ -60,7 +63,7 @@ def report(title: str, runs: list[Settings]) -> str:
     for settings in runs:
         folder = settings.run / "evaluation"
         metrics, differences = (
-            mean_auroc_rows(read_table(folder / f"{name}.csv"))
+            mean_auroc_rows(read_table(folder / f"{name}.csv"), test_set="all")
             for name in ("metrics", "differences")
         )
         metrics = metrics[(metrics["seed"] == "") & (metrics["client"] == "")].set_index("arm")

@@ -6,7 +6,8 @@ from typing import Any
 
 import workload
 
-from fedutils import Training, device
+from fedutils import Training
+from fedutils.base import device
 
 
 def main(work: str, rounds: int, keep_memory: bool = True, **changes: Any) -> None:

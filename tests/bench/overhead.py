@@ -17,20 +17,22 @@ import numpy as np
 import workload
 from torch import Tensor
 
-from fedutils import FedAvg, Training, federation
-from fedutils.checkpoint import Writer
+from fedutils import FedAvg, Training, rounds
+from fedutils.base.scores import log_loss, mean_auroc
 from fedutils.client import predict
 from fedutils.fedavg import WeightedMean
-from fedutils.metrics import log_loss, mean_auroc
+from fedutils.training import training as boundary
+from fedutils.training.checkpoint import Writer
+from fedutils.training.replicas import Models
 
 ITEMS = [
     (WeightedMean, "add", "aggregation"),
     (WeightedMean, "result", "aggregation"),
     (FedAvg, "step", "aggregation"),
-    (federation, "state_hash", "hash of the state"),
+    (rounds, "state_hash", "hash of the state"),
     (Writer, "wait", "waiting for the checkpoint"),
     (Training, "_history_with", "history"),
-    (federation, "save_progress", "checkpoint, beside the next round"),
+    (boundary, "save_progress", "checkpoint, beside the next round"),
     (Training, "_write_models", "best model, beside the next round"),
 ]
 
@@ -89,7 +91,7 @@ def main(work: str, pairs: int, **changes: Any) -> None:
     shutil.rmtree(settings.run, ignore_errors=True)
     films, began = workload.films(Path(work)), time.perf_counter()
     watch = workload.Watch()
-    watch.on(Training, "_replicas", "start")
+    watch.on(Models, "replicas", "start")
     for item in ITEMS:
         watch.on(*item)
     training = Training(settings, films)

@@ -17,7 +17,7 @@ from torchvision import transforms
 from torchvision.models import resnet34
 
 from fedutils import FINDINGS
-from fedutils.images import IMAGENET_MEAN, IMAGENET_STD
+from fedutils.dataset import IMAGENET_MEAN, IMAGENET_STD
 
 
 class Films(Dataset):

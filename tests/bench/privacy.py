@@ -12,14 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # what the tests share
 
-from evidence import SEEDS, search_rates, train_trunk
+from evidence import ARMS, SEEDS, search_rates, train_trunk
 from test_robustness import compare_rules
+from trade import plot_trade, privacy_trade, trade_words
 
-from fedutils import membership_words, plots, write_phantom
-from fedutils.evaluation import read_table
-from fedutils.pipeline import run
-from fedutils.settings import ARMS, find_root
-from fedutils.trade import privacy_trade, trade_words
+from fedutils import membership_words, write_phantom
+from fedutils.base.files import find_root
+from fedutils.batch.run import run
+from fedutils.evidence.tables import read_table
 
 EPSILONS = ["1", "2", "4", "8"]
 RATES = {"fc": ["0.05", "0.2", "1"], "layer4,fc": ["0.05", "0.2", "1"]}
@@ -88,7 +88,7 @@ def main() -> None:
     if options.only is None:
         table = privacy_trade(work / "privacy")
         table.to_csv(work / "privacy" / "trade.csv", index=False)
-        plots.privacy_trade(table).savefig(work / "privacy" / "trade.png")
+        plot_trade(table).savefig(work / "privacy" / "trade.png")
         print("\n".join(trade_words(table)))
 
 

@@ -13,12 +13,12 @@ from tiny import tiny_films, tiny_settings
 from torch import Tensor, nn
 
 import fedutils
-from fedutils.checkpoint import Progress
+from fedutils.base.state import to_cpu
 from fedutils.client import Client
-from fedutils.federation import Job, Replicas, run_round
-from fedutils.images import normalise
+from fedutils.dataset import normalise
 from fedutils.model import ChestResNet
-from fedutils.weights import to_cpu
+from fedutils.rounds import Job, Progress, run_round
+from fedutils.training.replicas import Replicas
 
 
 class Small(nn.Sequential):
@@ -50,7 +50,7 @@ def main(work: str, clients: int, films: int, batch_size: int, network: str) -> 
     """Train one round of all clients, after one of two of them."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    model = small() if network == "small" else fedutils.build_resnet34("none", "layer4,fc")
+    model = small() if network == "small" else workload.random_network()
     # Not "precise": the small network has no `fc`, and a second pass over the films is no cost of scale.
     settings = tiny_settings(Path(work), batch_size=batch_size, batchnorm="average")
     everything = tiny_films(Path(work), films=films)

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from tiny import tiny_films, tiny_settings
 
-from fedutils.federation import Training
+from fedutils.training.training import Training
 
 TESTS = Path(__file__).parents[1]
 # The process that trains. Each write to disk announces itself and takes a while, so that a good
@@ -20,7 +20,7 @@ import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tiny import tiny_films, tiny_settings
-from fedutils.federation import Training
+from fedutils.training.training import Training
 sync = os.fsync
 def slow_sync(fd):
     print("writing", flush=True)

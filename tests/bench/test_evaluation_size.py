@@ -13,8 +13,14 @@ import json, resource, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, pandas as pd
-from fedutils import evaluation, plots
-from fedutils.findings import FINDINGS
+from fedutils.evidence.metrics import evaluate_models
+from fedutils.evidence.predict import write_predictions
+from fedutils.evidence.tables import tabulate
+from fedutils.evidence.words import headline
+from fedutils.plots.scores import (
+    auroc_forest, client_matrix, difference_forest, pr_curves, roc_curves,
+    subgroup_forest, subgroup_heatmap)
+from fedutils.base.findings import FINDINGS
 
 films, people, rng = 25_596, 2_797, np.random.default_rng(0)
 rates = [.13, .04, .18, .24, .07, .06, .02, .10, .07, .04, .04, .02, .04, .003]
@@ -41,17 +47,17 @@ def mark(name):
     marks[name] = round(time.process_time() - busy)
 folder = Path(sys.argv[1])
 path = folder / "predictions.csv.gz"
-read = evaluation.write_predictions(pd.concat(tables, ignore_index=True), path)
+read = write_predictions(pd.concat(tables, ignore_index=True), path)
 mark("written and read")
-result = evaluation.evaluate_models(read, SimpleNamespace(index=index), seed=0)
+result = evaluate_models(read, SimpleNamespace(index=index), seed=0)
 mark("evaluated")
-assert evaluation.headline(result, "invented")
-evaluation.tabulate(result.metrics)
-for draw in (plots.auroc_forest, plots.subgroup_forest, plots.subgroup_heatmap, plots.client_matrix):
+assert headline(result, "invented")
+tabulate(result.metrics)
+for draw in (auroc_forest, subgroup_forest, subgroup_heatmap, client_matrix):
     draw(result.metrics, title="invented").savefig(folder / "figure.png")
-plots.difference_forest(result.differences, "invented").savefig(folder / "figure.png")
+difference_forest(result.differences, "invented").savefig(folder / "figure.png")
 first = read[(read["arm"] == "federated") & (read["seed"] == 0)][list(FINDINGS)].to_numpy()
-for draw in (plots.roc_curves, plots.pr_curves):
+for draw in (roc_curves, pr_curves):
     draw(truth, first, "invented").savefig(folder / "figure.png")
 mark("drawn")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -6,10 +6,10 @@ import pytest
 from tiny import tiny_films, tiny_settings
 
 from fedutils.client import Client
-from fedutils.federation import Training
-from fedutils.images import ChestXrayDataset, read_index
-from fedutils.partition import partition_patients
+from fedutils.dataset import ChestXrayDataset, read_index
+from fedutils.films.partition import partition_patients
 from fedutils.settings import read_parameters
+from fedutils.training.training import Training
 
 RULES = ("mean", "median", "trimmed")
 # What the liar makes of its own step: it sends the global state plus so many times the step.

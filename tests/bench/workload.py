@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fedutils
+from fedutils.base.scores import mean_auroc
 from fedutils.client import predict
-from fedutils.images import ChestXrayDataset
-from fedutils.metrics import mean_auroc
+from fedutils.dataset import ChestXrayDataset
+from fedutils.films.phantom.write import draw_batch
 from fedutils.model import ChestResNet
 
 CLIENTS, VALIDATION = 4, 96
@@ -104,7 +105,13 @@ def validate(work: Path) -> Callable[[ChestResNet], float]:
 def build() -> ChestResNet:
     """Return the network that every arm starts from."""
     torch.set_num_threads(THREADS)
-    return fedutils.build_resnet34("none", "layer4,fc", "frozen")
+    return random_network("frozen")
+
+
+def random_network(batchnorm: str = "average") -> ChestResNet:
+    """Return random weights as a run starts from them: BatchNorm has seen phantom films."""
+    films = functools.partial(draw_batch, 32, 64)
+    return fedutils.build_resnet34("none", "layer4,fc", batchnorm, draw_films=films)
 
 
 def loss(model: ChestResNet, batch: Tensor, labels: Tensor) -> Tensor:

@@ -1,19 +1,26 @@
 """The four notebooks, executed by papermill as a user does: on a phantom, and on real films."""
 
+import ast
 import json
 import re
 
 import nbformat
 import pandas as pd
+import papermill
 import pytest
 from ownfilms import write_films
+from papermill.exceptions import PapermillExecutionError
 from safetensors.torch import load_file
 from torchvision.models import resnet34
 
 from fedutils.__main__ import main
-from fedutils.phantom import write_phantom
+from fedutils.base.parameters import convert
+from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
+from fedutils.films.phantom.write import write_phantom
+from fedutils.settings import FIELDS
 
 QUICK = ["-p", "image_size=32", "-p", "rounds=1", "-p", "device=cpu", "--name", "quick"]
+ALL_ARMS = ["-p", "arms=federated,centralised,local", "-p", "mu=0.3"]  # no cell shows mu
 
 
 def run(work, data, *options):
@@ -31,11 +38,16 @@ def texts(work, stem):
     )
 
 
+def shown(stem):
+    """The names of the parameters that a notebook's cell shows, as papermill reads them."""
+    return list(papermill.inspect_notebook(read_notebook(FOLDER, stem)))
+
+
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory):
     work = tmp_path_factory.mktemp("phantom")
     data = write_phantom(work / "tiny", patients=60, size=64)
-    assert run(work, data, "-p", "arms=federated,centralised,local") == 0
+    assert run(work, data, *ALL_ARMS) == 0
     return work
 
 
@@ -95,6 +107,15 @@ def test_calibration_and_operating_points_are_there_for_every_model(phantom):
     assert {"MODEL_CARD.md", "evaluation/calibration.csv", "evaluation/pointing.csv"} <= set(hashes)
 
 
+def test_a_parameter_that_no_cell_shows_reaches_the_run_and_its_trace(phantom):
+    config = json.loads((phantom / "runs/quick/config.json").read_text())
+    assert (config["mu"], config["lr"]) == (0.3, 0.001)
+    assert "mu" not in shown(NOTEBOOKS[2])
+    node = nbformat.read(phantom / "notebooks/quick/03_federated_train.ipynb", as_version=4)
+    (injected,) = [c.source for c in node.cells if "injected-parameters" in c.metadata["tags"]]
+    assert "mu = 0.3\n" in injected
+
+
 def test_a_saved_notebook_holds_no_stale_progress(phantom):
     node = nbformat.read(phantom / "notebooks/quick/02_preprocess.ipynb", as_version=4)
     assert "decoding ..." not in texts(phantom, "02_preprocess")
@@ -106,18 +127,17 @@ def test_other_prepared_data_are_refused_with_status_2(phantom, capsys):
     kept = report.read_text()
     report.write_text(json.dumps(json.loads(kept) | {"fingerprint": "0123456789abcdef"}))
     data = phantom / "tiny"
-    options = ["-p", "arms=federated,centralised,local"]
     try:
-        assert run(phantom, data, *options, "--only", "03") == 2
+        assert run(phantom, data, *ALL_ARMS, "--only", "03") == 2
         assert "fingerprint" in capsys.readouterr().err
-        assert run(phantom, data, *options, "--only", "04") == 2
+        assert run(phantom, data, *ALL_ARMS, "--only", "04") == 2
         assert "0123456789abcdef" in capsys.readouterr().err
     finally:
         report.write_text(kept)
 
 
 def test_more_rounds_go_on_and_another_parameter_under_the_same_name_is_refused(phantom, capsys):
-    data, options = phantom / "tiny", ["-p", "arms=federated,centralised,local"]
+    data, options = phantom / "tiny", ALL_ARMS
     before = pd.read_csv(phantom / "runs/quick/history.csv")
     assert run(phantom, data, *options, "-p", "rounds=2", "--only", "03") == 0
     after = pd.read_csv(phantom / "runs/quick/history.csv")
@@ -126,6 +146,57 @@ def test_more_rounds_go_on_and_another_parameter_under_the_same_name_is_refused(
     assert first == before["state_sha256"].dropna().tolist()
     assert run(phantom, data, *options, "-p", "lr=0.5", "--only", "03") == 2
     assert "is a run with lr=0.001, not 0.5" in capsys.readouterr().err
+
+
+# With papermill itself.
+
+
+def papermill_run(stem, folder, **parameters):
+    """Execute a notebook in a folder as a user of papermill does."""
+    node, output = read_notebook(FOLDER, stem), folder / f"{stem}.ipynb"
+    named = {"cwd": str(folder), "kernel_name": "python3", "progress_bar": False}
+    papermill.execute_notebook(node, str(output), parameters, **named)
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_a_mistyped_parameter_stops_a_notebook_and_the_nearest_name_is_said(stem, tmp_path):
+    with pytest.raises(PapermillExecutionError) as caught:
+        papermill_run(stem, tmp_path, work_dir=str(tmp_path / "work"), ruonds=3)
+    assert caught.value.ename == "InputError"
+    assert caught.value.evalue == "unknown parameter 'ruonds'; did you mean rounds?"
+    assert not (tmp_path / "work").exists()
+
+
+def test_papermill_may_give_a_known_parameter_that_a_notebook_does_not_show(phantom, tmp_path):
+    places = {"data_dir": str(phantom / "tiny"), "work_dir": str(tmp_path / "work")}
+    assert not {"rounds", "mu"} & set(shown(NOTEBOOKS[0]))
+    papermill_run(NOTEBOOKS[0], tmp_path, **places, rounds=3, mu=0.3)
+    assert (tmp_path / "work/explore/checks.csv").is_file()
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_a_parameters_cell_shows_parameters_with_their_defaults_and_papermill_reads_all(stem):
+    (cell,) = [c.source for c in read_notebook(FOLDER, stem).cells if c.metadata.get("tags")]
+    scope = {}
+    exec(cell, scope)
+    names = list(scope["__annotations__"])
+    assert shown(stem) == names and len(names) == cell.count("\n") + 1 <= 16
+    assert all(re.search(rf"(?m)^{name}: .* = .*  # \w", cell) for name in names)
+    for name in names:
+        assert scope["__annotations__"][name] is type(FIELDS[name].default)
+        assert convert(FIELDS[name], scope[name]) == FIELDS[name].default
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_a_notebook_run_twice_in_a_session_keeps_its_parameters(stem):
+    """No cell but the first gives another meaning to the name of a parameter."""
+    cells = [c for c in read_notebook(FOLDER, stem).cells if c.cell_type == "code"]
+    others = [ast.parse(cell.source) for cell in cells if not cell.metadata.get("tags")]
+    parts = [part for tree in others for part in ast.walk(tree) if isinstance(part, ast.Name)]
+    assert not [p.id for p in parts if isinstance(p.ctx, ast.Store) and p.id in FIELDS]
+
+
+# Real films, and films of one's own.
 
 
 def test_real_films_at_1024_pixels(nih_test_data, tmp_path):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torchvision.models import resnet34
 
-from fedutils.kaggle import write_kit
-from fedutils.phantom import write_phantom
-from fedutils.pipeline import NOTEBOOKS
+from fedutils.batch.kaggle import write_kit
+from fedutils.batch.notebook import NOTEBOOKS
+from fedutils.films.phantom.write import write_phantom
 
 NIH = "datasets/organizations/nih-chest-xrays/data"
 VALUES = {

@@ -4,8 +4,9 @@ import jupytext
 import nbformat
 import pytest
 
-from fedutils import pipeline
-from fedutils.pipeline import FOLDER, NOTEBOOKS, NotebookFailed, read_notebook, render
+from fedutils.base.errors import NotebookFailed
+from fedutils.batch import notebook
+from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook, render
 
 TINY = """# ---
 # jupyter:
@@ -58,7 +59,7 @@ def contents(node):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "NOTEBOOKS", NOTEBOOKS[:1])
+    monkeypatch.setattr(notebook, "NOTEBOOKS", NOTEBOOKS[:1])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("NIH_DATA_DIR", "elsewhere")
     (tmp_path / "notebooks").mkdir()

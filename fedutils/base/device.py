@@ -1,0 +1,130 @@
+"""The machine: devices that replicas live on, the precision they compute in, versions."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+
+from . import __version__
+from .errors import InputError
+from .files import KAGGLE, PACKAGE, ROOT_MARKER
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def set_up(threads: int, wanted: str) -> None:
+    """Prepare this process for training: threads, repeatable kernels, and memory that is kept.
+
+    On CUDA, cuDNN then takes deterministic algorithms only, so that a run repeats on the same GPU,
+    torch and cuDNN; other GPUs round otherwise. Asked for fp32, it multiplies in fp32, not TF32.
+    """
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = wanted != "fp32"
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> bool:
+    """Stop glibc from handing large blocks back to the kernel, which clears them anew each step.
+
+    Returns False where the C library is another one, which keeps its own counsel.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; older versions allow 32 MB at most.
+        return bool(mallopt(-1, 2**31 - 1) and (mallopt(-3, 2**30) or mallopt(-3, 2**25)))
+    return False
+
+
+def find_devices(device: str) -> list[torch.device]:
+    """Turn 'auto', 'cpu', 'cuda:0,cuda:1' or 'cpu,cpu' into one device for each model replica.
+
+    Raises InputError for a device that is unknown or not there, and for a GPU whose code the
+    installed torch does not hold, which would fail at its first operation.
+    """
+    if device == "auto":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+    else:
+        names = [name.strip() for name in device.split(",")]
+    try:
+        devices = [torch.device(name) for name in names]
+    except RuntimeError as error:
+        raise InputError(f"device={device!r}: expected auto, cpu, cuda:0 or a list") from error
+    for found in devices:
+        _check_device(found)
+    return devices
+
+
+def _check_device(device: torch.device) -> None:
+    """Raise InputError where the device cannot be used."""
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device={str(device)!r}: expected cpu or cuda")
+    if device.type == "cpu":
+        return
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device={str(device)!r} is not there; use device=cpu or auto")
+    major, minor = torch.cuda.get_device_capability(device)
+    arches = torch.cuda.get_arch_list()
+    if str(major) not in {re.sub(r"\D", "", arch)[:-1] for arch in arches}:
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is not among the GPUs that"
+            f" this torch was built for ({' '.join(arches)}); on Kaggle choose GPU T4 x2"
+        )
+
+
+def precision(device: torch.device, wanted: str = "auto") -> torch.dtype:
+    """Return the dtype to compute in; float16 needs a GradScaler.
+
+    `auto` is bfloat16 on GPUs that have it, float16 on older ones such as the T4, and float32 on
+    the CPU.
+    """
+    if wanted != "auto":
+        return PRECISIONS[wanted]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def autocast(device: torch.device, wanted: str = "auto") -> torch.autocast:
+    """Return the autocast context of a device and a precision; in float32 it changes nothing."""
+    dtype = precision(device, wanted)
+    # Disabled, it is asked for a dtype that it knows, or it would warn.
+    known = torch.bfloat16 if dtype is torch.float32 else dtype
+    return torch.autocast(device.type, known, enabled=dtype is not torch.float32)
+
+
+def environment() -> dict[str, Any]:
+    """Return what a run depends on beside its parameters: versions, threads, device, processor."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "fedutils": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "device": ", ".join(gpus) or "CPU",
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+    }
+
+
+def print_environment() -> None:
+    """Print versions and device in one line, and which copy of fedutils this is."""
+    about = environment()
+    about["fedutils"] += f" ({find_copy()})"
+    print(" · ".join(f"{name} {value}" for name, value in about.items()))
+
+
+def find_copy() -> str:
+    """Say where this fedutils lies: beside the notebooks, attached on Kaggle, or installed."""
+    if PACKAGE.is_relative_to((KAGGLE / "input").resolve()):
+        return f"attached, {PACKAGE}"
+    beside = (PACKAGE.parent / ROOT_MARKER).is_file()
+    beside |= PACKAGE.parent in (Path.cwd(), *Path.cwd().parents)
+    return "beside the notebooks" if beside else "installed"

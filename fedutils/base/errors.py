@@ -1,0 +1,17 @@
+"""What is raised where somebody can do something about it."""
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: the message says what was found and what to do.
+
+    The command line prints it as one line and exits with status 2.
+    """
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook stopped with an error: the message names notebook, cell and error."""
+
+
+def in_a_line(error: Exception) -> str:
+    """Write an error as the history has it."""
+    return f"{type(error).__name__}: {error}".replace("\n", " ")

@@ -1,0 +1,117 @@
+"""Files: written whole or not at all, found, hashed, and kept by one writer."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .errors import InputError
+
+# The variable lets a test have a Kaggle of its own, in the kernels of its notebooks too.
+KAGGLE = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle")
+ROOT_MARKER = "notebooks/01_explore.py"
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def find_root() -> Path:
+    """Return the project's folder, from wherever a notebook runs; on Kaggle the output folder."""
+    if (KAGGLE / "working").is_dir():
+        return KAGGLE / "working"
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / ROOT_MARKER).is_file()), here)
+
+
+def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """Write a file so that after a kill at any moment the old or the new content is there.
+
+    `content` may be a function that writes to the path that it is given.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(content) if isinstance(content, bytes) else content(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def sha256(content: bytes) -> str:
+    """Return the SHA-256 of bytes, in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def search_files(root: Path, pattern: str, depth: int = 6) -> Iterator[Path]:
+    """Yield the files of a pattern below `root`, the nearest first, without any image folder."""
+    level = [root]
+    for _ in range(depth + 1):
+        for folder in level:
+            yield from sorted(folder.glob(pattern))
+        level = [inner for folder in level for inner in _inner(folder)]
+
+
+def _inner(folder: Path) -> list[Path]:
+    """Return the folders worth a look for a file: image folders hold thousands of films."""
+    inner = sorted(folder.glob("*/"))
+    return [path for path in inner if not path.name.startswith(("images", "."))]
+
+
+def git_revision() -> str:
+    """Return the revision of the code, with a plus where files differ; empty outside git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, cwd=PACKAGE, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""  # an installed package or a Kaggle data set has no history
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold `run.lock`, so that a run has one writer; raise InputError where another lives.
+
+    The system drops the lock with the process that held it, so a dead one's is simply taken over;
+    `run.pid` is for the reader, since pids are used again.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    owner = run / "run.pid"
+    try:
+        with FileLock(run / "run.lock", timeout=0):
+            owner.write_text(str(os.getpid()))
+            yield
+            owner.unlink()
+    except Timeout as error:
+        who = f"process {owner.read_text()}" if owner.is_file() else "another process"
+        raise InputError(f"{run}: {who} is writing this run; wait or stop it") from error
+
+
+def fetch_runs(work_dir: str | Path) -> None:
+    """Copy the runs that are attached on Kaggle to the work folder, where it does not have them.
+
+    The output of another kernel, or of an earlier version of the same one, can only be read.
+    Copied, notebook 03 goes on with a run or shares its models, and notebook 04 writes beside it.
+    """
+    found = search_files(KAGGLE / "input", "runs/*/config.json")
+    latest_last = sorted(found, key=lambda path: path.stat().st_mtime)
+    for name, config in {path.parent.name: path for path in latest_last}.items():
+        if not Path(work_dir, "runs", name, "config.json").is_file():
+            _copy_run(config.parent, Path(work_dir))
+
+
+def _copy_run(source: Path, work: Path) -> None:
+    """Copy a run folder, but for its lock, under `work`; a kill leaves no half of it there."""
+    half, whole = work / f"fetching-{source.name}", work / "runs" / source.name
+    shutil.rmtree(half, ignore_errors=True)
+    for file in (path for path in source.rglob("*") if path.is_file() and path.stem != "run"):
+        target = half / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)  # without its mode: what is attached may not be written to
+        os.utime(target, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    shutil.rmtree(whole, ignore_errors=True)  # without config.json nothing was trained there
+    whole.parent.mkdir(exist_ok=True)
+    half.rename(whole)

@@ -1,0 +1,102 @@
+"""One field a parameter: type, default, meaning, allowed values, and whether it names a run.
+
+Each room declares its own in a frozen dataclass that derives from `Parameters`; `Settings` inherits
+them all. What checks a value, converts text, prints the list and names a run reads these fields.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What the parameters of every room derive from; in use they are always the whole Settings."""
+
+    def check(self) -> None:
+        """Raise InputError where values that are allowed each do not go together."""
+
+
+def parameter(
+    default: Any,
+    meaning: str,
+    *,
+    allowed: Sequence[str] = (),
+    parts: Sequence[str] = (),
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    pattern: str = "",
+    identity: bool = True,
+    profiles: tuple[Any, Any] | None = None,
+) -> Any:
+    """Declare a parameter; its type is that of the default.
+
+    `allowed` are all its values, `parts` those of a list with commas, `bounds` the least and the
+    largest, `pattern` (what is expected, then a regular expression) what it must match.
+    A change of it is another run, unless `identity` is False. Left empty, it takes the value of
+    `profiles`: of the demo, and of Kaggle.
+    """
+    about = {"meaning": meaning, "allowed": allowed, "parts": parts, "bounds": bounds}
+    about |= {"pattern": pattern, "identity": identity, "profiles": profiles}
+    return dataclasses.field(default=default, metadata=about)
+
+
+def split_list(text: str) -> list[str]:
+    """Split a list with commas, such as "layer4,fc"."""
+    return [part.strip() for part in text.split(",")]
+
+
+def convert(field: dataclasses.Field, value: Any) -> Any:
+    """Convert a value, maybe text from the command line, to its parameter's type, or InputError."""
+    name, kind = field.name, type(field.default)
+    if kind is bool:
+        if str(value).lower() not in ("true", "false"):
+            raise InputError(f"{name}={value!r}: expected true or false")
+        return str(value).lower() == "true"
+    if (kind is int and isinstance(value, float)) or isinstance(value, bool):
+        raise InputError(f"{name}={value!r}: expected {kind.__name__}")
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}={value!r}: expected {kind.__name__}") from error
+
+
+def check_value(field: dataclasses.Field, value: Any) -> None:
+    """Raise InputError, which names the parameter, for a value that is not allowed."""
+    about, said = field.metadata, f"{field.name}={value!r}"
+    if about["allowed"] and value not in about["allowed"]:
+        raise InputError(f"{said}: allowed are {', '.join(about['allowed'])}")
+    if about["parts"] and not set(split_list(value)) <= set(about["parts"]):
+        raise InputError(f"{said}: allowed are {', '.join(about['parts'])}")
+    low, high = about["bounds"]
+    if type(field.default) in (int, float) and not low <= value <= high:
+        raise InputError(f"{said}: allowed is {low} to {high}")
+    expected, _, pattern = about["pattern"].partition(": ")
+    if pattern and not re.fullmatch(pattern, value):
+        raise InputError(f"{said}: expected {expected}")
+
+
+def refuse(name: str, known: Iterable[str]) -> InputError:
+    """Return the error for an unknown parameter, with the known one that is nearest in spelling."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    hint = f"did you mean {near[0]}?" if near else "`python -m fedutils parameters` lists all"
+    return InputError(f"unknown parameter {name!r}; {hint}")
+
+
+def describe(field: dataclasses.Field) -> str:
+    """Say in a line what a parameter means, its default, and what it may be."""
+    about = field.metadata
+    values = ", ".join(about["allowed"] or about["parts"])
+    low, high = about["bounds"]
+    if math.isfinite(low):
+        values = f"{low:g} to {high:g}" if math.isfinite(high) else f"{low:g} or more"
+    profiles = about["profiles"]
+    default = f"{profiles[0]} in the demo, {profiles[1]} on Kaggle" if profiles else field.default
+    default = repr(default) if default == "" else default
+    same = "" if about["identity"] else "; a change continues the run"
+    return f"{about['meaning']} [{default}{f'; {values}' if values else ''}{same}]"

@@ -1,0 +1,1 @@
+"""Papermill: one notebook, a run of four, a sweep of runs, the Kaggle kit."""

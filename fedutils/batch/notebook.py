@@ -1,0 +1,167 @@
+"""One notebook: read, executed with papermill, written as HTML, rendered."""
+
+import ast
+import io
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from jinja2 import DictLoader
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
+
+from ..base.errors import InputError, NotebookFailed
+from ..base.files import PACKAGE, sha256, write_atomic
+
+NOTEBOOKS = ("01_explore", "02_preprocess", "03_federated_train", "04_evaluate")
+READ_FILMS = NOTEBOOKS[:2]
+TRAINS = NOTEBOOKS[2]
+FOLDER = PACKAGE.parent / "notebooks"
+# nbconvert's template without its scripts from the network, and with a rule for narrow screens.
+TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
+{%- block html_head_js -%}{%- endblock -%}{%- block jupyter_widgets -%}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
+{%- block html_head_css -%}<style>
+main { max-width: 60rem; margin: auto } img { max-width: 100%; height: auto }
+@media (max-width: 40rem) { .jp-InputPrompt, .jp-OutputPrompt { display: none }
+  .jp-RenderedHTMLCommon { overflow-x: auto } .jp-Notebook { padding: 0.5rem } }
+</style>{%- endblock -%}"""
+
+
+def read_notebook(folder: Path, stem: str) -> NotebookNode:
+    """Read a notebook from its .py, else from its .ipynb."""
+    source, pair = folder / f"{stem}.py", folder / f"{stem}.ipynb"
+    try:
+        import jupytext  # not on Kaggle
+    except ImportError:
+        jupytext = None
+    if jupytext and source.is_file():
+        return jupytext.read(source)
+    if not pair.is_file():
+        raise InputError(f"{pair} is missing; run from a checkout of the project")
+    return nbformat.read(pair, as_version=4)
+
+
+def declared(node: NotebookNode) -> list[str]:
+    """Return the names that the parameters cell assigns."""
+    cells = [cell.source for cell in node.cells if "parameters" in cell.metadata.get("tags", [])]
+    names = [part for part in ast.walk(ast.parse("\n".join(cells))) if isinstance(part, ast.Name)]
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
+
+
+class Indented(io.TextIOBase):
+    """A text stream that shows a notebook's printed lines, indented, as they come."""
+
+    def write(self, text: str) -> int:
+        """Print text, which may begin and end within a line."""
+        print(text.replace("\n", "\n    "), end="", flush=True)
+        return len(text)
+
+
+def execute(node: NotebookNode, output: Path, parameters: Mapping[str, Any], cwd: Path) -> None:
+    """Execute one notebook into `output` and write its HTML beside it, whether it fails or not."""
+    prepare(output.parent)
+    trains = output.stem == TRAINS  # prints a line a round, which a batch log should show at once
+    print(f"{output.stem:<19}", end=" running\n    " if trains else " ", flush=True)
+    started, failure = time.monotonic(), None
+    try:
+        papermill.execute_notebook(
+            node,
+            str(output).replace("{", "{{").replace("}", "}}"),  # papermill fills in braces
+            dict(parameters),
+            cwd=str(cwd),
+            kernel_name="python3",
+            progress_bar=False,
+            coalesce_streams=True,  # one output a cell, not one for each time it is flushed
+            extra_arguments=["--log-level=CRITICAL"],  # of the kernel about itself
+            stdout_file=Indented() if trains else None,
+        )
+    except (PapermillExecutionError, RuntimeError) as error:  # a dead kernel is a RuntimeError
+        failure = error
+    result, page = "failed" if failure else "done", write_html(output)
+    print(f"{result} in {time.monotonic() - started:.0f} s  -> {os.path.relpath(page)}", flush=True)
+    if failure:
+        raise _explain(output, failure) from failure
+
+
+def write_html(path: Path) -> Path:
+    """Write an executed notebook as one HTML file, which asks nothing of the network."""
+    loader = DictLoader({"report.html.j2": TEMPLATE})
+    exporter = HTMLExporter(extra_loaders=[loader], template_file="report.html.j2")
+    html, _ = exporter.from_filename(str(path))
+    write_atomic(path.with_suffix(".html"), html.encode())
+    return path.with_suffix(".html")
+
+
+def render(notebooks: Path = FOLDER) -> None:
+    """Execute all notebooks as the demo; write the results as the committed pairs, with a picture.
+
+    They run unchanged, with no parameters injected, in a copy of the folder: default parameters on
+    the phantom, without GPU, in a fresh work folder.
+    """
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "NIH_DATA_DIR": ""}
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place).resolve()
+        shutil.copytree(notebooks, root / "notebooks")
+        done = [root / "executed" / f"{stem}.ipynb" for stem in NOTEBOOKS]
+        for path in done:
+            execute(read_notebook(notebooks, path.stem), path, {}, root / "notebooks")
+        files = {p.name: _clean(nbformat.read(p, as_version=4), root).encode() for p in done}
+        for picture in root.glob("work/runs/*/evaluation/auroc.png"):
+            files["result.png"] = picture.read_bytes()
+    for name, content in files.items():
+        write_atomic(notebooks / name, content)
+    print(f"Pairs: {', '.join(files)} in {os.path.relpath(notebooks)}/")
+
+
+def _clean(node: NotebookNode, root: Path) -> str:
+    """Return an executed notebook as text, without times, private paths and random ids."""
+    kept = {"kernelspec": node.metadata.kernelspec, "language_info": {"name": "python"}}
+    node.metadata = nbformat.from_dict(kept)
+    sources = [cell.source for cell in node.cells]
+    for i, cell in enumerate(node.cells):
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        cell.id = sha256(f"{sources[:i].count(cell.source)} {cell.source}".encode())[:8]
+    text = nbformat.writes(node).replace(f"{root}/", "") + "\n"
+    for private in (str(root), str(PACKAGE.parent), sys.prefix):
+        if private in text:
+            raise NotebookFailed(f"a cell holds {private}: print paths relative to the root")
+    return text
+
+
+def prepare(folder: Path) -> None:
+    """Make the output folder, let kernels import this package, and silence the Jupyter tools."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"work_dir: {folder} cannot be made ({error.strerror})") from error
+    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
+    for name in ("papermill", "traitlets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _explain(output: Path, error: Exception) -> Exception:
+    """Turn an execution error into one that names notebook, cell and error."""
+    if isinstance(error, PapermillExecutionError):
+        if error.ename == "InputError":
+            return InputError(error.evalue)
+        number, source, what = error.exec_count, error.source, f"{error.ename}: {error.evalue}"
+    else:  # papermill does not say where a kernel died: it is the last cell that was begun
+        cells = [c for c in nbformat.read(output, as_version=4).cells if c.cell_type == "code"]
+        begun = [c.source for c in cells if c.metadata.papermill.get("start_time")]
+        number, source = len(begun), (begun or [""])[-1]
+        what = f"{type(error).__name__}: {error}"
+    line = source.partition("\n")[0]
+    return NotebookFailed(f"{output.stem} failed in cell [{number}] {line!r}: {what}")

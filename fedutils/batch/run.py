@@ -1,0 +1,196 @@
+"""The four notebooks in order; what is unchanged is skipped."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbformat import NotebookNode
+
+from ..base.errors import InputError
+from ..base.files import PACKAGE, sha256, write_atomic
+from ..films.find import find_data
+from ..films.read import read_nih
+from ..films.split import check_splits
+from ..settings import EVALUATES, FIELDS, Settings, convert_texts, read_parameters
+from .notebook import (
+    FOLDER,
+    NOTEBOOKS,
+    READ_FILMS,
+    TRAINS,
+    declared,
+    execute,
+    prepare,
+    read_notebook,
+)
+
+# Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
+TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")
+PREPARED = ("prepared/report.json", "prepared/index.csv")
+BOXES = "prepared/boxes.csv"
+INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, BOXES, *TRAINED)), strict=True))
+OUTPUTS = {
+    "02_preprocess": (*PREPARED, BOXES, "prepared/images.npy"),
+    "03_federated_train": TRAINED,
+    "04_evaluate": ("runs/{}/evaluation/*", "runs/{}/MODEL_CARD.md"),
+}
+HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
+# What a notebook reads, whether or not its cell shows it; 03 reads all.
+EXPLORES = ("data_dir", "work_dir", "profile", "seed")
+PREPARES = (*EXPLORES, "image_size", "max_films")
+READS = dict(zip(NOTEBOOKS[:2], (EXPLORES, PREPARES), strict=True)) | {NOTEBOOKS[3]: EVALUATES}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One notebook of a run, read and with its parameters."""
+
+    stem: str
+    node: NotebookNode
+    settings: Settings
+    cwd: Path
+    data: str  # identity of the data folder
+    given: tuple[str, ...]  # the parameters that the user gave
+
+    @property
+    def output(self) -> Path:
+        """The executed notebook."""
+        return Path(self.settings.work_dir, "notebooks", self.settings.name, f"{self.stem}.ipynb")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those of the resolved parameters that its cell shows, or that were given and it reads."""
+        shown = [name for name in declared(self.node) if name in FIELDS]
+        read = READS.get(self.stem, FIELDS)
+        names = dict.fromkeys([*shown, *(name for name in self.given if name in read)])
+        return {name: getattr(self.settings, name) for name in names}
+
+    def key(self) -> str:
+        """Return a hash of all that the result depends on: code, parameters and inputs."""
+        code = [cell.source for cell in self.node.cells if cell.cell_type == "code"]
+        package = [path.read_text() for path in sorted(PACKAGE.rglob("*.py"))]
+        data = self.data if self.stem in READ_FILMS else ""
+        inputs = self._digests(INPUTS[self.stem])
+        return sha256(json.dumps([code, package, self.parameters, data, inputs]).encode())
+
+    def left(self) -> dict[str, str]:
+        """Return the hashes of what the notebook left, the executed copy and its HTML included."""
+        copies = [self.output, self.output.with_suffix(".html")]
+        here = {path.name: _digest(path) for path in copies if path.is_file()}
+        return here | self._digests(OUTPUTS.get(self.stem, ()))
+
+    def is_unchanged(self) -> bool:
+        """Tell whether this notebook has finished, and nothing it depends on or left differs."""
+        if self.stem == TRAINS and self.is_unfinished():
+            return False
+        return _read_state(self.output.parent).get(self.stem) == [self.key(), self.left()]
+
+    def is_unfinished(self) -> bool:
+        """Tell whether training stopped early, at `max_hours`: then it is always continued."""
+        return not (self.settings.run / "finished.json").is_file()
+
+    def record(self, key: str) -> None:
+        """Note that this notebook has finished."""
+        state = _read_state(self.output.parent) | {self.stem: [key, self.left()]}
+        write_atomic(self.output.parent / "state.json", json.dumps(state, indent=1).encode())
+
+    def _digests(self, patterns: Iterable[str]) -> dict[str, str]:
+        """Hash the files below the work folder; a file that is not there is left out."""
+        work = Path(self.settings.work_dir)
+        found = [path for p in patterns for path in work.glob(p.format(self.settings.name))]
+        files = sorted(path for path in found if path.is_file())
+        return {str(path.relative_to(work)): _digest(path) for path in files}
+
+
+def run(
+    values: Mapping[str, Any], only: str = "", force: bool = False, notebooks: Path = FOLDER
+) -> Settings:
+    """Execute the notebooks in order with these parameters, and return the parameters as resolved.
+
+    `only` is a list such as "03,04"; what is unchanged is skipped unless `force`.
+    Raises InputError for what the user can mend, before any notebook starts where that can be
+    known, and NotebookFailed for every other error in a notebook.
+    """
+    chosen = choose_notebooks(only)
+    nodes = {stem: read_notebook(notebooks, stem) for stem in NOTEBOOKS}
+    settings, data = resolve(values)
+    about = settings, notebooks, identify(data), tuple(values)
+    jobs = [Step(stem, nodes[stem], *about) for stem in chosen]
+    _check_before(jobs, data, force)
+    for job in jobs:
+        if not force and job.is_unchanged():
+            print(f"{job.stem:<19} skipped (unchanged)", flush=True)
+        else:
+            key = job.key()  # what it depends on as it starts, not as it ends
+            execute(job.node, job.output, job.parameters, job.cwd)
+            job.record(key)
+    _print_results(jobs)
+    return settings
+
+
+def identify(folder: Path | None) -> str:
+    """Return a hash of a data folder: the content of its tables, the names of its films."""
+    if folder is None:
+        return "phantom"
+    tables = [
+        path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz", ".toml")
+    ]
+    names = sorted((here, sorted(files)) for here, _, files in os.walk(folder, followlinks=True))
+    return sha256(json.dumps([[_digest(path) for path in tables], names]).encode())
+
+
+def choose_notebooks(only: str) -> list[str]:
+    """Turn "03,04" into the names of notebooks; all if empty."""
+    numbers = {stem[:2]: stem for stem in NOTEBOOKS}
+    wanted = [number.strip() for number in only.split(",")] if only else list(numbers)
+    if unknown := [number for number in wanted if number not in numbers]:
+        raise InputError(f"--only {only}: no notebook {unknown[0]!r}; known: {', '.join(numbers)}")
+    return [stem for number, stem in numbers.items() if number in wanted]
+
+
+def resolve(values: Mapping[str, Any]) -> tuple[Settings, Path | None]:
+    """Check names and values, find the data, and return the resolved parameters and its folder."""
+    typed = convert_texts(values)
+    data = find_data(typed.get("data_dir", ""))
+    return read_parameters(typed | {"data_dir": str(data or "")}), data
+
+
+def _check_before(jobs: list[Step], data: Path | None, force: bool) -> None:
+    """Raise InputError for a table or a work folder that would stop a notebook later."""
+    # A finished notebook has read the same table already, which takes seconds for all films.
+    if data and any(job.stem in READ_FILMS and (force or not job.is_unchanged()) for job in jobs):
+        table = read_nih(data).table
+        if {job.stem for job in jobs} != {NOTEBOOKS[0]}:
+            check_splits(table, jobs[0].settings.seed)
+    prepare(jobs[0].output.parent)
+
+
+def _print_results(jobs: list[Step]) -> None:
+    """Say where everything lies; after notebook 04 also the headline figures."""
+    print(f"\nExecuted notebooks and HTML: {os.path.relpath(jobs[0].output.parent)}/")
+    if any(job.stem == TRAINS and job.is_unfinished() for job in jobs):
+        print("Training stopped at max_hours; the same command goes on from there.")
+    path = jobs[0].settings.run / "evaluation" / "summary.json"
+    if jobs[-1].stem == NOTEBOOKS[-1] and path.is_file():
+        print(f"Summary: {os.path.relpath(path)}\n")
+        print("\n".join(json.loads(path.read_text()).get("headline", [])))
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Return what is known of finished notebooks; nothing if the file is missing or damaged."""
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _digest(path: Path) -> str:
+    """Return a hash of a file: of report.json its fingerprint, of a very large one its size."""
+    if path.name == "report.json":
+        with suppress(ValueError, KeyError):  # damaged: notebook 02 is to write it again
+            return json.loads(path.read_text())["fingerprint"]
+    size = path.stat().st_size
+    return str(size) if size > HASHED_BYTES else sha256(path.read_bytes())

@@ -1,0 +1,1 @@
+"""From predictions to tables to sentences. It reads a run folder and plans no training."""

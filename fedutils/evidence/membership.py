@@ -1,0 +1,107 @@
+"""Was a patient in the training? An attack by the size of the loss, which anyone can run.
+
+Yeom et al., CSF 2018: a model tends to have a lower loss on films that it learned from. The unit is
+the patient, by the mean loss over that patient's films. This attack is a weak one: what it finds is
+there, what it does not find may be found by a stronger one (Carlini et al., S&P 2022, who also say
+why the rate at few false positives matters more than the area under the curve).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from ..base.findings import FINDINGS
+from ..base.rng import generator
+from ..dataset import ChestXrayDataset
+from .bootstrap import bootstrap, interval, patient_resamples
+from .tables import OWNER, name_model
+
+FEWEST = 300  # non-members below which the rate at 1 % false positives is not stated
+FALSE = 0.01
+RATE = "tpr_at_1pct_fpr"
+
+
+def attack_films(films: ChestXrayDataset, seed: int, most: int = 1000) -> ChestXrayDataset:
+    """Draw as many training as validation patients of each hospital, `most` of each at the most.
+
+    Members and non-members then differ in nothing but membership. `films.index` carries `client`
+    and `split`; all films of a drawn patient come along.
+    """
+    drawn: list[str] = []
+    for client, rows in films.index.groupby("client"):
+        parts = [sorted(rows["patient_id"][rows["split"] == s].unique()) for s in ("train", "val")]
+        count = min(most, *map(len, parts))
+        choice = generator(seed, "attack", 0, client).choice
+        drawn += [name for part in parts for name in choice(part, count, replace=False)]
+    return films.where(films.index["patient_id"].isin(drawn))
+
+
+def attack_models(
+    predictions: Sequence[pd.DataFrame], films: ChestXrayDataset, seed: int
+) -> pd.DataFrame:
+    """Attack every model; return the rows of `membership.csv`, with 95 % intervals over patients.
+
+    `predictions` are those of `predict_films` for the films of `attack_films`, of training and of
+    validation. Columns: `arm, seed, client, metric, value, ci_low, ci_high, members,
+    non_members`; the metrics are `auroc` (0.5: no better than guessing) and the share of members
+    that are found while 1 % of the others are accused. That is NaN below 300 non-members. A local
+    model is judged on its own hospital's patients.
+    """
+    about = films.index.set_index("image_index")
+    tables = []
+    for owner, rows in pd.concat(predictions).groupby(OWNER, sort=False):
+        index = about.loc[rows["image_index"]]
+        patients = _patients(index, rows[list(FINDINGS)].to_numpy())
+        if owner[2]:
+            patients = patients[patients["hospital"] == owner[2]]
+        tables.append(name_model(pd.DataFrame(_attack(patients, seed)), owner))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _patients(index: pd.DataFrame, chances: np.ndarray) -> pd.DataFrame:
+    """Return a row a patient: hospital, whether a member (1 or 0), and the mean loss."""
+    truth = index[list(FINDINGS)].to_numpy(float)
+    right = np.where(truth == 1, chances, 1 - chances).clip(1e-12)
+    loss = np.nanmean(np.where(np.isnan(truth), np.nan, -np.log(right)), axis=1)
+    films = index[["patient_id"]].assign(hospital=index["client"], loss=loss)
+    films["member"] = (index["split"] == "train").astype(int)
+    return (
+        films.dropna(subset=["loss"])
+        .groupby("patient_id")
+        .agg(hospital=("hospital", "first"), member=("member", "first"), loss=("loss", "mean"))
+    )
+
+
+def _attack(patients: pd.DataFrame, seed: int) -> list[dict[str, float | str]]:
+    """Return one row a metric of a threshold on the loss."""
+    truth, score = patients["member"].to_numpy(), -patients["loss"].to_numpy()
+    counts = {"members": int(truth.sum()), "non_members": int((1 - truth).sum())}
+    if not all(counts.values()):
+        nothing = dict.fromkeys(("value", "ci_low", "ci_high"), np.nan)
+        return [{"metric": name} | nothing | counts for name in ("auroc", RATE)]
+    resamples = patient_resamples(np.arange(len(truth)), 1000, seed)
+    areas = bootstrap(truth, score, resamples, wanted=["auroc"])[0]
+    rates = found_at(truth, score, resamples.times.T)
+    rates *= 1 if counts["non_members"] >= FEWEST else np.nan
+    return [
+        {"metric": name, "value": float(values[0])}
+        | dict(zip(("ci_low", "ci_high"), interval(values[1:]), strict=True))
+        | counts
+        for name, values in (("auroc", areas), (RATE, rates))
+    ]
+
+
+def found_at(truth: np.ndarray, score: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Return the highest true-positive rate with at most 1 % false positives, a resample each.
+
+    `truth` and `score` are (n,), `times` (repeats, n) says how often each counts. Equal scores lie
+    on one side of a threshold, so it is never drawn between them.
+    """
+    order = np.argsort(-score, kind="stable")
+    weights, member = times[:, order].astype(float), truth[order]
+    hits, misses = (weights * member).cumsum(axis=1), (weights * (1 - member)).cumsum(axis=1)
+    between = np.r_[np.diff(score[order]) != 0, True]
+    allowed = between & (misses <= FALSE * misses[:, -1:])
+    with np.errstate(invalid="ignore"):
+        return np.where(allowed, hits, 0).max(axis=1) / hits[:, -1]

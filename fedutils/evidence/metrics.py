@@ -1,0 +1,200 @@
+"""metrics.csv: every model, finding and test set, with intervals over patients."""
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pandas as pd
+
+from ..base.findings import FINDINGS
+from ..dataset import ChestXrayDataset
+from .bootstrap import Resamples, bootstrap, patient_resamples, tabulate_values
+from .differences import difference_rows
+from .tables import (
+    ALL_FILMS,
+    LEAST_PATIENTS,
+    METRICS,
+    ONE_FILM,
+    OWNER,
+    Draws,
+    Evaluation,
+    Owner,
+    name_model,
+    name_rows,
+    truth_of,
+)
+
+REPEATS = 1000  # resamples of the test patients; under 560 no p survives Holm over 14 findings
+AGES = {"0-39": (0, 40), "40-59": (40, 60), "60+": (60, np.inf)}  # years: from, below
+# Published mean AUROC over the 14 findings on NIH's official test split, with the 2017 labels.
+# To be shown only beside results on that very split: random patient splits score higher.
+YARDSTICKS_OFFICIAL: dict[str, float] = {
+    "Wang 2017, ResNet-50": 0.745,  # ChestX-ray8, CVPR 2017
+    "ResNet-18, full fine-tune": 0.789,  # public fine-tuning on the official lists
+    "Baltruschat 2019, ResNet-38 + metadata": 0.806,  # Scientific Reports 9:6381
+    "Guendel 2018, DenseNet-121": 0.807,  # location-aware DenseNet, CIARP 2018
+    "Xiao 2023, masked autoencoder ViT-B": 0.830,  # Delving into Masked Autoencoders, WACV 2023
+}
+
+
+def evaluate_models(
+    predictions: pd.DataFrame, films: ChestXrayDataset, seed: int, repeats: int = REPEATS
+) -> Evaluation:
+    """Return the rows of `metrics.csv` and of `differences.csv`, and the findings of the mean.
+
+    `predictions` is what `predict_films` returned, or the file as read back. Test sets are `all`,
+    each client, the subgroups of `test_groups`, and one film a patient; all but `all` have the
+    AUROC alone. `seed` is empty on the rows of the mean over seeds; `client` is empty in the arm
+    `local` on those of the mean over local models. The resamples of patients are the same for all.
+    """
+    index = films.index.set_index("image_index").loc[predictions["image_index"].unique()]
+    groups = test_groups(index)
+    findings = {
+        name: evaluable_findings(truth_of(index), index["patient_id"], list(family.values()))
+        for family in groups.values()
+        for name in family
+    }
+    # A mean of a part never holds a finding that the primary mean leaves out.
+    findings = {k: [f for f in fs if f in findings[ALL_FILMS]] for k, fs in findings.items()}
+    masks = {name: mask for family in groups.values() for name, mask in family.items()}
+    resamples = patient_resamples(index["patient_id"], repeats, seed)
+    draws = add_means(resample_models(predictions, index, resamples, masks, findings))
+    tables = []
+    for owner, by_set in draws.items():
+        for name, values in by_set.items():
+            labels = truth_of(index[masks[name]])
+            rows = tabulate_draws(values, labels, findings[name], METRICS[: len(values)])
+            tables.append(name_model(name_rows(rows, {"test_set": name}), owner))
+    clients = list(groups["client"])
+    return Evaluation(
+        pd.concat(tables, ignore_index=True), difference_rows(draws, clients), findings[ALL_FILMS]
+    )
+
+
+def test_groups(index: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
+    """Return the parts of the test films by family: a mask (n,) for each client and subgroup.
+
+    The films of an unknown sex, age, view or scanner are in no subgroup of that family. One film a
+    patient is the first by name.
+    """
+    groups = {"all": {ALL_FILMS: np.ones(len(index), dtype=bool)}}
+    for family in ("client", "sex", "view", "scanner"):
+        column = index[family].fillna("").astype(str)
+        prefix = "" if family == "client" else f"{family}="
+        names = sorted(set(column) - {""})
+        groups[family] = {prefix + name: (column == name).to_numpy() for name in names}
+    bands = {f"age={k}": index["age"].between(*ends, "left") for k, ends in AGES.items()}
+    groups["age"] = {name: band.to_numpy() for name, band in bands.items() if band.any()}
+    first = ~index.sort_index()["patient_id"].duplicated()
+    groups["sensitivity"] = {ONE_FILM: first.reindex(index.index).to_numpy()}
+    return groups
+
+
+test_groups.__test__ = False  # pytest would take it for a test
+
+
+def resample_models(
+    predictions: pd.DataFrame,
+    index: pd.DataFrame,
+    resamples: Resamples,
+    masks: Mapping[str, np.ndarray],
+    findings: Mapping[str, Sequence[str]],
+) -> dict[Owner, Draws]:
+    """Compute each model's AUROC (on all films also average precision) in every resample.
+
+    `index` holds the labels, in the order of `resamples`; `masks` names its parts, `findings` those
+    of each part's mean. Findings are computed side by side, in as many threads as there are cores.
+    """
+    truth, result = truth_of(index), {}
+    wanted = {name: METRICS if name == ALL_FILMS else METRICS[:1] for name in masks}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for owner, rows in predictions.fillna({"client": ""}).groupby(OWNER, sort=False):
+            scores = rows.set_index("image_index").loc[index.index, list(FINDINGS)].to_numpy()
+
+            def one(k: int, scores: np.ndarray = scores) -> list[np.ndarray]:
+                """Resample one finding on every part."""
+                pair = truth[:, k], scores[:, k], resamples
+                return [bootstrap(*pair, masks[name], wanted[name]) for name in masks]
+
+            parts = zip(*pool.map(one, range(len(FINDINGS))), strict=True)
+            arrays = dict(zip(masks, (np.stack(part, axis=1) for part in parts), strict=True))
+            result[tuple(map(str, owner))] = {
+                name: with_mean(values, findings[name]) for name, values in arrays.items()
+            }
+    return result
+
+
+def add_means(draws: Mapping[Owner, Draws]) -> dict[Owner, Draws]:
+    """Put the mean over local models beside each seed's, then the mean over seeds of each model."""
+    result = dict(draws)
+    for arm, seed in dict.fromkeys(owner[:2] for owner in draws if owner[2]):
+        own = [values for owner, values in draws.items() if owner[:2] == (arm, seed)]
+        result[arm, seed, ""] = _mean(own)
+    for arm, client in dict.fromkeys((arm, client) for arm, _, client in result):
+        by_seed = [values for owner, values in result.items() if owner[::2] == (arm, client)]
+        result[arm, "", client] = _mean(by_seed)
+    return result
+
+
+def _mean(several: Sequence[Draws]) -> Draws:
+    """Average the draws of several models, resample by resample."""
+    return {name: np.mean([draws[name] for draws in several], axis=0) for name in several[0]}
+
+
+def _positive_patients(truth: np.ndarray, patients: np.ndarray) -> np.ndarray:
+    """Patients with a positive film, by finding (14,); 0 where no film is negative."""
+    counts = [len(np.unique(patients[column == 1])) for column in truth.T]
+    return np.where((truth == 0).any(axis=0), counts, 0)
+
+
+def evaluable_findings(
+    truth: np.ndarray,
+    patients: np.ndarray,
+    groups: Sequence[np.ndarray] | None = None,
+    minimum: int = LEAST_PATIENTS,
+) -> list[str]:
+    """Return the findings that the macro mean is taken over, in canonical order.
+
+    Those with positive films of at least `minimum` different patients, and a negative film, in
+    each of the `groups` (masks (n,); none: all films are one group), so that groups are compared
+    over the same findings. A group that has no such finding is passed over. Where nothing is left
+    (a tiny test set), those that are defined at all. `truth` is (n, 14) of 0, 1 or NaN, `patients`
+    (n,). It depends on the labels alone, never on a model.
+    """
+    truth, patients = np.asarray(truth), np.asarray(patients)
+    masks = [np.ones(len(truth), dtype=bool)] if groups is None else groups
+    counts = np.array([_positive_patients(truth[mask], patients[mask]) for mask in masks])
+    for least in (minimum, 1):
+        enough = counts[(counts >= least).any(axis=1)] >= least
+        if len(enough) and enough.all(axis=0).any():
+            return [f for f, kept in zip(FINDINGS, enough.all(axis=0), strict=True) if kept]
+    return []
+
+
+def with_mean(values: np.ndarray, findings: Sequence[str]) -> np.ndarray:
+    """Append the mean over some findings to values (..., 14, repeats): NaN if one is NaN."""
+    chosen = [FINDINGS.index(finding) for finding in findings]
+    none = np.full_like(values[..., 0, :], np.nan)
+    mean = values[..., chosen, :].mean(axis=-2) if chosen else none
+    return np.concatenate([values, mean[..., None, :]], axis=-2)
+
+
+def tabulate_draws(
+    draws: np.ndarray, truth: np.ndarray, findings: Sequence[str], wanted: Sequence[str] = METRICS
+) -> pd.DataFrame:
+    """Tabulate the values of a model with 95 % intervals: for each metric 14 findings, then `mean`.
+
+    `draws` (len(wanted), 15, 1 + repeats) is `bootstrap` by finding and `with_mean` over
+    `findings`; `truth` (n, 14) are the labels it was taken on. Columns: `finding, metric, value,
+    ci_low, ci_high, n, positives`. `n` is the number of labelled films, `positives` that of
+    positive films; in the row `mean` the number of films, and of findings in the mean.
+    """
+    count = {
+        "n": [*(~np.isnan(truth)).sum(axis=0), len(truth)],
+        "positives": [*(truth == 1).sum(axis=0), len(findings)],
+    }
+    tables = []
+    for metric, values in zip(wanted, draws, strict=True):
+        tables.append(tabulate_values(metric, values).assign(**count))
+    return pd.concat(tables, ignore_index=True)

@@ -1,0 +1,107 @@
+"""summary.json: what a run found and how to repeat it; and the check of it."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.torch import load_file
+
+from ..base.device import environment
+from ..base.errors import InputError
+from ..base.files import git_revision, sha256, write_atomic
+from ..base.parameters import Parameters
+from ..base.state import state_hash
+from ..dataset import read_report
+from ..run import read_budget, read_films
+from .metrics import evaluate_models
+from .predict import read_predictions
+from .tables import ALL_FILMS, MEAN, METRICS, OWNER, Evaluation, read_table, rows_of
+from .words import headline
+
+
+def write_summary(settings: Parameters, result: Evaluation, source: str) -> dict[str, Any]:
+    """Write `metrics.csv`, `differences.csv` and `summary.json`, which says how to repeat them."""
+    folder = settings.run / "evaluation"
+    for name, table in result._asdict().items():
+        if isinstance(table, pd.DataFrame):
+            write_atomic(folder / f"{name}.csv", table.to_csv(index=False).encode())
+    files = [settings.run / "global_model.safetensors", folder / "predictions.csv.gz"]
+    files += sorted((settings.run / "models").glob("*.safetensors"))
+    means = rows_of(result.metrics, finding=MEAN, seed="", test_set=ALL_FILMS)
+    summary = {
+        "headline": headline(result, source),
+        "mean_over": result.mean_over,
+        "means": means.astype(object).where(means.notna(), None).to_dict("records"),
+        "settings": json.loads((settings.run / "config.json").read_text()),
+        "privacy": read_budget(settings.run).to_dict("records"),
+        "fingerprint": read_report(settings.prepared)["fingerprint"],
+        "environment": environment(),
+        "git_revision": git_revision(),
+        "sha256": _hashes(settings.run, files),
+    }
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def record_files(settings: Parameters, *names: str) -> None:
+    """Add files of the run folder to the hashes in `summary.json`, for `verify_run` to check.
+
+    For what is written after the summary; a name that is not there is left out.
+    """
+    path = settings.run / "evaluation" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["sha256"] |= _hashes(settings.run, [settings.run / name for name in names])
+    write_atomic(path, json.dumps(summary, indent=1).encode())
+
+
+def _hashes(run: Path, files: Iterable[Path]) -> dict[str, str]:
+    """Hash the files that are there, by their names below the run folder."""
+    return {str(f.relative_to(run)): sha256(f.read_bytes()) for f in files if f.is_file()}
+
+
+def verify_run(settings: Parameters) -> list[str]:
+    """Check a run folder against its own summary; return what is wrong, a line each.
+
+    Hashes of models and predictions, the hash of each best model in the history, the fingerprint of
+    the prepared data, and the metrics, computed again from `predictions.csv.gz`. Raises InputError
+    if there is no summary.
+    """
+    run = settings.run
+    path = run / "evaluation" / "summary.json"
+    if not path.is_file():
+        raise InputError(f"{path} is not there: run notebook 04_evaluate first")
+    summary = json.loads(path.read_text())
+    written = summary["sha256"]
+    there = _hashes(run, [run / name for name in written])
+    wrong = [f"{name} is missing" for name in written if name not in there]
+    wrong += [f"{name} has changed" for name in there if there[name] != written[name]]
+    history = set(pd.read_csv(run / "history.csv")["state_sha256"].dropna())
+    # Local BatchNorm is in the file of a model, but not in what travelled and was hashed.
+    for name in sorted(there) if settings.batchnorm != "local" else ():
+        model = name.startswith("models/") and name != "models/trunk.safetensors"
+        if model and state_hash(load_file(run / name)) not in history:
+            wrong.append(f"{name} is the state of no round in history.csv")
+    if summary["fingerprint"] != read_report(settings.prepared)["fingerprint"]:
+        return [*wrong, f"{settings.prepared} holds other data: metrics cannot be recomputed"]
+    return wrong + _recompute(settings)
+
+
+def _recompute(settings: Parameters) -> list[str]:
+    """Compute the tables again from the predictions as written; name the rows that differ."""
+    run = settings.run
+    predictions = read_predictions(run / "evaluation" / "predictions.csv.gz")
+    again = evaluate_models(predictions, read_films(settings), settings.seed)
+    wrong = []
+    for name, keys in (("metrics", OWNER), ("differences", ["first", "second"])):
+        stored = read_table(run / "evaluation" / f"{name}.csv")
+        stored = stored[stored["metric"].isin(METRICS)]
+        keys = [*keys, "test_set", "finding", "metric"]
+        both = stored.merge(getattr(again, name), on=keys, how="outer", suffixes=("", "_again"))
+        pairs = [both[[c, f"{c}_again"]].to_numpy(float).T for c in ("value", "ci_low", "ci_high")]
+        same = np.all([np.isclose(*pair, atol=1e-12, equal_nan=True) for pair in pairs], axis=0)
+        rows = both[~same][[*keys, "value", "value_again"]].astype(object).to_numpy().tolist()
+        wrong += [f"{name}.csv says {r[-2]} for {r[:-2]}, computed again {r[-1]}" for r in rows]
+    return wrong

@@ -1,0 +1,188 @@
+"""Tables of models, findings and test sets: names, rows, and their text."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ..base.findings import FINDINGS
+from ..base.scores import undefined
+
+OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
+Owner = tuple[str, str, str]  # arm, seed, client
+Draws = dict[str, np.ndarray]  # by test set: (metrics, 15, 1 + repeats)
+MEAN, MEAN_LOCAL = "mean", "mean local model"
+ALL_FILMS, ONE_FILM = "all", "one film a patient"  # test sets beside the clients and the subgroups
+SHOWN, NOT_SHOWN = "shown", "no difference shown"
+LEAST_PATIENTS = 10  # with a positive film, for a finding to count in the mean
+LEAST_POSITIVES = 30  # films of a subgroup, for anything to be concluded from it
+METRICS = ("auroc", "average_precision")
+RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
+BRACKETS = {"form": " [{}, {}]", "without": ""}  # an interval in a figure, where room is scarce
+
+
+class Evaluation(NamedTuple):
+    """The tables of notebook 04, and the findings that the primary mean is taken over."""
+
+    metrics: pd.DataFrame
+    differences: pd.DataFrame
+    mean_over: list[str]
+
+
+def is_client(test_set: str) -> bool:
+    """Tell whether a test set is that of a client, neither all films nor a subgroup."""
+    return test_set not in (ALL_FILMS, ONE_FILM) and "=" not in test_set
+
+
+def truth_of(index: pd.DataFrame) -> np.ndarray:
+    """Return the labels (n, 14) of an index as float."""
+    return index[list(FINDINGS)].to_numpy(dtype=float)
+
+
+def name_rows(rows: pd.DataFrame, names: Mapping[str, object]) -> pd.DataFrame:
+    """Put constant columns before a table, in the order given."""
+    for name in reversed(names):
+        rows.insert(0, name, names[name])
+    return rows
+
+
+def name_model(rows: pd.DataFrame, owner: Sequence[object]) -> pd.DataFrame:
+    """Put the arm, seed and client of a model before a table."""
+    return name_rows(rows, dict(zip(OWNER, owner, strict=True)))
+
+
+def rows_of(table: pd.DataFrame, **wanted: str) -> pd.DataFrame:
+    """Keep the rows that hold what is wanted in these columns, such as `metric="auroc"`."""
+    return table[(table[list(wanted)] == pd.Series(wanted)).all(axis=1)]
+
+
+def mean_auroc_rows(table: pd.DataFrame, **wanted: str) -> pd.DataFrame:
+    """Keep the rows of the mean AUROC that hold what else is wanted."""
+    return rows_of(table, finding=MEAN, metric="auroc", **wanted)
+
+
+def over_seeds(metrics: pd.DataFrame, test_set: str = ALL_FILMS) -> pd.DataFrame:
+    """Keep the rows of the means over seeds on one test set."""
+    return rows_of(metrics, seed="", test_set=test_set)
+
+
+def hospitals(metrics: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Keep an arm's mean AUROC on the test films of each client, over seeds (and local models)."""
+    rows = mean_auroc_rows(metrics, arm=arm, seed="", client="")
+    return rows.loc[rows["test_set"].map(is_client)]
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table of the evaluation; an empty name stays empty text, and a seed is text too."""
+    names = {name: str for name in (*OWNER, "test_set", "finding")}
+    table = pd.read_csv(path, dtype=names)
+    texts = [name for name in names if name in table]
+    if "seed" in table:  # beside an empty seed pandas writes 0 as 0.0
+        table["seed"] = table["seed"].str.removesuffix(".0")
+    return table.fillna(dict.fromkeys(texts, ""))
+
+
+def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Lay the table out for reading: a row a finding, a column an arm and metric, with intervals.
+
+    Shown are the test set `all` and the means over seeds; of the local models their mean.
+    """
+    rows = over_seeds(metrics)
+    rows = rows[(rows["client"] == "") & rows["metric"].isin(METRICS)]
+    texts = [value_or_why_not(row) for row in rows.itertuples()]
+    wide = rows.assign(text=texts, arm=rows["arm"].replace("local", MEAN_LOCAL))
+    wide = wide.pivot(index="finding", columns=["metric", "arm"], values="text")
+    order = list(dict.fromkeys(zip(rows["metric"], rows["arm"], strict=True)))
+    columns = [(metric, MEAN_LOCAL if arm == "local" else arm) for metric, arm in order]
+    wide = wide.loc[[MEAN, *FINDINGS], sorted(columns, key=lambda c: METRICS.index(c[0]))]
+    words = {"auroc": "AUROC", "average_precision": "average precision"}
+    wide.columns = [f"{words[metric]}, {arm}" for metric, arm in wide.columns]
+    means = rows.loc[rows["finding"] == MEAN, "positives"]
+    return wide.rename({MEAN: f"mean of {means.max()}"}).rename_axis(index=None)
+
+
+def tabulate_differences_text(differences: pd.DataFrame) -> pd.DataFrame:
+    """Lay the differences of the mean AUROC out for reading, a row a pair and test set."""
+    rows = mean_auroc_rows(differences)
+    table = {
+        "films": rows["test_set"],
+        "difference of mean AUROC": rows["first"] + " − " + rows["second"],
+        "value (95 % interval)": [with_interval(row, sign="+") for row in rows.itertuples()],
+        "by seed": [span(row.seed_low, row.seed_high) for row in rows.itertuples()],
+        "seeds with its sign": [f"{r.seeds_agree} of {r.seeds}" for r in rows.itertuples()],
+        "verdict": rows["verdict"],
+    }
+    return pd.DataFrame(table)
+
+
+def training_cost(history: pd.DataFrame, local_epochs: int) -> pd.DataFrame:
+    """Return what each arm had spent at each round, and the AUROC it then had on validation films.
+
+    Columns: `arm, seed, round, films_seen, gigabytes, val_auroc`. Films count once each time they
+    are trained on; gigabytes are the states sent, both ways. Of the arm `local` the films of all
+    models are summed, and their AUROC averaged.
+    """
+    rows = history[(history["client"].fillna("") == "") | (history["arm"] == "local")]
+    rows = rows.assign(sent=rows["bytes_up"] + rows["bytes_down"])
+    by_round = rows.groupby(["arm", "seed", "round"], sort=False)
+    table = by_round.agg(
+        films_seen=("examples", "sum"), gigabytes=("sent", "sum"), val_auroc=("val_auroc", "mean")
+    ).reset_index()
+    spent = table.groupby(["arm", "seed"])[["films_seen", "gigabytes"]].cumsum()
+    table["films_seen"] = spent["films_seen"] * local_epochs
+    return table.assign(gigabytes=spent["gigabytes"] / 1e9)
+
+
+def value_or_why_not(row: Any, **look: str) -> str:
+    """Write a value of the metrics as `with_interval` does, or say why there is none."""
+    if not np.isnan(row.value):
+        return with_interval(row, **look)
+    return "not defined" if row.finding == MEAN else undefined(row.positives, row.n)
+
+
+def with_interval(
+    row: Any,
+    sign: str = "",
+    form: str = " ({} to {})",
+    without: str = " (no interval: too few films)",
+) -> str:
+    """Write a value with its interval in this form, or with what stands there without one."""
+    value, low, high = (f"{part:{sign}.3f}" for part in (row.value, row.ci_low, row.ci_high))
+    return value + (without if np.isnan(row.ci_low) else form.format(low, high))
+
+
+def span(low: float, high: float, sign: str = "+") -> str:
+    """Write the smallest and the largest of several values, once if they look the same."""
+    ends = dict.fromkeys([f"{low:{sign}.3f}", f"{high:{sign}.3f}"])
+    return " to ".join(ends)
+
+
+def main_model(table: pd.DataFrame) -> pd.DataFrame:
+    """Return one row `arm, seed, client`: the first federated model of a table, else the first."""
+    federated = table[table["arm"] == "federated"]
+    return (federated if len(federated) else table)[OWNER].head(1)
+
+
+def tabulate_points(points: pd.DataFrame) -> pd.DataFrame:
+    """Lay one model's operating points out for reading: a row a finding, rates by rule."""
+    parts = {"test films": points.drop_duplicates("finding").set_index("finding")}
+    whole = parts["test films"]
+    parts["test films"] = pd.DataFrame({
+        "positive": whole["positives"].map("{:,}".format),
+        "prevalence": whole["prevalence"].map("{:.3f}".format),
+    })  # fmt: skip
+    for rule, rows in points.groupby("rule", sort=False):
+        rows = rows.set_index("finding")
+        rates = rows[list(RATES)]
+        text = rates.map("{:.2f}".format).where(rates.notna(), "–")
+        text.loc[rows["threshold"].isna(), "sensitivity"] = "no cut"  # then nothing is defined
+        parts[rule] = text.rename(columns=RATES)
+    return pd.concat(parts, axis=1).rename_axis(index=None)
+
+
+def tally_words(row: Any) -> str:
+    """Write a tally such as '31 of 180 (0.17, 95 % interval 0.12 to 0.23)'."""
+    interval = f"95 % interval {row.ci_low:.2f} to {row.ci_high:.2f}"
+    return f"{row.hits:.0f} of {row.n:.0f} ({row.value:.2f}, {interval})"

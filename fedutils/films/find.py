@@ -1,0 +1,65 @@
+"""Where the films are: a given folder, the environment, Kaggle's mounts, or the phantom."""
+
+import os
+import re
+from pathlib import Path
+
+from ..base.errors import InputError
+from ..base.files import KAGGLE, search_files
+
+PHANTOM_MARKER, MAPPING_NAME = "PHANTOM.json", "films.toml"
+TABLE_NAME = re.compile(r"(Data_Entry.*|sample_labels)\.csv(\.gz)?")
+KAGGLE_DEPTH, FILM_DEPTH = 4, 3  # folders below the mount, and below the data folder
+
+
+def find_data(data_dir: str = "", kaggle: Path = KAGGLE / "input") -> Path | None:
+    """Return the data folder: `data_dir`, else NIH_DATA_DIR, else a Kaggle mount.
+
+    None means: use the phantom. A mount is searched `KAGGLE_DEPTH` folders deep, without entering
+    image folders; NIH's whole set is preferred to own films, these to NIH's sample set, and all to
+    a phantom. Raises InputError if a folder was given and is missing, unreadable, empty or without
+    a table.
+    """
+    given = data_dir or os.environ.get("NIH_DATA_DIR", "")
+    if not given:
+        return _search_data(kaggle, KAGGLE_DEPTH)
+    folder = Path(given).expanduser()
+    if problem := data_problem(folder):
+        raise InputError(f"{'data_dir' if data_dir else 'NIH_DATA_DIR'}: {problem}")
+    return folder
+
+
+def data_problem(folder: Path) -> str:
+    """Say why a folder cannot be used and what to do; "" if it can."""
+    todo = f"give the folder that holds Data_Entry_2017*.csv or your own {MAPPING_NAME}"
+    todo += " (see data/README.md)"
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except OSError as error:
+        return f"folder {folder} cannot be read ({error.strerror}); {todo}"
+    if not names:
+        return f"folder {folder} is empty; {todo}"
+    if any(TABLE_NAME.fullmatch(name) or name == MAPPING_NAME for name in names):
+        return ""
+    nested = _search_data(folder, 2)
+    hint = f"there is one in {nested}: give that folder" if nested else todo
+    return f"folder {folder} has no table; it holds {', '.join(names[:5])}; {hint}"
+
+
+def _search_data(root: Path, depth: int) -> Path | None:
+    """Return the best folder with a table or a mapping, at most `depth` folders below `root`.
+
+    Real data come before a phantom, NIH's sample set after all other, then NIH before own films,
+    then the nearest.
+    """
+    tables = search_files(root, "*.csv*", depth)
+    found = [path for path in tables if TABLE_NAME.fullmatch(path.name)]
+    found += search_files(root, MAPPING_NAME, depth)
+    rank = {path: ((path.parent / PHANTOM_MARKER).exists(), path.name[0] == "s") for path in found}
+    return min(found, key=rank.__getitem__).parent if found else None
+
+
+def label_tables(folder: Path) -> list[Path]:
+    """Return the label tables of a folder: the whole set first, and its newer release first."""
+    tables = [path for path in folder.glob("*.csv*") if TABLE_NAME.fullmatch(path.name)]
+    return sorted(tables, key=lambda path: (path.name[0] == "s", "v2020" not in path.name, path))

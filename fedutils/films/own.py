@@ -1,0 +1,262 @@
+"""Films of your own: a mapping file says what the columns of any table mean.
+
+The mapping, `films.toml`, lies beside the table and says in TOML, ours on the left and yours on
+the right, which columns hold the image, the patient and so on (`[columns]`), and which columns, or
+which words of one column (`[labels]`), are the findings (`[findings]`). data/README.md shows it.
+What the mapping leaves out is unknown, never negative.
+"""
+
+import csv
+import io
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..base.errors import InputError
+from ..base.findings import FINDINGS, SPLITS
+from .find import MAPPING_NAME
+
+# What [columns] may name, and the column of `read_nih`'s rows that it becomes.
+COLUMNS = {
+    "image": "image_index", "patient": "patient_id", "view": "view", "age": "age", "sex": "sex",
+    "scanner": "scanner", "follow_up": "follow_up", "split": "split",
+}  # fmt: skip
+KEYS = {"": ("table", "columns", "findings", "labels"), "columns": tuple(COLUMNS),
+        "findings": FINDINGS, "labels": ("column", "separator", "none", "ignore")}  # fmt: skip
+MARKS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": np.nan}
+MARK_SEPARATOR = "\x1f"  # joins the marks of one row into a text, as no cell holds it
+
+
+@dataclass(frozen=True)
+class OwnTable:
+    """A mapping as read. `columns` is by our names; `words` maps yours to ours.
+
+    With a column of `labels`, `words` are the words in it, in lower case, with "" for a word that
+    says nothing about the 14 findings and "none" for one that says that there is no finding;
+    without one, `words` are columns of marks.
+    """
+
+    mapping: Path
+    file: Path
+    columns: dict[str, str]
+    words: dict[str, str]
+    labels: str = ""
+    separator: str = ""
+
+    def read(self, text: str) -> pd.DataFrame:
+        """Turn the table's text into rows of text with our column names; the index is the line.
+
+        `labels` holds what `parse` reads: the label text, or the marks of all columns. Raises
+        InputError for a column that is not there, and for a split or a row that cannot be read.
+        """
+        raw = _read_cells(text, self.file)
+        wanted = [*self.columns.values(), *([self.labels] if self.labels else self.words)]
+        for column in wanted:
+            if (times := list(raw.columns).count(column)) != 1:
+                raise InputError(
+                    f"{self.file}: {times or 'no'} columns {column!r}, which {MAPPING_NAME} names;"
+                    f" found {', '.join(raw.columns)}; correct {MAPPING_NAME}"
+                )
+        rows = raw[list(self.columns.values())].set_axis(list(self.columns), axis=1)
+        rows = rows.reindex(columns=list(COLUMNS.values()), fill_value="")
+        marks = raw[[self.labels] if self.labels else list(self.words)]
+        rows["labels"] = [MARK_SEPARATOR.join(row) for row in marks.to_numpy()]
+        return self._tidy(rows)
+
+    def _tidy(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Bring film, sex, view and scanner to one spelling, and check the split."""
+        wrong = rows.index[~rows["split"].isin(["", *SPLITS])]
+        if len(wrong):
+            found = (
+                f"split {rows['split'][wrong[0]]!r}; write train, val or test, or leave it empty"
+            )
+            raise InputError(f"{self.file}, line {wrong[0]}: {found}")
+        # A scanner may become a client, whose name is part of file names.
+        return rows.assign(
+            image_index=film_name(rows["image_index"]),
+            sex=rows["sex"].str.upper().str[:1], view=rows["view"].str.upper(),
+            scanner=rows["scanner"].str.replace(r"[^\w.-]+", "-", regex=True),
+        )  # fmt: skip
+
+    def check_films(self, images: pd.Series, films: Mapping[str, str]) -> None:
+        """Raise InputError if there are films, but the table names none of them."""
+        if films and not images.isin(films.keys()).any():
+            raise InputError(
+                f"{self.file}, line {images.index[0]}: {images.iloc[0]!r} is no film in the folder,"
+                f" and no other row's is; films there are {', '.join(list(films)[:3])}; name them"
+                " as the files are named, ending included, or by their path below the folder"
+            )
+
+    def parse(self, text: str) -> np.ndarray:
+        """Turn a row's `labels` into float32 (14,): 1, 0, or NaN where nobody looked.
+
+        Raises InputError on a mark that is not 0, 1 or empty, on an unknown word, and on a word for
+        no finding beside a finding.
+        """
+        return self._parse_words(text) if self.labels else self._parse_marks(text)
+
+    def _parse_marks(self, text: str) -> np.ndarray:
+        """Read the marks of all columns; see `parse`."""
+        vector = np.full(len(FINDINGS), np.nan, np.float32)
+        for mark, (column, finding) in zip(
+            text.split(MARK_SEPARATOR), self.words.items(), strict=True
+        ):
+            if mark not in MARKS:
+                raise InputError(
+                    f"column {column!r} ({finding}) holds {mark!r}; write 1 for present, 0 for"
+                    " absent, or leave it empty for unknown"
+                )
+            vector[FINDINGS.index(finding)] = MARKS[mark]
+        return vector
+
+    def _parse_words(self, text: str) -> np.ndarray:
+        """Read the words of a label text; an empty text is unknown. See `parse`."""
+        words = [word.strip().lower() for word in text.split(self.separator) if word.strip()]
+        for word in words:
+            if word not in self.words:
+                raise InputError(
+                    f"column {self.labels!r} holds the unknown word {word!r}; name it in"
+                    f" {MAPPING_NAME} under [findings], or under none or ignore in [labels]"
+                )
+        said = {self.words[word] for word in words}
+        if "none" in said and said & {*FINDINGS}:
+            raise InputError(f"a word for no finding stands beside a finding in {text!r}")
+        known = {*self.words.values()} if words else {}
+        return np.array([f in said if f in known else np.nan for f in FINDINGS], np.float32)
+
+
+def film_name(column: pd.Series) -> pd.Series:
+    """Write a film's name, or its path below the folder, with forward slashes."""
+    return column.str.replace("\\", "/").str.removeprefix("./")
+
+
+def own_lists(
+    rows: pd.DataFrame, listed: Mapping[str, list[str]], file: Path
+) -> dict[str, set[str]]:
+    """Unite own split lists with the column `split`: films by split; empty if there are none.
+
+    Without a list for validation, `train` becomes NIH's `train_val`, of which a share of patients
+    is set aside. Raises InputError unless there are films to train and films to test on.
+    """
+    lists = {k: {*film_name(pd.Series(v, dtype=str).str.strip())} - {""} for k, v in listed.items()}
+    for split, films in rows["image_index"].groupby(rows["split"]):
+        if split:
+            lists.setdefault(split, set()).update(films)
+    if "train" in lists and "val" not in lists:
+        lists["train_val"] = lists.pop("train") | lists.get("train_val", set())
+    if lists and not ("test" in lists and {"train", "train_val"} & {*lists}):
+        found = f"the lists or the column of splits name {', '.join(lists)} alone"
+        raise InputError(f"{file}: {found}; name films for train and for test, or none at all")
+    return lists
+
+
+def read_mapping(folder: Path) -> OwnTable | None:
+    """Read the mapping of a folder; None if it has none.
+
+    Raises InputError, which names the file and the key, for a file that is no TOML, an unknown key
+    or finding, a value that is no text, something missing, and one word that means two things.
+    """
+    path = folder / MAPPING_NAME
+    if not path.exists():
+        return None
+    try:
+        given = tomllib.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); see data/README.md") from None
+    _check_keys(given, path)
+    columns, labels = _texts(given["columns"], path), given.get("labels", {})
+    _texts({key: labels[key] for key in ("column", "separator") if key in labels}, path)
+    table = given["table"]
+    if not (isinstance(table, str) and re.fullmatch(r"[^/\\]+\.csv(\.gz)?", table)):
+        raise InputError(f"{path}: table = {table!r}; give the name of a .csv or .csv.gz beside it")
+    if not (folder / table).exists():
+        there = ", ".join(sorted(p.name for p in folder.glob("*.csv*"))) or "none"
+        raise InputError(f"{path}: table {table!r} is not there; tables beside it: {there}")
+    words = _words(given, path)
+    ours = {COLUMNS[name]: column for name, column in columns.items()}
+    return OwnTable(
+        path, folder / table, ours, words, labels.get("column", ""), labels.get("separator", "")
+    )
+
+
+def _check_keys(given: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError for an unknown or a missing key of the mapping."""
+    for section, allowed in KEYS.items():
+        part = given if not section else given.get(section, {})
+        if not isinstance(part, dict):
+            raise InputError(f"{path}: {section} = {part!r}; write a section [{section}]")
+        for key in part:
+            if key not in allowed:
+                told = f"known: {', '.join(allowed)}"
+                if section == "findings":
+                    told += "; write the known name on the left and yours on the right, such as"
+                    told += f' Effusion = "{key}"'
+                where = f" in [{section}]" if section else ""
+                raise InputError(f"{path}: unknown {key!r}{where}; {told}")
+    needed = [("", "table"), ("columns", "image"), ("columns", "patient")]
+    needed += [("labels", key) for key in ("column", "separator") if "labels" in given]
+    for section, key in needed:
+        if not (given.get(section, {}) if section else given).get(key):
+            where = f"[{section}] has no" if section else "no"
+            raise InputError(f'{path}: {where} {key}; add {key} = "..." (see data/README.md)')
+    if not given.get("findings"):
+        raise InputError(f"{path}: [findings] is missing or empty; known: {', '.join(FINDINGS)}")
+
+
+def _texts(part: Mapping[str, Any], path: Path) -> Mapping[str, str]:
+    """Return a part of the mapping that holds texts; raise InputError for another value."""
+    for key, value in part.items():
+        if not isinstance(value, str) or not value:
+            raise InputError(f'{path}: {key} = {value!r}; give a text, such as {key} = "..."')
+    return part
+
+
+def _words(given: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Map your words, or columns, to our findings; see `OwnTable`."""
+    labels = given.get("labels", {})
+    pairs = list(given["findings"].items())
+    meanings = {"none": "none", "ignore": ""}
+    pairs += [(meanings[key], labels[key]) for key in meanings if key in labels]
+    words: dict[str, str] = {}
+    for ours, value in pairs:
+        for word in value if isinstance(value, list) and labels else [value]:
+            if not isinstance(word, str) or not word.strip():
+                wanted = 'a text, or a list such as ["a", "b"]' if labels else "one column's name"
+                raise InputError(f"{path}: {ours or 'ignore'} = {value!r}; give {wanted}")
+            word = word.strip().lower() if labels else word
+            if word in words:
+                raise InputError(f"{path}: {word!r} stands for two things; name it once")
+            words[word] = ours
+    return words
+
+
+def _read_cells(text: str, file: Path) -> pd.DataFrame:
+    """Read a CSV with a comma, semicolon or tab as text; the index is the line a row starts at."""
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    lines, rows, start = [], [], 1
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                lines.append(start)
+                rows.append(cells)
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{file}, line {start}: is no CSV ({error}); mend it") from None
+    if len(rows) < 2:
+        raise InputError(f"{file}: has no rows below its header; give a table with films")
+    header, *rows = rows
+    for line, cells in zip(lines[1:], rows, strict=True):
+        if len(cells) != len(header):
+            raise InputError(
+                f"{file}, line {line}: {len(cells)} cells, but the header has {len(header)};"
+                " mend the row (quote a cell that holds the separator)"
+            )
+    return pd.DataFrame(rows, columns=header, index=lines[1:])

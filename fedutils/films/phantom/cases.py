@@ -1,0 +1,177 @@
+"""Who is in the phantom: patients, scanners, films and findings, by quota."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from ...base.errors import InputError
+from ...base.findings import FINDINGS, format_labels
+from ...base.rng import generator
+
+DEFAULT_PATIENTS = 1200
+DEFAULT_SIZE = 192  # pixels
+
+
+class Scanner(NamedTuple):
+    """One detector type: its share of patients, its case mix and the look of its films."""
+
+    spacing: float  # mm a pixel of the original, which is how NIH's table tells scanners apart
+    width: int
+    height: int
+    patients: float  # share of patients, like the next two from NIH's own table
+    ap: float  # share of AP films
+    clear: float  # share of films without a finding
+    zoom: float
+    gamma: float
+    contrast: float
+    noise: float
+    border: float  # collimated margin, as a share of the film
+
+
+SCANNERS = (
+    Scanner(0.143, 2992, 2991, 0.45, 0.15, 0.45, 1.00, 1.00, 1.00, 0.010, 0.00),
+    Scanner(0.168, 2048, 2500, 0.23, 0.59, 0.40, 1.08, 1.25, 1.10, 0.016, 0.00),
+    Scanner(0.139, 2544, 3056, 0.13, 0.64, 0.34, 1.04, 0.80, 0.85, 0.013, 0.02),
+    Scanner(0.171, 2500, 2048, 0.12, 0.43, 0.50, 0.94, 1.10, 0.92, 0.020, 0.05),
+    Scanner(0.194311, 2021, 2020, 0.07, 0.15, 0.43, 0.98, 0.95, 1.18, 0.008, 0.00),
+)
+# NIH's share of films by finding, and how much likelier each finding is on the five scanners and
+# on AP than on PA films (all measured on NIH's own table).
+NIH_SHARE = dict(zip(FINDINGS, (
+    0.103, 0.0248, 0.119, 0.177, 0.0516, 0.0565, 0.0128,
+    0.0473, 0.0416, 0.0205, 0.0224, 0.0150, 0.0302, 0.0020,
+), strict=True))  # fmt: skip
+CASE_MIX = dict(zip(FINDINGS, (
+    (0.9, 1.1, 1.2, 0.9, 0.8, 1.5), (0.9, 1.1, 1.2, 0.8, 1.1, 1.2), (0.9, 1.1, 1.3, 0.7, 0.8, 1.5),
+    (0.9, 1.1, 1.4, 0.6, 0.9, 1.7), (1.1, 1.0, 0.9, 0.9, 0.7, 0.9), (1.1, 0.8, 1.0, 1.1, 0.9, 0.8),
+    (0.8, 1.2, 1.3, 0.7, 0.5, 1.9), (1.2, 0.7, 1.1, 0.5, 1.8, 0.8), (0.6, 1.4, 1.4, 0.8, 0.5, 3.1),
+    (0.2, 1.8, 1.6, 0.4, 0.1, 11.0), (1.0, 0.9, 1.0, 0.7, 1.6, 1.0),
+    (1.4, 0.9, 0.6, 0.9, 0.7, 0.3), (1.2, 0.8, 1.1, 0.7, 1.3, 0.6), (1.4, 0.8, 0.7, 0.6, 1.3, 0.3),
+), strict=True))  # fmt: skip
+SHARE_FLOOR, TEST_SHARE, TEST_PATIENTS = 0.06, 0.32, 45
+# How much likelier the first is on a film that shows the second (measured, the largest capped).
+TOGETHER = {
+    ("Effusion", "Infiltration"): 1.7, ("Atelectasis", "Effusion"): 2.4,
+    ("Atelectasis", "Infiltration"): 1.6, ("Nodule", "Infiltration"): 1.4,
+    ("Mass", "Nodule"): 2.8, ("Pneumothorax", "Effusion"): 1.6, ("Consolidation", "Effusion"): 2.3,
+    ("Consolidation", "Atelectasis"): 2.5, ("Pleural_Thickening", "Effusion"): 2.1,
+    ("Cardiomegaly", "Effusion"): 3.2, ("Emphysema", "Pneumothorax"): 6.3,
+    ("Edema", "Infiltration"): 2.4, ("Edema", "Cardiomegaly"): 2.2,
+    ("Fibrosis", "Pleural_Thickening"): 3.5, ("Pneumonia", "Infiltration"): 2.4,
+    ("Pneumonia", "Edema"): 6.3, ("Hernia", "Atelectasis"): 1.7,
+}  # fmt: skip
+
+
+def phantom_table(patients: int = DEFAULT_PATIENTS, seed: int = 0) -> pd.DataFrame:
+    """Return one row a film, in NIH's order and with NIH's columns, plus `scanner` and `split`.
+
+    `scanner` indexes SCANNERS; `split` is train_val or test, by patient. Counts of findings are
+    quotas, not chance: NIH's order of prevalence, and TEST_PATIENTS positive test patients each
+    as soon as the set is large enough. Raises InputError for fewer than 20 patients.
+    """
+    if patients < 20:
+        raise InputError(f"patients={patients}: the phantom needs at least 20")
+    films = _films(_patients(patients, generator(seed, "patients")), generator(seed, "films"))
+    labels = np.zeros((len(films), len(FINDINGS)), dtype=np.uint8)
+    for split in ("train_val", "test"):
+        rows = np.flatnonzero(films["split"] == split)
+        labels[rows] = _findings(films.iloc[rows], generator(seed, f"findings {split}"))
+    films.insert(1, "Finding Labels", [format_labels(row) for row in labels])
+    return films
+
+
+def _patients(count: int, rng: np.random.Generator) -> pd.DataFrame:
+    """Draw who is in the set: main scanner, number of films (few have many), sex, age, split."""
+    rank = (np.arange(count) + 0.5) / count
+    shares = np.cumsum([scanner.patients for scanner in SCANNERS])
+    scanner = np.searchsorted(shares, rng.permutation(rank)).clip(max=len(SCANNERS) - 1)
+    busy = rng.gumbel(size=count) + np.log([1.0, 1.7, 1.7, 1.0, 0.8])[scanner]
+    order = np.argsort(np.argsort(busy))
+    films = np.floor((1 - rank) ** (-1 / 1.5)).clip(1, 12).astype(int)[order]
+    test = np.diff(np.floor(np.arange(count + 1) * TEST_SHARE + 0.5))[order] > 0
+    return pd.DataFrame({
+        "Patient ID": np.arange(1, count + 1),
+        "films": films,
+        "scanner": scanner,
+        "Patient Gender": np.where(rng.random(count) < 0.565, "M", "F"),
+        "Patient Age": rng.normal(47, 16, count).clip(2, 92).astype(int),
+        "split": np.where(test, "test", "train_val"),
+    })  # fmt: skip
+
+
+def _films(people: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
+    """Draw each patient's films in NIH's columns; one in twelve comes from another scanner."""
+    rows = people.loc[people.index.repeat(people["films"])].reset_index(drop=True)
+    follow_up = rows.groupby("Patient ID").cumcount()
+    other = rng.choice(len(SCANNERS), len(rows), p=[scanner.patients for scanner in SCANNERS])
+    rows["scanner"] = rows["scanner"].where(rng.random(len(rows)) > 1 / 12, other)
+    looks = pd.DataFrame(SCANNERS).iloc[rows["scanner"]].reset_index(drop=True)
+    names = [f"{p:08d}_{f:03d}.png" for p, f in zip(rows["Patient ID"], follow_up, strict=True)]
+    rows.insert(0, "Image Index", names)
+    rows["Follow-up #"] = follow_up
+    rows["Patient Age"] += follow_up // 3
+    rows.loc[len(rows) // 2, "Patient Age"] = 411  # NIH's table has such typing errors
+    rows["View Position"] = np.where(rng.random(len(rows)) < looks["ap"], "AP", "PA")
+    rows["Width"], rows["Height"] = looks["width"], looks["height"]
+    rare = (looks["spacing"] > 0.19) & (rng.random(len(rows)) < 0.1)
+    rows["Spacing"] = looks["spacing"].mask(rare, 0.193754)
+    return rows.drop(columns="films")
+
+
+def _findings(films: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:
+    """Give the films of one split their findings by quota; uint8 of shape (films, 14)."""
+    scanner = films["scanner"].to_numpy()
+    portable = (films["View Position"] == "AP").to_numpy()
+    clear = np.array([look.clear for look in SCANNERS])[scanner]
+    order = np.argsort(rng.gumbel(size=len(films)) + np.log(clear / (1 - clear)))
+    healthy = np.isin(np.arange(len(films)), order[round(0.75 * len(films)) :])
+    labels = np.zeros((len(films), len(FINDINGS)), dtype=np.uint8)
+    for finding in sorted(FINDINGS, key=lambda name: -NIH_SHARE[name]):
+        mix = np.log(CASE_MIX[finding])
+        score = rng.gumbel(size=len(films)) + mix[scanner] + mix[-1] * portable
+        for (later, earlier), lift in TOGETHER.items():
+            if later == finding:
+                score += np.log(lift) * labels[:, FINDINGS.index(earlier)]
+        score[healthy] = -np.inf
+        score -= 0.5 * labels.sum(axis=1)  # few films have more than three
+        quota = max(1, round((SHARE_FLOOR + NIH_SHARE[finding] / 2) * len(films)))
+        chosen = _choose(score, films["Patient ID"].to_numpy(), quota)
+        labels[chosen, FINDINGS.index(finding)] = 1
+    return labels
+
+
+def _choose(score: np.ndarray, patient: np.ndarray, quota: int) -> np.ndarray:
+    """Return `quota` films of high score: one film of each patient first, then others of theirs."""
+    order = np.argsort(-score, kind="stable")
+    order = order[np.isfinite(score[order])]
+    enough = max(round(0.75 * quota), min(quota, TEST_PATIENTS))
+    first = order[~pd.Series(patient[order]).duplicated().to_numpy()][:enough]
+    theirs = order[np.isin(patient[order], patient[first]) & ~np.isin(order, first)]
+    return np.concatenate([first, theirs[: quota - enough]])
+
+
+class Film(NamedTuple):
+    """What is drawn on one film: who, how, on which scanner, and with which findings."""
+
+    patient: int
+    follow_up: int = 0
+    sex: str = "M"
+    view: str = "PA"
+    scanner: int = 0
+    findings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The file name, in NIH's form."""
+        return f"{self.patient:08d}_{self.follow_up:03d}.png"
+
+
+def to_films(table: pd.DataFrame) -> list[Film]:
+    """Turn the rows of a phantom's table into films to draw."""
+    columns = ["Patient ID", "Follow-up #", "Patient Gender", "View Position", "scanner"]
+    labels = [
+        tuple(f for f in text.split("|") if f in FINDINGS) for text in table["Finding Labels"]
+    ]
+    rows = table[columns].itertuples(index=False)
+    return [Film(*row, label) for row, label in zip(rows, labels, strict=True)]

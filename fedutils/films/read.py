@@ -1,0 +1,306 @@
+"""Read NIH ChestX-ray14, in every variant that there is, into one tidy table.
+
+A folder of own films with a mapping (see `own`) becomes the same table, here. `NihData.table` has
+one row a film, sorted by `image_index` (text, unique), and these columns:
+- `patient_id` (text): NIH's number without leading zeros; any other id as it stands
+- `follow_up` (int): number of the visit; -1 if unreadable
+- `age` (float, years): `060Y`, months, weeks and days converted; NaN if unreadable
+- `sex` (M, F), `view` (PA, AP)
+- `width`, `height` (float): pixels of the film before NIH made it 1024x1024; NaN if not given
+- `spacing` (float): pixel spacing of that film in mm; NaN if not given
+- `scanner` (text): the spacing in three decimals, which names the detector; of own films what
+  their table says; "" if not given
+- `official_split`: train_val, test, or "" for a film in no list; of own films also train and val
+- `path` (text): the film, relative to the data folder; "" if it is missing
+- the 14 findings (float32): 0 or 1; of own films also NaN, where nobody looked
+
+Source: Wang et al., "ChestX-ray8", CVPR 2017, and the files that NIH and Kaggle hand out.
+"""
+
+import gzip
+import io
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..base.errors import InputError
+from ..base.findings import FINDINGS, canonical, format_labels, parse_labels
+from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, label_tables
+from .own import OwnTable, own_lists, read_mapping
+from .phantom.write import write_phantom
+
+BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
+LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
+OWN_LISTS = {"train": "train_list.txt", "val": "val_list.txt"}  # more than NIH has
+OWN_FILMS = (".png", ".jpg", ".jpeg")  # NIH has PNG alone
+DAYS_PER_YEAR = 365.25
+AGE_UNITS = {"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / DAYS_PER_YEAR, "D": 1 / DAYS_PER_YEAR}
+# The letters of a header in any spelling -> our name. An unquoted `OriginalImage[Width,Height]`
+# falls apart into `OriginalImage[Width` and `Height]`; the sample set writes two plain names.
+HEADERS = {
+    "imageindex": "image_index", "findinglabels": "labels", "followup": "follow_up",
+    "patientid": "patient_id", "patientage": "age", "patientgender": "sex", "patientsex": "sex",
+    "viewposition": "view", "originalimagewidth": "width", "height": "height",
+    "originalimageheight": "height", "originalimagepixelspacingx": "spacing",
+}  # fmt: skip
+REQUIRED = {
+    "image_index": "Image Index", "labels": "Finding Labels", "follow_up": "Follow-up #",
+    "patient_id": "Patient ID", "age": "Patient Age", "sex": "Patient Gender",
+    "view": "View Position",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class NihData:
+    """One data folder as read; see the module's text for the columns of `table`.
+
+    `boxes` has `image_index, finding, x, y, w, h` (pixels of the 1024x1024 PNG, top left corner
+    first; findings canonical). `lists` names the split lists that are there. `found` holds what
+    only the raw files show, by the check's name.
+    """
+
+    folder: Path
+    table: pd.DataFrame
+    boxes: pd.DataFrame
+    release: str
+    table_file: str
+    lists: tuple[str, ...]
+    found: dict[str, list[str]]
+
+    @property
+    def films_present(self) -> int:
+        """Number of rows whose film is there."""
+        return int((self.table["path"] != "").sum())
+
+
+def open_data(data_dir: str, work_dir: str | Path) -> NihData:
+    """Read a run's data set; without a folder the phantom, written below `work_dir` if need be."""
+    return read_nih(Path(data_dir) if data_dir else write_phantom(Path(work_dir) / "phantom"))
+
+
+def read_nih(folder: Path) -> NihData:
+    """Read table, boxes, split lists and the list of films of one data folder.
+
+    The release is told by: the marker file PHANTOM.json ("phantom"); the table's name
+    ("sample" for sample_labels.csv, "2020" for a name with v2020); for Data_Entry_2017.csv also
+    by the header, which ends with a comma in NIH's 2017 file ("2017"). A folder with a mapping is
+    "own". Anything else, such as a table saved again by another program, is "unknown".
+
+    Raises InputError if the folder or a file cannot be read, a column is missing or a finding
+    is unknown; it names the file, and the line where there is one.
+    """
+    if problem := data_problem(folder):
+        raise InputError(problem)
+    own = read_mapping(folder)
+    file = own.file if own else label_tables(folder)[0]
+    rows, release = _read_rows(file, own)
+    films, found = _films(folder, rows["image_index"], OWN_FILMS if own else (".png",))
+    if own:
+        own.check_films(rows["image_index"], films)
+    lists = _read_lists(folder, rows, own)
+    table = _tidy(rows, file, lists, films, own.parse if own else parse_labels)
+    found |= _row_problems(rows, lists, own) | {
+        "orphaned films": sorted(films.keys() - set(rows["image_index"])),
+        "other tables": [other.name for other in label_tables(folder) if other != file],
+    }
+    return NihData(folder, table, _read_boxes(folder), release, file.name, tuple(lists), found)
+
+
+def _read_rows(file: Path, own: OwnTable | None) -> tuple[pd.DataFrame, str]:
+    """Read a table into text columns with our names, by line, and name its release."""
+    if own:
+        rows, ends_with_comma = own.read(_read_text(file)), False
+        needed = dict.fromkeys([*HEADERS.values(), *rows.columns])
+        rows = rows.reindex(columns=list(needed), fill_value="")
+    else:
+        raw = _read_csv(file)
+        rows, ends_with_comma = _named(raw, file), str(raw.columns[-1]).startswith("Unnamed")
+    for name in ("image_index", "patient_id", "sex", "view"):
+        rows[name] = rows[name].str.strip()
+    empty = rows.index[(rows["image_index"] == "") | (rows["patient_id"] == "")]
+    if len(empty):
+        raise InputError(f"{file}, line {empty[0]}: no image index or no patient id; mend the row")
+    return rows, _release(file, ends_with_comma, own is not None)
+
+
+def _read_lists(folder: Path, rows: pd.DataFrame, own: OwnTable | None) -> dict[str, set[str]]:
+    """Read the split lists that are there: the films by the name of the split."""
+    names = (OWN_LISTS if own else {}) | LISTS
+    files = {split: folder / name for split, name in names.items() if (folder / name).exists()}
+    if own:
+        listed = {split: _read_text(path).splitlines() for split, path in files.items()}
+        return own_lists(rows, listed, own.file)
+    return {split: set(_read_text(path).split()) for split, path in files.items()}
+
+
+def _release(file: Path, ends_with_comma: bool, own: bool) -> str:
+    """Name the label release; how is told in `read_nih`."""
+    if (file.parent / PHANTOM_MARKER).exists():
+        return "phantom"
+    if own:
+        return "own"
+    if file.name.startswith("sample"):
+        return "sample"
+    if "v2020" in file.name:
+        return "2020"
+    return "2017" if file.name.startswith("Data_Entry_2017.") and ends_with_comma else "unknown"
+
+
+def _read_text(file: Path) -> str:
+    """Return a text file, gunzipped if need be, without the byte order mark that Excel writes."""
+    try:
+        raw = file.read_bytes()
+        return (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); mend it or get it again") from None
+
+
+def _read_csv(file: Path) -> pd.DataFrame:
+    """Read a CSV as text columns; the index is the line in the file, and blank lines are gone."""
+    # No value of NIH's holds a comma, so quotes only tell whether `[Width,Height]` is one
+    # header or two: without them there is one form. index_col=False drops a last comma.
+    text = io.StringIO(_read_text(file).replace('"', ""))
+    try:
+        frame = pd.read_csv(
+            text, dtype=str, na_filter=False, index_col=False, skip_blank_lines=False
+        ).fillna("")
+    except ValueError as error:
+        raise InputError(f"{file}: is no CSV table ({str(error).strip()}); get it again") from None
+    frame.index += 2
+    frame = frame[(frame != "").any(axis=1)]
+    if frame.empty:
+        raise InputError(f"{file}: has no rows; get it again")
+    return frame
+
+
+def _named(raw: pd.DataFrame, file: Path) -> pd.DataFrame:
+    """Give the columns our names; raise InputError on a missing column."""
+    letters = [re.sub("[^a-z]", "", str(column).lower()) for column in raw.columns]
+    rows = raw.set_axis([HEADERS.get(name, "") for name in letters], axis=1)
+    rows = rows.loc[:, ~rows.columns.duplicated()]
+    for name, header in REQUIRED.items():
+        if name not in rows:
+            columns = ", ".join(map(str, raw.columns))
+            raise InputError(f"{file}: no column {header!r}; found {columns}; restore it")
+    # A header that names no column of ours is dropped; one that is optional comes back empty.
+    return rows.reindex(columns=list(dict.fromkeys(HEADERS.values())), fill_value="")
+
+
+def _row_problems(
+    rows: pd.DataFrame, lists: dict[str, set[str]], own: OwnTable | None
+) -> dict[str, list[str]]:
+    """Find what the tidy table no longer shows: duplicates, spellings, contradicting lists."""
+    names = rows["image_index"]
+    texts = rows[names.duplicated(keep=False)].groupby("image_index")["labels"].nunique()
+    spelled = () if own else rows["labels"].unique()  # an own table has a spelling of its own
+    plain = {text: format_labels(parse_labels(text)) for text in spelled}
+    listed = [film for films in lists.values() for film in films]
+    odd = [text for text in plain if sorted(text.split("|")) != sorted(plain[text].split("|"))]
+    return {
+        "duplicate rows": list(names[names.duplicated()]),
+        "duplicate rows that disagree": list(texts.index[texts > 1]),
+        "labels in another spelling": list(names[rows["labels"].isin(odd)]),
+        "rows in both lists": sorted(film for film, times in Counter(listed).items() if times > 1),
+        "list names without row": sorted(set().union(*lists.values()) - set(names)),
+    }
+
+
+def _films(
+    folder: Path, images: pd.Series, endings: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Map each film's name to its path below the folder, for every layout up to `FILM_DEPTH`.
+
+    Where the table names films by their paths, these are mapped to themselves.
+    """
+    by_path = images.str.contains("/", regex=False).any()
+    films, twice = {}, []
+    for here, inner, files in os.walk(folder, followlinks=True):
+        below = Path(here).relative_to(folder)
+        deeper = len(below.parts) < FILM_DEPTH
+        inner[:] = sorted(name for name in inner if deeper and not name.startswith("."))
+        prefix = "" if below == Path() else f"{below.as_posix()}/"
+        names = sorted(name for name in files if name.lower().endswith(endings))
+        here_are = {prefix + name if by_path else name: prefix + name for name in names}
+        twice += [name for name in here_are if name in films]
+        films = here_are | films
+    return films, {"films in two folders": sorted(twice)}
+
+
+def _tidy(
+    rows: pd.DataFrame,
+    file: Path,
+    lists: dict[str, set[str]],
+    films: dict[str, str],
+    parse: Callable[[str], np.ndarray],
+) -> pd.DataFrame:
+    """Turn the named text columns into the documented table; `parse` reads the labels' text."""
+    names = rows["image_index"]
+    vectors = _parsed(rows["labels"], names, file, parse)
+    matrix = np.stack([vectors[text] for text in rows["labels"]]).astype(np.float32)
+    labels = pd.DataFrame(matrix, index=rows.index, columns=list(FINDINGS))
+    spacing = _numbers(rows["spacing"])
+    splits = ["test", "val", "train_val", "train"]  # of a film in two the first counts
+    listed = [names.isin(lists.get(split, ())) for split in splits]
+    scanner = spacing.map({mm: f"{mm:.3f}" if mm > 0 else "" for mm in spacing.unique()})
+    table = pd.DataFrame({
+        "image_index": names,
+        "patient_id": rows["patient_id"].str.replace(r"^0+(?=\d+$)", "", regex=True),
+        "follow_up": _numbers(rows["follow_up"]).fillna(-1).astype(int),
+        "age": rows["age"].map({text: _years(text) for text in rows["age"].unique()}),
+        "sex": rows["sex"], "view": rows["view"],
+        "width": _numbers(rows["width"]), "height": _numbers(rows["height"]), "spacing": spacing,
+        "scanner": rows.get("scanner", scanner),
+        "official_split": np.select(listed, splits, ""),
+        "path": [films.get(name, "") for name in names],
+    })  # fmt: skip
+    table = pd.concat([table, labels], axis=1).drop_duplicates("image_index")
+    return table.sort_values("image_index", ignore_index=True)
+
+
+def _parsed(texts: pd.Series, images: pd.Series, file: Path, parse: Callable) -> dict[str, object]:
+    """Parse each different text once; an InputError names the line and the film."""
+    parsed = {}
+    for text in texts.unique():
+        try:
+            parsed[text] = parse(text)
+        except InputError as error:
+            line = texts.index[texts == text][0]
+            where = f"{file}, line {line} ({images[line]})"
+            raise InputError(f"{where}: {error}; correct this row") from None
+    return parsed
+
+
+def _read_boxes(folder: Path) -> pd.DataFrame:
+    """Read the box list, whose header names only three of its columns; empty if there is none."""
+    file = next(iter(sorted(folder.glob("BBox_List*.csv*"))), None)
+    if file is None:
+        return pd.DataFrame({name: [] for name in BOX_COLUMNS})
+    raw = _read_csv(file)
+    if raw.shape[1] < len(BOX_COLUMNS):
+        raise InputError(f"{file}: {raw.shape[1]} columns, not {', '.join(BOX_COLUMNS)}")
+    boxes = raw.iloc[:, : len(BOX_COLUMNS)].set_axis(list(BOX_COLUMNS), axis=1)
+    names = _parsed(boxes["finding"], boxes["image_index"], file, canonical)
+    sides = boxes[["x", "y", "w", "h"]].apply(_numbers)
+    if sides.isna().any(axis=None):
+        line = sides.index[sides.isna().any(axis=1)][0]
+        raise InputError(f"{file}, line {line}: a box needs four numbers; correct this row")
+    return boxes.assign(finding=boxes["finding"].map(names), **sides).reset_index(drop=True)
+
+
+def _numbers(column: pd.Series) -> pd.Series:
+    """Turn text to floats; what is no number becomes NaN."""
+    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    return numbers.where(np.isfinite(numbers))
+
+
+def _years(text: str) -> float:
+    """Turn an age such as 58, 060Y, 018M, 003W or 005D into years; NaN if it is none of these."""
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([YMWD]?)", text.strip().upper())
+    return float(match[1]) * AGE_UNITS[match[2]] if match else float("nan")

@@ -1,0 +1,199 @@
+"""Start, stop and use a Flower network: keys, SuperLink, SuperNodes, a run. Quiet and offline.
+
+Flower itself is only reached through its commands, so this can be imported where it is missing.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import InputError, NotebookFailed
+from ..base.files import PACKAGE, write_atomic
+
+SUPPORTED = "1.42"  # Flower's commands and interfaces move with each minor version
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "PYTHONUNBUFFERED": "1",
+}
+STARTED = re.compile(r"started run (\d+)")
+
+
+def check_flower() -> None:
+    """Raise InputError unless the supported version of Flower is installed."""
+    wanted = f"pip install 'flwr=={SUPPORTED}.*'"
+    try:
+        found = version("flwr")
+    except PackageNotFoundError as error:
+        raise InputError(f"Flower is not installed, the extra `flower`: {wanted}") from error
+    if not found.startswith(f"{SUPPORTED}."):
+        raise InputError(f"flwr {found} is installed, {SUPPORTED} is supported: {wanted}")
+
+
+def command(tool: str) -> str:
+    """Return the path of one of Flower's commands, beside this Python."""
+    return str(Path(sys.executable).parent / tool)
+
+
+def superlink(host: str, port: int, folder: Path, keys: Path | None) -> list[str]:
+    """Return the command of the server's SuperLink; without keys anyone may connect, unencrypted.
+
+    With `keys`, as `make_certificate` wrote them, it speaks TLS and knows only registered nodes. It
+    remembers them in `folder`: SuperNodes give up at a SuperLink that has forgotten them.
+    """
+    begin = [command("flower-superlink"), "--host", host, "--port", str(port)]
+    begin += ["--database", str(folder / "superlink.db")]
+    begin.append("--disable-runtime-dependency-installation")
+    if keys is None:
+        return [*begin, "--insecure"]
+    files = {"certfile": "server.crt", "keyfile": "server.key", "ca-certfile": "server.crt"}
+    tls = [part for name, file in files.items() for part in (f"--ssl-{name}", str(keys / file))]
+    return [*begin, *tls, "--enable-supernode-auth"]
+
+
+def supernode(name: str, work: Path, server: str, port: int, keys: Path | None = None) -> list[str]:
+    """Return the command of a hospital's SuperNode, which only calls out, to `server` (HOST:PORT).
+
+    `port` is for its own client process and stays on 127.0.0.1. `keys` holds the server's
+    certificate and this hospital's key.
+    """
+    config = f'name="{name}" work_dir="{work.resolve()}"'
+    begin = [command("flower-supernode"), "--superlink", server, "--host", "127.0.0.1"]
+    begin += ["--port", str(port), "--node-config", config]
+    if keys is None:
+        return [*begin, "--insecure"]
+    trust = ["--root-certificates", str(keys / "server.crt")]
+    return [*begin, *trust, "--auth-supernode-private-key", str(keys / f"{name}.key")]
+
+
+def free_port() -> int:
+    """Return a port that nobody uses on 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def flower_environment(home: Path, server: str, keys: Path | None) -> dict[str, str]:
+    """Return the environment of all Flower commands, and tell `flwr` where the SuperLink is."""
+    how = f'root-certificates = "{keys.resolve() / "server.crt"}"' if keys else "insecure = true"
+    config = f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "{server}"\n{how}\n'
+    home.mkdir(parents=True, exist_ok=True)
+    write_atomic(home / "config.toml", config.encode())
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return os.environ | QUIET | {"FLWR_HOME": str(home.resolve()), "PATH": path}
+
+
+def register(public_key: Path, environment: Mapping[str, str]) -> None:
+    """Let the hospital with this public key connect; raise NotebookFailed if it cannot be told."""
+    call = [command("flwr"), "supernode", "register", str(public_key), "here"]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True)
+    if done.returncode or "registered" not in done.stdout:
+        raise NotebookFailed(f"{public_key} was not registered: {done.stdout} {done.stderr}")
+
+
+def run_server_app(
+    values: Mapping[str, Any],
+    environment: Mapping[str, str],
+    seconds: float = 7 * 24 * 3600,
+    wait: float = 600,
+) -> dict[str, Any]:
+    """Run the ServerApp with these parameters, show its log, and return what Flower says of it.
+
+    `flwr run` may end with status 0 though the run failed, so the run's own status counts.
+    Raises NotebookFailed if it is not `finished:completed`, or not finished after `seconds`.
+    """
+    text = " ".join(f"{key}={json.dumps(str(value))}" for key, value in values.items())
+    options = ["--run-config", f"parameters='{text}' wait-seconds={float(wait)}", "--stream"]
+    call = [command("flwr"), "run", str(PACKAGE.parent), "here", *options]
+    output = show(call, environment, seconds)
+    found = STARTED.search(output)
+    if not found:
+        raise NotebookFailed(f"Flower did not start the run: {output[-1000:]}")
+    call = [command("flwr"), "list", "--run-id", found[1], "here", "--format", "json"]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True)
+    listed = json.loads(done.stdout or "{}")
+    if not listed.get("runs"):  # even then `flwr list` may end with status 0
+        raise NotebookFailed(f"run {found[1]}: its status is unknown: {done.stdout}{done.stderr}")
+    run = listed["runs"][0]
+    if run["status"] != "finished:completed":
+        raise NotebookFailed(f"run {found[1]} {run['status']}: {run['status-details']}")
+    return run
+
+
+def show(call: Sequence[str], environment: Mapping[str, str], seconds: float) -> str:
+    """Run a command for at most so many seconds; print what it says, and return it."""
+    lines, pipes = [], {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(call, env=environment, **pipes) as process:
+        clock = threading.Timer(seconds, process.kill)
+        clock.start()
+        try:
+            for line in process.stdout:
+                lines.append(line)
+                print(f"    {line}", end="", flush=True)
+        finally:
+            clock.cancel()
+            process.kill()
+    return "".join(lines)
+
+
+def make_certificate(keys: Path, host: str) -> None:
+    """Write `server.key`, which stays at the server, and `server.crt`, which each hospital gets.
+
+    `host` is the name or address by which hospitals reach the server; valid for a year.
+    """
+    kind = "IP" if re.fullmatch(r"[\d.]+|.*:.*", host) else "DNS"
+    names = f"subjectAltName={kind}:{host},DNS:localhost,IP:127.0.0.1"
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-384", "-nodes", "-days", "365"]
+    files = ["-keyout", str(keys / "server.key"), "-out", str(keys / "server.crt")]
+    subject = ["-subj", f"/CN={host}", "-addext", names]
+    make_file(keys / "server.key", ["openssl", "req", "-x509", *curve, *subject, *files])
+
+
+def make_key(keys: Path, name: str) -> None:
+    """Write a hospital's `NAME.key`, which stays there, and `NAME.key.pub` for the server."""
+    path = keys / f"{name}.key"
+    make_file(path, ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(path)])
+
+
+def make_file(path: Path, command: Sequence[str]) -> None:
+    """Run the command that writes a secret; raise InputError if it is there or cannot be made."""
+    if path.exists():
+        raise InputError(f"{path} is there already: delete it to have a new one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise InputError(f"{command[0]} is not installed, and {path.name} needs it") from error
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"{path}: {error.stderr}") from error
+    path.chmod(0o600)
+
+
+def take_step(
+    step: str, name: str, server: str, keys: Path | None, values: Mapping[str, Any]
+) -> None:
+    """Do one step of `python -m fedutils flower`; SuperLink and SuperNode run until stopped."""
+    check_flower()
+    host, _, port = server.rpartition(":")
+    work = Path(values["work_dir"])
+    if step in ("certificate", "key"):
+        return {"certificate": make_certificate, "key": make_key}[step](keys or Path("keys"), name)
+    environment = flower_environment(work / "flower", server, keys)
+    if step == "register":
+        return register(Path(name), environment)
+    if step == "train":
+        run_server_app(values, environment)
+        return None
+    call = superlink(host, int(port), work / "flower", keys)
+    if step == "hospital":
+        call = supernode(name, work, server, free_port(), keys)
+    os.execve(call[0], call, environment)

@@ -1,0 +1,249 @@
+"""The server of a federation over Flower: the ServerApp."""
+
+import dataclasses
+import json
+import math
+import shlex
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from ..base.errors import InputError
+from ..base.files import write_atomic
+from ..base.state import State
+from ..client import Update
+from ..model import ChestResNet
+from ..rounds import Job, Progress, Row
+from ..settings import FIELDS, Settings, convert_texts, read_parameters
+from ..training.arms import arm_settings, client_class
+from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
+from ..training.training import Training
+from .messages import Fault, Member, find_misfit, pack, read_reply, read_update, trunk_hash
+
+POLL = 0.5  # seconds between two looks for a reply
+server_app = ServerApp()
+
+
+# What means nothing over a network, and why: refused unless it is as it is by default.
+REFUSED = {
+    "arms": "the other arms need the films in one place",
+    "lr_centralised": "the other arms need the films in one place",
+    "lr_local": "the other arms need the films in one place",
+    "partition": "hospitals are who they are",
+    "alpha": "hospitals are who they are",
+    "max_films": "notebook 02 fixes it in each hospital",
+    "cache_features": "features stay where the films are, and hospitals keep none",
+    "feature_dtype": "features stay where the films are, and hospitals keep none",
+    "compare": "it is notebook 04's",
+}
+PARTITION = "network"  # what config.json says of who has which patients
+
+
+def check_supported(settings: Settings) -> None:
+    """Raise InputError, by name, for a parameter that a run over a network would not heed."""
+    for name, why in REFUSED.items():
+        value, only = getattr(settings, name), FIELDS[name].default
+        if value not in (only, PARTITION):
+            raise InputError(f"over a network only {name}={only!r}, not {value!r}: {why}")
+    if settings.batchnorm == "local":
+        raise InputError(
+            "over a network only batchnorm=precise, average or frozen, not 'local', whose models"
+            " never leave the hospitals"
+        )
+
+
+class Network:
+    """The executor of a run over a network: the hospitals behind a Flower grid.
+
+    `weights` has what each hospital that ever connected counts in the mean, `nodes` the SuperNodes
+    of those that are connected now, `model` is the server's, whose trunk all must have.
+    """
+
+    def __init__(self, grid: Grid, settings: Settings) -> None:
+        self.grid, self.settings = grid, settings
+        self.config: dict[str, Any] = {}
+        self.model: ChestResNet | None = None
+        self.trunk = ""
+        self.nodes: dict[str, int] = {}
+        self.weights: dict[str, int] = {}
+        self.asked: dict[int, str] = {}  # SuperNodes ever seen, and their open query
+
+    def fit(
+        self, clients: list[Member], sent: State, kept: dict[str, State], round: int
+    ) -> Iterator[tuple[Update, State]]:
+        """Let the hospitals train; yield updates in the order given, whoever replies first.
+
+        What a client keeps stays with it: here it is only the round after which it was kept.
+        """
+        began, about = time.perf_counter(), {"seed": clients[0].seed, "round": round}
+        after = {c.name: int(kept.get(c.name, {}).get("round", 0)) for c in clients}
+        orders = {name: about | {"kept": before} for name, before in after.items()}
+        kind = client_class(self.settings)
+        wanted = {name: sent[name] for name in kind.returns(self.model, sent)}
+        for name, reply in self.ask("train", orders, sent):
+            update, said = read_update(name, reply, wanted, kind.withholds_loss)
+            took = time.perf_counter() - began
+            keep = {"round": torch.tensor(round)} | said if update.status == "ok" else {}
+            yield dataclasses.replace(update, seconds=took), keep
+
+    def measure(
+        self, clients: list[Member], state: State, round: int
+    ) -> Iterator[tuple[State, str]]:
+        """Let the hospitals measure BatchNorm; yield that, or why not, in the order given."""
+        orders = {c.name: {"seed": c.seed, "round": round} for c in clients}
+        wanted = {k: v for k, v in state.items() if k.endswith((RUNNING_MEAN, RUNNING_VAR))}
+        for _, reply in self.ask("train.measure", orders, state):
+            words, _, measured = read_reply(reply)
+            fault = words["reason"] if words["status"] != "ok" else find_misfit(measured, wanted)
+            yield ({}, fault) if fault else (measured, "")
+
+    def validate(self, job: Job, now: Progress) -> tuple[float, float]:
+        """Return loss and mean AUROC over the validation films of the hospitals that answer."""
+        about = {"seed": job.seed, "round": now.round}
+        sums = {"loss": 0.0, "labels": 0, "pairs": np.zeros(1), "ordered": np.zeros(1)}
+        for name, reply in self.ask("evaluate", {c.name: about for c in job.clients}, now.state):
+            try:
+                words, numbers, _ = read_reply(reply)
+                if words["status"] != "ok":
+                    raise ValueError(words["reason"])
+                sums = {key: np.add(value, numbers[key]) for key, value in sums.items()}
+            except (ValueError, KeyError, TypeError) as error:
+                print(f"round {now.round}: not validated at {name}: {error}", flush=True)
+        shares = (sums["ordered"] / np.where(sums["pairs"], sums["pairs"], np.nan)).tolist()
+        defined = [share for share in shares if not math.isnan(share)]
+        loss = float(sums["loss"] / sums["labels"]) if sums["labels"] else math.nan
+        return loss, float(np.mean(defined)) if defined else math.nan
+
+    def ask(
+        self, kind: str, orders: dict[str, dict[str, int]], state: State
+    ) -> Iterator[tuple[str, Message | Fault]]:
+        """Send each hospital its order; yield the replies in the order of `orders`.
+
+        Replies that come before their turn wait in the SuperLink, one at a time is in memory here.
+        """
+        self.discover()
+        record, there = pack(state), [name for name in orders if name in self.nodes]
+        messages = [self.message(kind, self.nodes[n], orders[n], record) for n in there]
+        ids = dict(zip(there, self.grid.push_messages(messages), strict=True))
+        limit = self.settings.client_seconds
+        end = time.monotonic() + (limit or math.inf)
+        for name in orders:
+            reply = self.wait(ids[name], end) if name in ids else ("failed", "not connected")
+            yield name, reply or ("late", f"no reply in {limit:g} s")
+
+    def wait(self, message_id: str, end: float) -> Message | None:
+        """Return the reply to a message; None if there is none at the end."""
+        while True:
+            if replies := list(self.grid.pull_messages([message_id])):
+                return replies[0]
+            if time.monotonic() > end:
+                return None
+            time.sleep(POLL)
+
+    def message(self, kind: str, node: int, about: dict[str, int], state: ArrayRecord) -> Message:
+        """Write a message: the order with the run's parameters, and the state."""
+        order = about | {"config": json.dumps(self.config), "trunk": self.trunk}
+        content = {"order": ConfigRecord(order | {"run": self.settings.name}), "state": state}
+        group = str(about.get("round", 0))
+        return Message(RecordDict(content), node, kind, group_id=group)
+
+    def discover(self) -> None:
+        """Ask SuperNodes that are new who they are, and forget those that have gone; never waits.
+
+        A SuperNode that comes back is a new one, and takes its hospital's place.
+        """
+        online = set(self.grid.get_node_ids())
+        self.nodes = {name: node for name, node in self.nodes.items() if node in online}
+        new = sorted(online - self.asked.keys())
+        queries = [self.message("query", node, {}, pack({})) for node in new]
+        self.asked |= dict(zip(new, self.grid.push_messages(queries), strict=True))
+        for node in [node for node in self.asked if node in online and self.asked[node]]:
+            reply = self.wait(self.asked[node], 0)
+            if reply is None:
+                continue
+            self.asked[node] = ""
+            words, numbers, _ = read_reply(reply)
+            if words["status"] == "ok":
+                self.nodes[words["name"]] = node
+                self.weights[words["name"]] = int(numbers["weight"])
+            print(f"SuperNode {node}: {words.get('name') or words['reason']}", flush=True)
+
+    def gather(self, seconds: float) -> dict[str, int]:
+        """Wait until all hospitals are connected; return what each counts in the mean.
+
+        A run that goes on knows its hospitals, and after that time does without those that are
+        missing. Raises InputError if a new run has not found them all.
+        """
+        path, end = self.settings.run / "hospitals.json", time.monotonic() + seconds
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        wanted = len(known) or self.settings.num_clients
+        while len(self.nodes) < wanted and time.monotonic() < end:
+            self.discover()
+            time.sleep(POLL)
+        if not known and len(self.nodes) < wanted:
+            there = ", ".join(sorted(self.nodes)) or "none"
+            raise InputError(f"num_clients={wanted}: in {seconds:g} s these connected: {there}")
+        weights = known or {name: self.weights[name] for name in sorted(self.nodes)}
+        write_atomic(path, json.dumps(weights).encode())
+        return weights
+
+
+class NetworkTraining(Training):
+    """The simulation's `Training`, whose clients are hospitals behind a Flower grid."""
+
+    def __init__(self, settings: Settings, grid: Grid, seconds: float) -> None:
+        check_supported(settings)
+        settings = dataclasses.replace(settings, partition=PARTITION)
+        self.network, self.wait = Network(grid, settings), seconds
+        super().__init__(settings, None)
+
+    def _plan(self, films: None) -> list[Job]:
+        """List the models to train; of each hospital only its name and weight are known here."""
+        self.network.config = self.config
+        hospitals = self.network.gather(self.wait).items()
+        own = arm_settings(self.settings, "federated")
+        return [
+            Job("federated", seed, [Member(name, n, own, seed) for name, n in hospitals], None)
+            for seed in self.settings.seed_list
+        ]
+
+    def _fingerprint(self) -> str:
+        """Return nothing: the films stayed where they are."""
+        return ""
+
+    def _adopt(self, job: Job) -> None:
+        """Share no model with another run, whose hospitals may be others."""
+
+    def _executor(self, job: Job) -> Network:
+        """Return the hospitals, which must have this server's trunk."""
+        self.network.model = self.models.replicas(job).models[0]
+        self.network.trunk = trunk_hash(self.network.model)
+        return self.network
+
+
+@server_app.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Train as the run's `parameters` say, such as "rounds=6 work_dir=/path"; print each round."""
+    pairs = [part.partition("=") for part in shlex.split(context.run_config["parameters"])]
+    given = convert_texts({name: value for name, _, value in pairs})
+    if given.get("data_dir"):
+        raise InputError("over a network not data_dir: the films stay in the hospitals")
+    settings = read_parameters(given)
+    training = NetworkTraining(settings, grid, float(context.run_config["wait-seconds"]))
+    training.train(print_round)
+
+
+def print_round(row: Row, history: pd.DataFrame) -> None:
+    """Print a line about a round, and one for each hospital that failed in it."""
+    now = history[(history["round"] == row["round"]) & (history["seed"] == row["seed"])]
+    for fault in now[now["status"] != "ok"].itertuples():
+        print(f"round {row['round']}: {fault.client} {fault.status}: {fault.reason}", flush=True)
+    print(f"round {row['round']}: train loss {row['train_loss']:.4f}, validation loss "
+          f"{row['val_loss']:.4f}, AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s, "
+          f"state {row['state_sha256']}", flush=True)  # fmt: skip

@@ -1,0 +1,195 @@
+"""Figures of the films: findings, patients, hospitals."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..base.findings import FINDINGS, NO_FINDING, no_finding
+from .style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    VERMILION,
+    bars,
+    canvas,
+    grid,
+    heat,
+    in_our_style,
+    note,
+    percent,
+    show_film,
+    whole,
+)
+
+
+def _counted(values: pd.Series, totals: float | pd.Series) -> list[str]:
+    """Texts such as '2,303  (2.1 %)'."""
+    shares = values / totals
+    texts = [f"{v:,.0f}  ({percent(s, 1)})" for v, s in zip(values, shares, strict=True)]
+    return ["not labelled" if np.isnan(s) else t for t, s in zip(texts, shares, strict=True)]
+
+
+@in_our_style
+def prevalence(table: pd.DataFrame, title: str = "") -> Figure:
+    """Films by finding, and those without any, with counts and per cent of the labelled films.
+
+    `table` has one row a film and 14 columns of 0, 1 or NaN named as in FINDINGS.
+    """
+    labels = table[list(FINDINGS)]
+    labels = labels.assign(**{NO_FINDING: no_finding(labels)})
+    counts = labels.sum().sort_values(ascending=False, kind="stable")
+    known = labels.notna().sum()[counts.index]
+    fig, (ax,) = canvas("Films by finding (a film can have several)", title, 4.4)
+    colours = [GREY if name == NO_FINDING else BLUE for name in counts.index]
+    bars(ax, counts, _counted(counts, known.where(known > 0)), "films", colours)
+    return fig
+
+
+@in_our_style
+def cooccurrence(table: pd.DataFrame, title: str = "") -> Figure:
+    """Of the films with the row's finding, per cent that also have the column's; see `prevalence`.
+
+    Rows give their number of films. A pair that no film is labelled for stays grey.
+    """
+    labels = table[list(FINDINGS)].to_numpy(dtype=float)
+    present, known = (labels == 1).astype(float), (~np.isnan(labels)).astype(float)
+    with np.errstate(invalid="ignore"):
+        share = (present.T @ present) / (present.T @ known)
+    np.fill_diagonal(share, np.nan)
+    texts = np.array([percent(value)[:-2] for value in share.flat]).reshape(share.shape)
+    counts = np.where(known.any(axis=0), present.sum(axis=0), np.nan)
+    rows = [
+        f"{f} (not labelled)" if np.isnan(n) else f"{f} ({n:,.0f})"
+        for f, n in zip(FINDINGS, counts, strict=True)
+    ]
+    fig, (ax,) = canvas("Of the films with the row's finding, % that also have …", title, 5.6)
+    most = max(0.01, np.nan_to_num(share).max())
+    heat(ax, share, texts, rows, colours=["white", BLUE], cbar=False, vmin=0, vmax=most)
+    return fig
+
+
+@in_our_style
+def films_per_patient(table: pd.DataFrame, title: str = "") -> Figure:
+    """Patients, and their films, by number of films a patient; `table` needs `patient_id`."""
+    films = table["patient_id"].value_counts()
+    names = ["1", "2", "3–5", "6–10", "11–20", "21–50", "51 or more"]
+    group = pd.cut(films, [1, 2, 3, 6, 11, 21, 51, np.inf], right=False, labels=names)
+    top = films.head(max(1, round(len(films) / 100)))
+    share = percent(top.sum() / len(table))
+    hold = f"the top 1 % of patients ({len(top):,}) hold {share} of the films"
+    fig, axes = canvas(f"Films a patient: {hold}", title, 3.0, columns=2, sharey=True)
+    sums = films.groupby(group, observed=False).agg(["size", "sum"])
+    for ax, column, unit in zip(axes, sums, ("patients", "films"), strict=True):
+        bars(ax, sums[column], _counted(sums[column], sums[column].sum()), unit)
+    axes[0].set_ylabel("films of one patient")
+    return fig
+
+
+def _pyramid(ax: Axes, table: pd.DataFrame) -> None:
+    """Ages of women to the left and of men to the right, in bins of 5 years."""
+    edges = np.arange(0, 101, 5)
+    shown = table[table["age"].between(0, 100) & table["sex"].isin(["F", "M"])]
+    sides = (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE))
+    if shown.empty:
+        note(ax, "no film with\nage and sex")
+    for sex, name, sign, colour in sides if len(shown) else ():
+        counts, _ = np.histogram(shown.loc[shown["sex"] == sex, "age"], edges)
+        ax.barh(edges[:-1], sign * counts, 4.6, align="edge", color=colour)
+        text = f"{name} {percent(counts.sum() / len(shown))}"
+        place = {"ha": "right" if sign > 0 else "left", "va": "top", "transform": ax.transAxes}
+        ax.text(sign * 0.48 + 0.5, 0.98, text, color=colour, **place)
+    limit, hidden = max(np.abs(ax.get_xlim()).max(), 1), len(table) - len(shown)
+    ax.set(xlim=(-limit, limit), ylim=(0, 112), yticks=range(0, 101, 20), ylabel="age (years)")
+    ax.set_xlabel(f"films (not shown: {hidden:,})" if hidden else "films")
+    whole(ax)
+
+
+@in_our_style
+def demographics(table: pd.DataFrame, title: str = "") -> Figure:
+    """Age by sex, films by scanner, and view position by scanner, in three panels.
+
+    `table` has one row a film with `age` (years), `sex` (F, M), `scanner` and `view` (AP, PA).
+    Films without a sex or an age of 0 to 100 are counted below the first panel, an unknown view
+    is not counted, and a scanner without name or view is said to be unknown.
+    """
+    scanner = table["scanner"].astype(str).replace("", "unknown")
+    films = scanner.value_counts()
+    known = table["view"].eq("AP").where(table["view"] != "").astype(float)
+    views = 100 * known.groupby(scanner).mean()[films.index]
+    height = max(3.4, 1 + 0.23 * len(films))
+    ratios = {"width_ratios": [1.25, 1, 1]}
+    fig, axes = canvas("Who was filmed, on what", title, height, columns=3, gridspec_kw=ratios)
+    _pyramid(axes[0], table)
+    bars(axes[1], films, map(percent, films / len(table)), "films")
+    axes[1].set_ylabel("scanner")
+    texts = ["unknown" if np.isnan(view) else percent(view / 100) for view in views]
+    bars(axes[2], views.fillna(0), texts, "AP views (% of films)", ORANGE)
+    axes[2].set(xlim=(0, 125), xticks=(0, 50, 100))
+    axes[2].tick_params(labelleft=False)  # the rows of the panel to its left
+    return fig
+
+
+@in_our_style
+def finding_grid(
+    images: dict[str, np.ndarray], boxes: dict[str, list[tuple]], title: str = ""
+) -> Figure:
+    """One film for each of the 14 findings, with the radiologist's boxes.
+
+    `images` maps a finding to a uint8 array (height, width), `boxes` a finding to a list of
+    (x, y, w, h) in that array's pixels. A finding without a film is said to have none.
+    """
+    fig, axes = grid("One film for each finding, boxes where known", title, len(FINDINGS), 2.0)
+    for ax, finding in zip(axes, FINDINGS, strict=False):
+        show_film(ax, images.get(finding), finding, boxes.get(finding, []))
+    return fig
+
+
+@in_our_style
+def film_grid(images: Sequence[np.ndarray], titles: Sequence[str], title: str = "") -> Figure:
+    """Films (uint8 arrays of height, width), 5 a row, each under its title."""
+    fig, axes = grid("Films", title, len(images), 2.2)
+    for ax, image, name in zip(axes, images, titles, strict=False):
+        show_film(ax, image, name)
+    return fig
+
+
+@in_our_style
+def split_overlap(table: pd.DataFrame, title: str = "") -> Figure:
+    """Held-out films whose patient is in training too: `split` (a name) and `share` (0..1)."""
+    heading = "Held-out films whose patient is also in training"
+    fig, (ax,) = canvas(heading, title, 0.9 + 0.4 * len(table))
+    shares = table.set_index("split")["share"]
+    colours = [GREEN if share == 0 else VERMILION for share in shares]
+    bars(ax, 100 * shares, map(percent, shares), "% of the held-out films", colours)
+    ax.set(xlim=(0, 110), xticks=range(0, 101, 25))
+    return fig
+
+
+@in_our_style
+def client_heatmap(report: pd.DataFrame, title: str = "") -> Figure:
+    """Share of each finding at each client; the colour compares it with all clients together.
+
+    `report` is indexed by client with `films`, `patients` and 14 columns of shares (0..1, or
+    NaN where a client has no labels).
+    """
+    share = report[list(FINDINGS)].to_numpy(dtype=float)
+    known = ~np.isnan(share) * report[["films"]].to_numpy()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = np.log2(share / (np.nansum(share * known, axis=0) / known.sum(axis=0)))
+    # No film at any client: 0 of 0 is as expected. No label at this client: grey.
+    ratio = np.where(np.isnan(share), np.nan, np.nan_to_num(ratio, neginf=-9))
+    texts = np.char.mod("%.1f", 100 * share)
+    sizes = report[["films", "patients"]].itertuples()
+    names = [f"{name}\n{films:,} films, {some:,} patients" for name, films, some in sizes]
+    heading = "Films with each finding (%), coloured against all clients together"
+    fig, (ax,) = canvas(heading, title, 1.9 + 0.4 * len(report))
+    ticks = np.log2([1 / 3, 1 / 2, 1, 2, 3])
+    look = {"colours": [BLUE, "white", VERMILION], "vmin": ticks[0], "vmax": ticks[-1]}
+    bar = {"ticks": ticks, "label": "× all clients", "pad": 0.01}
+    heat(ax, ratio, texts, names, **look, cbar_kws=bar)
+    ax.collections[0].colorbar.ax.set_yticklabels(["1/3", "1/2", "1", "2", "3"])
+    return fig

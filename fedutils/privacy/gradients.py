@@ -1,0 +1,155 @@
+"""Patients drawn, their gradients clipped and summed, noise."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..base.errors import InputError
+from ..dataset import ChestXrayDataset
+from ..model import ChestResNet, is_batchnorm
+from .accountant import opacus
+
+GRADIENT_BYTES = 2 << 30  # of gradients by patient at a time; twice that in work fits a T4's 16 GB
+
+
+class SystemRandomness:
+    """The system's randomness in the two calls of a NumPy generator that are used here."""
+
+    def random(self, size: int) -> np.ndarray:
+        """Draw `size` numbers between 0 and 1."""
+        return (np.frombuffer(os.urandom(8 * size), np.uint64) >> 11) * 2.0**-53
+
+    def standard_normal(self, size: int) -> np.ndarray:
+        """Draw `size` normal numbers, of four each, so that a float's gaps tell nothing.
+
+        Holohan and Braghin, ESORICS 2021 (arXiv:2107.10138), section 5.1, with n = 2.
+        """
+        uniform = torch.from_numpy(self.random(4 * size)) + 2.0**-54
+        return torch.special.ndtri(uniform).view(4, size).sum(0).div(2).numpy()
+
+
+def freeze_batchnorm(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Freeze the affine parameters of all BatchNorm; return what is trained, by name.
+
+    BatchNorm that is not frozen mixes the patients of a batch: then no gradient belongs to one.
+    Raises InputError where a tracked layer has some.
+    """
+    layers = [module for module in model.modules() if is_batchnorm(module)]
+    if any(layer.training for layer in layers):
+        raise InputError("dp=patient wants batchnorm=frozen: BatchNorm mixes patients of a batch")
+    for parameter in (p for layer in layers for p in layer.parameters()):
+        parameter.requires_grad_(False)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def names_of_batchnorm(model: nn.Module) -> set[str]:
+    """Name the parameters of all BatchNorm of a model."""
+    layers = [(name, module) for name, module in model.named_modules() if is_batchnorm(module)]
+    return {f"{name}.{part}" for name, module in layers for part, _ in module.named_parameters()}
+
+
+def draw_films(
+    patients: list[np.ndarray], rate: float, draw: np.random.Generator | SystemRandomness
+) -> np.ndarray:
+    """Draw each patient with chance `rate`, on its own, and one film of each; return positions.
+
+    `patients` holds the positions of each one's films. Two numbers are drawn for each patient,
+    drawn or not, so that one patient's films never decide about another's.
+    """
+    chance, which = draw.random(len(patients)), draw.random(len(patients))
+    chosen = [films[int(w * len(films))] for films, w in zip(patients, which, strict=True)]
+    return np.array(chosen, dtype=int)[chance < rate]
+
+
+@contextmanager
+def per_patient_gradients(model: ChestResNet) -> Iterator[nn.Module]:
+    """Let Opacus (Yousefpour et al., 2021) keep each film's gradient; take its hooks off again.
+
+    All is computed in float32: what is clipped must be the gradient, neither scaled nor rounded.
+    """
+    wanted, model.precision = model.precision, "fp32"
+    hooked = opacus("grad_sample").GradSampleModule(model, loss_reduction="sum")
+    # Opacus' own takes each film for contiguous: of channels_last it makes noise, and no error.
+    hooked.GRAD_SAMPLERS = hooked.GRAD_SAMPLERS | {nn.Conv2d: convolution_gradients}
+    try:
+        yield hooked
+    finally:
+        hooked.to_standard_module()
+        model.precision = wanted
+
+
+def convolution_gradients(
+    layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor
+) -> dict[nn.Parameter, Tensor]:
+    """Return each film's gradient, (B, out, in, k, k), of a convolution without groups or bias."""
+    how = layer.kernel_size, layer.dilation, layer.padding, layer.stride
+    windows = F.unfold(activations[0], *how)  # (B, in k k, positions)
+    gradients = torch.einsum("bop,bip->boi", backprops.flatten(2), windows)
+    return {layer.weight: gradients.view(-1, *layer.weight.shape)}
+
+
+def clipped_sum(
+    hooked: nn.Module,
+    films: ChestXrayDataset,
+    positions: np.ndarray,
+    clip: float,
+    rng: np.random.Generator | None = None,
+) -> list[Tensor]:
+    """Sum the gradients of one film a patient, each scaled to a norm of at most `clip`.
+
+    A tensor for each trained parameter, of its shape. Films go through the model in parts, so that
+    their gradients fit into memory. Without films the sum is zero.
+    """
+    trained = [p for p in hooked.parameters() if p.requires_grad]
+    sums = [torch.zeros_like(p) for p in trained]
+    size = min(256, max(1, GRADIENT_BYTES // sum(4 * p.numel() for p in trained)))
+    for start in range(0, len(positions), size):
+        chosen = positions[start : start + size]
+        batch, labels = films.batch(chosen, sums[0].device)
+        patient_losses(hooked(batch, rng), labels).sum().backward()
+        parts = clip_each([p.grad_sample for p in trained], clip)
+        sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)]
+        for parameter in trained:
+            parameter.grad = parameter.grad_sample = None
+    return sums
+
+
+def patient_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of each film (B,), mean over its own known labels; (B, 14) both.
+
+    The mean is not taken over the batch's known labels, as in other training: there, a patient
+    would change the weight of all others.
+    """
+    known = (~labels.isnan()).float()
+    losses = F.binary_cross_entropy_with_logits(
+        logits.float(), labels.nan_to_num(), known, reduction="none"
+    )
+    return losses.sum(1) / known.sum(1).clamp(min=1)
+
+
+def clip_each(gradients: list[Tensor], clip: float) -> list[Tensor]:
+    """Scale each patient's gradients, (B, ...) a parameter, to a joint norm of `clip`, and sum.
+
+    A patient whose gradient is not finite counts as zero: that, too, would tell of the patient.
+    """
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).double().norm(dim=0)
+    broken = ~norms.isfinite()
+    if broken.any():
+        norms[broken] = 0
+        for gradient in gradients:
+            gradient[broken] = 0
+    factor = (clip / norms).clamp(max=1).float()
+    return [(factor @ g.flatten(1)).view(g.shape[1:]) for g in gradients]
+
+
+def gaussian(
+    like: Tensor, deviation: float, draw: np.random.Generator | SystemRandomness
+) -> Tensor:
+    """Draw Gaussian noise of a tensor's shape, dtype and device."""
+    noise = torch.from_numpy(draw.standard_normal(like.numel()) * deviation)
+    return noise.view(like.shape).to(like)

@@ -1,0 +1,184 @@
+"""What a run leaves on disk, and how it is read back."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from safetensors.torch import load_file, save_file
+
+from .base.device import find_devices
+from .base.errors import InputError
+from .base.files import KAGGLE, search_files, write_atomic
+from .base.parameters import Parameters, parameter
+from .base.state import State
+from .dataset import ChestXrayDataset, read_index
+
+HISTORY = [
+    "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
+    "bytes_down", "seconds", "status", "reason", "epsilon", "state_sha256",
+]  # fmt: skip
+TRUNK = "trunk"  # the frozen layers, which all models of a run share
+
+
+@dataclass(frozen=True)
+class RunParameters(Parameters):
+    """Where the films are, and where a run's results go."""
+
+    data_dir: str = parameter(
+        "", "folder with Data_Entry_2017*.csv, or films.toml for films of your own; empty:"
+        " NIH_DATA_DIR, Kaggle, else the phantom"
+    )  # fmt: skip
+    work_dir: str = parameter("", "where results go; empty: work/ of the project", identity=False)
+    name: str = parameter(
+        "", "of this run; empty: a short hash of the parameters", identity=False,
+        pattern=r"letters, digits, . _ -: (\w[\w.-]*)?",
+    )  # fmt: skip
+
+    @property
+    def prepared(self) -> Path:
+        """The prepared films to read: of this work folder, else of an attached kernel's output."""
+        here, report = Path(self.work_dir) / "prepared", "prepared/report.json"
+        if (here / "report.json").is_file():
+            return here
+        return next((found.parent for found in search_files(KAGGLE / "input", report)), here)
+
+    @property
+    def run(self) -> Path:
+        """The folder of this run, which notebooks 03 and 04 write."""
+        return Path(self.work_dir) / "runs" / self.name
+
+
+class Model(NamedTuple):
+    """One model of a run: its arm, its seed, and in the arm `local` the client that owns it."""
+
+    arm: str
+    seed: int
+    owner: str = ""
+
+    @property
+    def name(self) -> str:
+        """Its name in files, such as federated-s0 or local-s0-client-1."""
+        return "-".join(filter(None, [self.arm, f"s{self.seed}", self.owner]))
+
+
+def list_models(settings: Parameters, clients: Iterable[str]) -> list[Model]:
+    """List the models of a run, in the order in which they are trained."""
+    models = []
+    for seed, arm in product(settings.seed_list, settings.arm_list):
+        owners = sorted(clients) if arm == "local" else [""]
+        models += [Model(arm, seed, owner) for owner in owners]
+    return models
+
+
+def model_file(run: Path, name: str) -> Path:
+    """Return the file of a model, of the trunk, or of a client's own BatchNorm (MODEL-CLIENT)."""
+    return run / "models" / f"{name}.safetensors"
+
+
+def write_model(run: Path, name: str, state: State, **about: str) -> None:
+    """Write a state as `model_file` names it; `about` goes into its header."""
+    write_atomic(model_file(run, name), partial(save_file, state, metadata=about or None))
+
+
+def read_model(run: Path, name: str) -> State:
+    """Read a state that `write_model` wrote."""
+    return load_file(model_file(run, name))
+
+
+def read_own_batchnorm(run: Path, model: Model, clients: Sequence[str]) -> dict[str, State]:
+    """Read the BatchNorm that clients kept for themselves under a federated model, by client."""
+    files = {client: model_file(run, f"{model.name}-{client}") for client in clients}
+    return {client: load_file(file) for client, file in files.items() if file.is_file()}
+
+
+def write_global_model(run: Path, name: str) -> None:
+    """Write a whole model, trunk and all, for plain torchvision."""
+    whole = read_model(run, TRUNK) | read_model(run, name)
+    write_atomic(run / "global_model.safetensors", partial(save_file, whole))
+
+
+def copy_model(source: Path, target: Path, model: Model) -> None:
+    """Copy a model, its clients' own BatchNorm, and the trunk if there is none, to another run."""
+    own = model_file(source, f"{model.name}-*") if model.arm == "federated" else None
+    files = [model_file(source, model.name), *(own.parent.glob(own.name) if own else [])]
+    if not model_file(target, TRUNK).is_file():
+        files.append(model_file(source, TRUNK))
+    for file in files:
+        write_atomic(target / "models" / file.name, file.read_bytes())
+
+
+def read_history(run: Path) -> pd.DataFrame:
+    """Read a run's `history.csv`; `client` is empty on the rows of aggregated models."""
+    return pd.read_csv(run / "history.csv", dtype={"client": str}).fillna({"client": ""})
+
+
+def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
+    """Return the row of each model's best validation round, which is the one that is kept.
+
+    The highest AUROC counts, then the lowest loss, then the earlier round.
+    """
+    models = history[(history["client"] == "") | (history["arm"] == "local")]
+    score = models.assign(score=models["val_auroc"].fillna(-math.inf))
+    order = score.sort_values(["score", "val_loss", "round"], ascending=[False, True, True])
+    return order.groupby(["arm", "seed", "client"]).head(1).drop(columns="score").sort_index()
+
+
+def open_run(settings: Parameters, server: str, fingerprint: str) -> dict[str, Any]:
+    """Write `config.json` for a new run, or check that the one there is the same; return it.
+
+    Threads a replica belong to a run: where the settings leave them open, a run that goes on keeps
+    those it began with. `server` names the strategy's class. Raises InputError on what differs.
+    """
+    path = settings.run / "config.json"
+    old = json.loads(path.read_text()) if path.is_file() else {}
+    share = max(1, (os.cpu_count() or 1) // len(find_devices(settings.device)))
+    config = settings.identity() | {
+        "threads": settings.threads or old.get("threads") or share,
+        "server": server,
+        "fingerprint": fingerprint,
+    }
+    for key in [key for key in config if old and old.get(key) != config[key]]:
+        raise InputError(
+            f"{settings.run} is a run with {key}={old.get(key)!r}, not {config[key]!r}: choose"
+            " another name, or delete that folder"
+        )
+    (settings.run / "models").mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(config, indent=1).encode())
+    return config
+
+
+def check_fingerprint(settings: RunParameters, report: dict[str, Any]) -> None:
+    """Raise InputError where the prepared data are not those that the run was trained on.
+
+    A run over a network has no fingerprint: its films never left the hospitals.
+    """
+    trained = json.loads((settings.run / "config.json").read_text())["fingerprint"]
+    if trained and report["fingerprint"] != trained:
+        raise InputError(
+            f"run {settings.name} was trained on data {trained[:16]}, but {settings.prepared} holds"
+            f" {report['fingerprint'][:16]}: run notebook 02 again with that run's parameters"
+        )
+
+
+def read_films(settings: RunParameters) -> ChestXrayDataset:
+    """Open the prepared films with each patient's client, as `clients.csv` of the run has it."""
+    clients = pd.read_csv(settings.run / "clients.csv", dtype=str).set_index("patient_id")["client"]
+    index = read_index(settings.prepared)
+    return ChestXrayDataset(
+        settings.prepared, index.assign(client=index["patient_id"].map(clients))
+    )
+
+
+def read_budget(run: Path) -> pd.DataFrame:
+    """Read `privacy.csv` of a run: a row a model and hospital; empty without privacy."""
+    path = run / "privacy.csv"
+    if not path.is_file():
+        return pd.DataFrame()
+    return pd.read_csv(path, dtype={"client": str, "hospital": str}).fillna({"client": ""})

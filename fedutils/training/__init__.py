@@ -1,0 +1,1 @@
+"""Training a run: arms, replicas, rounds one after the other, checkpoints, cached features."""

@@ -1,0 +1,103 @@
+"""Three arms: federated, centralised and local training are lists of clients."""
+
+import dataclasses
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from ..base.errors import InputError
+from ..base.parameters import Parameters, parameter, split_list
+from ..client import Client
+from ..dataset import ChestXrayDataset
+from ..fedavg import AggregationParameters, FedAvg
+from ..films.partition import PartitionParameters
+from ..privacy.client import PrivateClient
+from ..rounds import Job, RoundParameters
+from ..strategies import StrategyParameters
+
+CLIENTS = {kind.mechanism: kind for kind in (Client, PrivateClient)}
+# What means nothing to a client that trains alone, and to one that holds everything.
+FEDERATED = (AggregationParameters, RoundParameters, StrategyParameters)
+
+
+@dataclass(frozen=True)
+class ArmParameters(Parameters):
+    """What is trained beside the federated model, and how often."""
+
+    arms: str = parameter("federated", "what to train", parts=("federated", "centralised", "local"))
+    seeds: str = parameter(
+        "0", "training seeds", pattern=r"numbers such as 0,1,2: \s*\d+\s*(,\s*\d+\s*)*"
+    )
+    lr_centralised: float = parameter(
+        0.0, "learning rate of the centralised arm; 0: as lr", bounds=(0.0, math.inf)
+    )
+    lr_local: float = parameter(
+        0.0, "learning rate of the local arm; 0: as lr", bounds=(0.0, math.inf)
+    )
+
+    @property
+    def arm_list(self) -> list[str]:
+        """The arms to train, in order."""
+        return split_list(self.arms)
+
+    @property
+    def seed_list(self) -> list[int]:
+        """The training seeds, in order."""
+        return [int(seed) for seed in split_list(self.seeds)]
+
+
+def client_class(settings: Parameters) -> type[Client]:
+    """Return the class of client that the settings ask for, here and over a network."""
+    if settings.dp not in CLIENTS:
+        raise InputError(f"dp={settings.dp!r}: allowed are {', '.join(CLIENTS)}")
+    return CLIENTS[settings.dp]
+
+
+def defaults(*rooms: type[Parameters]) -> dict[str, Any]:
+    """Return the defaults of the parameters that some rooms declare themselves."""
+    return {field.name: field.default for room in rooms for field in dataclasses.fields(room)}
+
+
+def arm_settings(settings: Parameters, arm: str) -> Parameters:
+    """Return the settings of one arm, with the defaults for all that means nothing to it.
+
+    Who trains alone federates nothing, and keeps its BatchNorm to itself by any policy; the
+    centralised arm knows no clients. Each arm has its learning rate.
+    """
+    alone = defaults(*FEDERATED) | {"server_lr": 1.0, "rounds": settings.rounds}
+    alone |= {"batchnorm": "average"} if settings.batchnorm == "local" else {}
+    changes: dict[str, dict[str, Any]] = {
+        "federated": {},
+        "local": alone | {"lr": settings.lr_local or settings.lr},
+        "centralised": alone
+        | {"lr": settings.lr_centralised or settings.lr}
+        | defaults(PartitionParameters),
+    }
+    return dataclasses.replace(settings, lr_centralised=0.0, lr_local=0.0, **changes[arm])
+
+
+def plan(
+    settings: Parameters, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
+) -> list[Job]:
+    """List the models to train, from films whose index has the columns `client` and `split`.
+
+    `strategy` is that of the federated arm, where it is not the one that the settings name.
+    """
+    train, val = (films.where(films.index["split"] == split) for split in ("train", "val"))
+    names = sorted(films.index["client"].unique())
+    parts = {name: train.where(train.index["client"] == name) for name in names}
+    own = {name: val.where(val.index["client"] == name) for name in names}
+    jobs, kind = [], client_class(settings)
+    for seed, arm in itertools.product(settings.seed_list, settings.arm_list):
+        mine = arm_settings(settings, arm)
+        used = strategy if arm == "federated" else None
+        if arm == "centralised":
+            jobs.append(Job(arm, seed, [kind("all", train, mine, seed)], val))
+            continue
+        hospitals = [kind(name, part, mine, seed, used) for name, part in parts.items()]
+        if arm == "federated":
+            jobs.append(Job(arm, seed, hospitals, val))
+        else:
+            jobs += [Job(arm, seed, [one], own[one.name], one.name) for one in hospitals]
+    return jobs

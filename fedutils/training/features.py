@@ -1,0 +1,234 @@
+"""What a frozen trunk makes of the films, computed once: rounds then train layer4 and fc alone.
+
+The store is a `.npy` of shape (films, h, w, 256), beside it a journal with a checksum for each
+block of films. Opening it checks every block: a killed computation goes on where it was, and what
+is damaged is computed again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..base.device import find_devices
+from ..base.errors import InputError
+from ..base.files import KAGGLE, write_atomic
+from ..base.parameters import Parameters, parameter, split_list
+from ..base.state import state_hash
+from ..dataset import ChestXrayDataset, read_report
+from ..model import ChestResNet, build_resnet34
+from ..run import TRUNK, read_model
+
+FEATURE_LAYERS = {"layer4", "fc"}  # what may be trained from cached features of conv1 to layer3
+FEATURES_VERSION = 1
+BLOCK = 64  # films in one pass and one entry of the journal: what a kill costs at most
+DTYPES = {"fp16": np.float16, "fp32": np.float32}
+KAGGLE_WORKING, KAGGLE_TEMP = KAGGLE / "working", KAGGLE / "temp"
+
+
+@dataclass(frozen=True)
+class FeatureParameters(Parameters):
+    """Whether a frozen trunk runs once, or in each epoch."""
+
+    cache_features: bool = parameter(
+        False, "run the frozen trunk once and train from its output; wants augment=false",
+        identity=False,  # it is how a run computes, as the device is
+    )  # fmt: skip
+    feature_dtype: str = parameter("fp16", "of that output on disk", allowed=tuple(DTYPES))
+
+    def check(self) -> None:
+        """Raise InputError where features of the trunk cannot stand for the films."""
+        if not self.cache_features:
+            return
+        if self.augment:
+            raise InputError(
+                "cache_features=true wants augment=false: features are computed once, of films as"
+                " they are stored"
+            )
+        if not set(split_list(self.tracked)) <= FEATURE_LAYERS:
+            raise InputError(
+                f"cache_features=true wants tracked=layer4,fc, not {self.tracked!r}: only a trunk"
+                " that stays frozen can be computed once"
+            )
+
+
+class FeatureStore:
+    """The output of conv1 to layer3 for every film of a store, under one trunk.
+
+    Its name is a key of all that the values depend on: the trunk's weights, the prepared data, the
+    size of the films, the precision they are computed in and the dtype they are kept in.
+    """
+
+    def __init__(
+        self, model: ChestResNet, films: ChestXrayDataset, settings: Parameters, fingerprint: str
+    ) -> None:
+        self.model, self.films = model, films.store
+        self.dtype = np.dtype(DTYPES[settings.feature_dtype])
+        side = -(-films.store.shape[1] // 16)
+        self.shape = (len(films.store), side, side, model.layer4[0].conv1.in_channels)
+        state = model.state_dict()
+        trunk = {k: v for k, v in state.items() if not k.startswith(("layer4.", "fc."))}
+        about = [FEATURES_VERSION, state_hash(trunk), fingerprint, films.store.shape[1]]
+        about += [settings.feature_dtype, model.computes_in()]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        self.path = find_scratch(settings.prepared) / f"features-{key}.npy"
+        count = -(-self.shape[0] // BLOCK)
+        # Blocks of even size: a single film alone may be computed with other last bits.
+        self.bounds = np.linspace(0, self.shape[0], count + 1).astype(int)
+        self.is_there = self._is_there()
+        self.sums = self._read_journal() if self.is_there else {}
+        self.missing = self._check_blocks()
+
+    @property
+    def gigabytes(self) -> float:
+        """The size of the whole store, in GB."""
+        return float(np.prod(self.shape)) * self.dtype.itemsize / 1e9
+
+    def open(self) -> np.ndarray | None:
+        """Return the features (N, h, w, 256), read only, or None where some are still missing."""
+        return None if self.missing else np.load(self.path, mmap_mode="r")
+
+    def fill(self, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+        """Compute what is missing and return all features; `progress` gets films done and all."""
+        store = self._open_for_writing() if self.missing else None
+        while self.missing:
+            number = self.missing[0]
+            start, stop = self.bounds[number : number + 2]
+            store[start:stop] = block = self.compute(start, stop)
+            self.sums[str(number)] = zlib.crc32(block)
+            write_atomic(self.path.with_suffix(".json"), json.dumps(self.sums).encode())
+            self.missing.pop(0)
+            progress(self.shape[0] - self._films_left(), self.shape[0])
+        del store
+        return self.open()
+
+    @torch.no_grad()
+    def compute(self, start: int, stop: int) -> np.ndarray:
+        """Return the features of the films from `start` to `stop`, as they are stored."""
+        self.model.eval()
+        films = torch.from_numpy(np.array(self.films[start:stop]))[:, None]
+        output = self.model.features(films.to(next(self.model.parameters()).device))
+        block = output.permute(0, 2, 3, 1).float().cpu().numpy().astype(self.dtype)
+        if not np.isfinite(block).all():
+            raise InputError(
+                f"features of films {start} to {stop} do not fit into {self.dtype}: choose"
+                " feature_dtype=fp32, or look at the weights"
+            )
+        return np.ascontiguousarray(block)
+
+    def seconds_left(self) -> float:
+        """Estimate the time that `fill` will take, from one block on this device."""
+        if not self.missing:
+            return 0.0
+        start, stop = self.bounds[:2]
+        self.compute(start, stop)  # the first pass of a network prepares its kernels
+        began = time.perf_counter()
+        self.compute(start, stop)
+        return (time.perf_counter() - began) / (stop - start) * self._films_left()
+
+    def stand_in(self) -> np.ndarray:
+        """Return the features of the first film in place of all, for timing; it takes no memory."""
+        return np.broadcast_to(self.compute(0, min(2, self.shape[0]))[0], self.shape)
+
+    def describe(self) -> str:
+        """Say in a sentence what is stored where, and what is left to compute."""
+        left, seconds = self._films_left(), self.seconds_left()
+        todo = f"{left:,} of them will be computed first, in about {seconds / 60:.1f} minutes"
+        return (
+            f"The trunk's output for {self.shape[0]:,} films takes {self.gigabytes:.2f} GB as"
+            f" {self.dtype} in {self.path.parent.name}/: {todo if left else 'all of it is there'}."
+        )
+
+    def _films_left(self) -> int:
+        """Count the films whose features are missing."""
+        return int(sum(self.bounds[i + 1] - self.bounds[i] for i in self.missing))
+
+    def _is_there(self) -> bool:
+        """Tell whether a store lies there, whole or in part; warn of another file."""
+        if not self.path.is_file():
+            return False
+        try:
+            store = np.load(self.path, mmap_mode="r")
+            fault = f"it holds {store.shape} {store.dtype}, not {self.shape} {self.dtype}"
+            if store.shape == self.shape and store.dtype == self.dtype:
+                return True
+        except (ValueError, OSError, EOFError) as error:
+            fault = str(error)
+        warnings.warn(f"{self.path} cannot be used ({fault}): computed again", stacklevel=3)
+        return False
+
+    def _read_journal(self) -> dict[str, int]:
+        """Return the checksums of the blocks that were written."""
+        try:
+            return json.loads(self.path.with_suffix(".json").read_text())
+        except (OSError, ValueError):  # killed before the first block, or damaged
+            return {}
+
+    def _check_blocks(self) -> list[int]:
+        """List the blocks that are missing, and those whose content is not what was written."""
+        store, missing = np.load(self.path, mmap_mode="r") if self.is_there else None, []
+        for i, pair in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
+            known = self.sums.get(str(i))
+            if known is None or zlib.crc32(store[slice(*pair)]) != known:
+                missing.append(i)
+                if known is not None:
+                    films = f"films {pair[0]} to {pair[1]}"
+                    warnings.warn(f"{self.path}: {films} are damaged, computed again", stacklevel=3)
+        return missing
+
+    def check_disk(self) -> None:
+        """Raise InputError where the store does not fit beside what is there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        free, need = shutil.disk_usage(self.path.parent).free / 1e9, self.gigabytes
+        if not self.is_there and need > free * 0.98:
+            others = sorted(p.name for p in self.path.parent.glob("features-*.npy"))
+            hint = f"; {', '.join(others)} there may be deleted" if others else ""
+            raise InputError(
+                f"cache_features=true needs {need:.1f} GB in {self.path.parent}, {free:.1f} GB are"
+                f" free: choose cache_features=false, feature_dtype=fp16 or fewer films{hint}"
+            )
+
+    def _open_for_writing(self) -> np.ndarray:
+        """Open the store; a new one gets its place on the disk at once, or fails here and now."""
+        if not self.is_there:
+            beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+            try:
+                np.lib.format.open_memmap(beside, "w+", self.dtype, self.shape)
+                if hasattr(os, "posix_fallocate"):  # not on Windows
+                    with beside.open("r+b") as file:
+                        os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
+                beside.replace(self.path)
+            finally:
+                beside.unlink(missing_ok=True)
+        return np.lib.format.open_memmap(self.path, "r+")
+
+
+def find_scratch(prepared: Path) -> Path:
+    """Return the folder for features: beside the films, on Kaggle where nothing is kept.
+
+    `/kaggle/working` is saved as output and holds 20 GB; features can be computed again.
+    """
+    if not KAGGLE_WORKING.is_dir():
+        return prepared
+    return KAGGLE_TEMP if KAGGLE_TEMP.is_dir() else Path(tempfile.gettempdir())
+
+
+def stored_features(settings: Parameters, films: ChestXrayDataset) -> ChestXrayDataset:
+    """Return the films as the features that training stored; as they are where there are none."""
+    if not settings.cache_features:
+        return films
+    model = build_resnet34("none", settings.tracked, "average", precision=settings.precision)
+    model.place(find_devices(settings.device)[0]).load(read_model(settings.run, TRUNK))
+    fingerprint = read_report(settings.prepared)["fingerprint"]
+    features = FeatureStore(model, films, settings, fingerprint).open()
+    return films if features is None else films.holding(features)

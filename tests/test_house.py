@@ -1,0 +1,238 @@
+"""The house: which room may know which, read from the imports, and no two things of one name."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import fedutils
+from fedutils.settings import FIELDS, ROOMS, Settings
+
+PACKAGE = Path(fedutils.__file__).parent
+DOORS = {"__init__", "__main__", "settings"}
+WINGS = {"base", "films", "training", "privacy", "evidence", "plots", "batch", "network"}
+CORE = {"settings", "dataset", "model", "client", "fedavg", "strategies", "rounds", "run"}
+
+
+def rooms(package):
+    """The modules of a package by name, such as films.phantom.cases, with what each imports."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(parts)
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                found[name] |= targets(parts, node)
+            elif isinstance(node, ast.Import):
+                ours = [a.name for a in node.names if a.name.split(".")[0] == "fedutils"]
+                found[name] |= {one.removeprefix("fedutils").strip(".") for one in ours}
+    return found
+
+
+def targets(parts, node):
+    """What one `from ... import ...` names, below the package; nothing for a library."""
+    if node.level:
+        base = [*parts[: len(parts) - node.level], *filter(None, (node.module or "").split("."))]
+    elif (node.module or "").split(".")[0] == "fedutils":
+        base = node.module.split(".")[1:]
+    else:
+        return set()
+    return {".".join(base)} if node.module else {".".join([*base, a.name]) for a in node.names}
+
+
+def wing(name):
+    """The wing of a module, or its own name where it is a root file."""
+    return name.split(".")[0]
+
+
+def breaches(package):
+    """Every import that a rule between rooms forbids, as (importer, imported)."""
+    found = []
+    for name, imported in rooms(package).items():
+        here = wing(name)
+        for other in imported:
+            there = wing(other)
+            if here == "base":
+                forbidden = there not in ("base", "")
+            elif here in DOORS:
+                forbidden = False
+            elif here in CORE:
+                forbidden = there in WINGS - {"base"} or there in DOORS
+            else:
+                forbidden = there in ("batch", "network") and here != there
+                forbidden |= here in ("plots", "evidence") and there in ("training", "privacy")
+                forbidden |= here in ("plots", "evidence", "training", "privacy", "films") and (
+                    there in DOORS
+                )
+            if forbidden:
+                found.append((name, other))
+    return found
+
+
+def plant(tmp_path, name, line):
+    """A copy of the package's imports in which one room has one more import."""
+    for path in PACKAGE.rglob("*.py"):
+        copy = tmp_path / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(path.read_text())
+    with (tmp_path / name).open("a") as file:
+        file.write(f"\n{line}\n")
+    return tmp_path
+
+
+def test_rule_1_each_room_imports_from_below_alone():
+    assert not breaches(PACKAGE)
+    assert len(rooms(PACKAGE)) > 50 and rooms(PACKAGE)["client"] >= {"fedavg", "base.rng"}
+
+
+@pytest.mark.parametrize(("name", "line"), [
+    ("base/rng.py", "from ..client import Client"),
+    ("base/rng.py", "import fedutils.films.read"),
+    ("client.py", "from .privacy.client import PrivateClient"),
+    ("fedavg.py", "from fedutils.training.arms import plan"),
+    ("rounds.py", "from .settings import Settings"),
+    ("rounds.py", "def late():\n    from .training import batchnorm"),
+    ("model.py", "from .films.phantom.write import draw_batch"),
+    ("plots/style.py", "from ..training.training import Training"),
+    ("evidence/predict.py", "from ..training.arms import plan"),
+    ("evidence/words.py", "from ..settings import Settings"),
+    ("training/arms.py", "from ..network.server import Network"),
+    ("films/phantom/cases.py", "from ...batch import run"),
+])  # fmt: skip
+def test_rule_1_notices_a_breach(tmp_path, name, line):
+    planted = plant(tmp_path, name, line)
+    assert [one for one, _ in breaches(planted)] == [name.removesuffix(".py").replace("/", ".")]
+
+
+def declared(package):
+    """The names that dataclasses derived from Parameters declare, with the room of each."""
+    found = []
+    for path in package.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and "Parameters" in map(ast.unparse, node.bases):
+                fields = [part for part in node.body if isinstance(part, ast.AnnAssign)]
+                found += [(part.target.id, path.stem) for part in fields]
+    return found
+
+
+def test_rule_2_a_parameter_is_one_field_in_the_room_that_uses_it(tmp_path):
+    names = [name for name, _ in declared(PACKAGE)]
+    assert sorted(names) == sorted(FIELDS) and len(set(names)) == len(names)
+    assert set(Settings.__mro__) >= set(ROOMS)
+    for name, field in FIELDS.items():
+        assert field.metadata["meaning"], name
+        assert type(field.default) is field.type, name
+    planted = plant(tmp_path, "client.py", "class Mine(Parameters):\n    mu: float = 0.5")
+    assert max(Counter(name for name, _ in declared(planted)).values()) == 2
+
+
+STRATEGY_NAMES = {"FedAvgM", "FedAdam", "FedProx", "Scaffold", "VARIATE"}
+
+
+def named(path, names):
+    """Which of these names, or texts, a module mentions in its code."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):  # a docstring may explain
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(
+            node
+        ):
+            node.body[0].value.value = ""
+    words = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    words |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+    return words & names
+
+
+def test_rule_3_a_strategy_is_one_class_and_the_client_names_none(tmp_path):
+    names = STRATEGY_NAMES | set(fedutils.STRATEGIES)
+    for room in ("client", "rounds", "fedavg", "training/training", "network/server"):
+        assert not named(PACKAGE / f"{room}.py", names), room
+    for kind in set(fedutils.STRATEGIES.values()):
+        assert {"begin", "end", "download", "step"} <= set(dir(kind))
+    planted = plant(tmp_path, "client.py", 'LOOKS_BACK = ("fedprox",)')
+    assert named(planted / "client.py", names) == {"fedprox"}
+
+
+def test_rule_4_one_registry_picks_the_class_of_client(tmp_path):
+    from fedutils.training.arms import CLIENTS
+
+    assert set(CLIENTS) == set(FIELDS["dp"].metadata["allowed"])
+    for mechanism, kind in CLIENTS.items():
+        assert kind.mechanism == mechanism
+        assert {"fit", "account", "over_budget", "withholds_loss"} <= set(dir(kind))
+    assert builders(PACKAGE) == ["training.arms"]
+    planted = plant(tmp_path, "network/server.py", 'ONE = PrivateClient("A", None, None, 0)')
+    assert builders(planted) == ["network.server", "training.arms"]
+
+
+def builders(package):
+    """The modules that mention a class of client outside of the one that defines it."""
+    kinds, homes = {"PrivateClient"}, {"privacy.client"}
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = ".".join(path.relative_to(package).with_suffix("").parts)
+        if name not in homes and named(path, kinds):
+            found.append(name)
+    return found
+
+
+def test_rule_5_evidence_reads_the_run_and_plots_take_tables():
+    for name, imported in rooms(PACKAGE).items():
+        if wing(name) == "plots":
+            assert not {wing(other) for other in imported} - {"plots", "base", "evidence"}, name
+        if wing(name) == "evidence":
+            allowed = {"evidence", "base", "run", "rounds", "dataset", "model", "client", "films"}
+            assert not {wing(other) for other in imported} - allowed, name
+
+
+def test_rule_6_replicas_and_the_network_are_executors_and_neither_is_the_other():
+    pytest.importorskip("flwr", reason="the extra `flower` is not installed")
+    from fedutils.network.server import Network
+    from fedutils.rounds import Executor
+    from fedutils.training.replicas import Replicas
+
+    asked = {name for name in vars(Executor) if not name.startswith("_")}
+    assert asked == {"fit", "measure", "validate"}
+    for kind in (Replicas, Network):
+        assert asked <= set(vars(kind)) and kind.__bases__ == (object,)
+
+
+def test_the_root_is_read_in_one_sitting_and_no_file_is_long():
+    lines = {path: path.read_text().count("\n") for path in PACKAGE.rglob("*.py")}
+    root = {path.stem: count for path, count in lines.items() if path.parent == PACKAGE}
+    assert set(root) == CORE | DOORS
+    assert sum(count for name, count in root.items() if name in CORE) <= 1300
+    assert max(lines.values()) <= 350
+    assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == WINGS
+
+
+def test_functions_are_short():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.body[0].lineno < 45, (path, node.name)
+
+
+def test_no_two_public_things_have_one_name_and_none_hides_a_module():
+    names = Counter()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            own = [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            if isinstance(node, ast.Assign):
+                targets = [part for t in node.targets for part in getattr(t, "elts", [t])]
+                own = [part.id for part in targets if isinstance(part, ast.Name)]
+            names.update({name for name in own if not name.startswith("_")})
+    assert not [name for name, count in names.items() if count > 1]
+    for wing_file in PACKAGE.rglob("__init__.py"):
+        given = {a.asname or a.name for node in ast.walk(ast.parse(wing_file.read_text()))
+                 if isinstance(node, ast.ImportFrom) for a in node.names}  # fmt: skip
+        assert not given & {path.stem for path in wing_file.parent.iterdir()}, wing_file
+    assert not (set(fedutils.PLACES) & {path.stem for path in PACKAGE.iterdir()})
+
+
+def test_the_findings_are_imported_from_one_place():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name not in ("findings.py", "signs.py", "chest.py", "cases.py"):
+            text = path.read_text()
+            assert "Cardiomegaly" not in text and "Pleural_Thickening" not in text, path
