@@ -27,7 +27,7 @@ evidence: .venv/.installed  ## compare federated, centralised and local training
 	@$(VENV) tests/bench/evidence.py
 
 flower: .venv/.flower  ## train the phantom's scanners over a real network, and compare
-	@$(VENV) -m fedutils flower demo
+	@$(VENV) tests/bench/flower.py
 
 flower-test: .venv/.flower
 	@$(VENV) -m pytest -m 'not slow' tests/test_flower.py tests/test_network.py
