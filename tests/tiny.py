@@ -16,7 +16,7 @@ from fedutils.settings import Settings, read_parameters
 
 # How far float32 takes the network's logits, or its gradient, from the exact ones, as a share of
 # their norm, on any processor: 36 layers there and 36 back, in each sums of up to 9 * 512 products,
-# and as many roundings, which add up like a random walk. It is 7e-5; measured are 4e-7 to 4e-6.
+# and as many roundings, which add up like a random walk. It is 7e-5; measured are 4e-7 to 6e-6.
 ROUNDING = torch.finfo(torch.float32).eps * math.sqrt(2 * 36 * 9 * 512)
 
 
