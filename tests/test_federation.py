@@ -398,6 +398,18 @@ def test_each_arm_has_its_own_rate_and_who_trains_alone_federates_nothing():
     )
     own = {arm: arm_settings(settings, arm) for arm in FIELDS["arms"].metadata["parts"]}
     assert [own[arm].lr for arm in FIELDS["arms"].metadata["parts"]] == [0.001, 0.001, 0.1]
-    assert [own[arm].strategy for arm in FIELDS["arms"].metadata["parts"]] == ["fedprox", "fedavg", "fedavg"]
-    assert [own[arm].batchnorm for arm in FIELDS["arms"].metadata["parts"]] == ["local", "average", "average"]
-    assert [own[arm].partition for arm in FIELDS["arms"].metadata["parts"]] == ["scanner", "iid", "scanner"]
+    assert [own[arm].strategy for arm in FIELDS["arms"].metadata["parts"]] == [
+        "fedprox",
+        "fedavg",
+        "fedavg",
+    ]
+    assert [own[arm].batchnorm for arm in FIELDS["arms"].metadata["parts"]] == [
+        "local",
+        "average",
+        "average",
+    ]
+    assert [own[arm].partition for arm in FIELDS["arms"].metadata["parts"]] == [
+        "scanner",
+        "iid",
+        "scanner",
+    ]

@@ -60,8 +60,10 @@ def start(tree: Path, names: list[str], out: Path) -> subprocess.Popen:
 def run_both(revision: str, names: list[str], folder: Path) -> list[dict[str, Result]]:
     """Do the runs with the revision and with the working tree, side by side."""
     command = ["git", "archive", revision]
-    archive = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+    archive = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE)
+    if archive.returncode:
+        sys.exit(2)  # git has said why
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder / "tree", filter="data")
     outs = {folder / "before.json": folder / "tree", folder / "now.json": ROOT}
     children = [start(tree, names, out) for out, tree in outs.items()]
