@@ -15,7 +15,6 @@ from flower import (
 )
 from tiny import tiny_films, tiny_homes, tiny_settings
 
-from fedutils import network
 from fedutils.base.errors import InputError, NotebookFailed
 from fedutils.films.partition import partition_patients
 from fedutils.films.phantom.write import write_phantom
@@ -151,16 +150,16 @@ def test_a_command_that_hangs_is_stopped(capsys):
 
 
 def test_a_missing_or_other_flower_is_named(monkeypatch):
-    monkeypatch.setattr(network, "version", lambda name: "1.40.1")
+    monkeypatch.setattr(commands, "version", lambda name: "1.40.1")
     with pytest.raises(
         InputError, match=r"flwr 1.40.1 is installed, 1.42 is supported: pip install"
     ):
         check_flower()
 
     def missing(name):
-        raise network.PackageNotFoundError(name)
+        raise commands.PackageNotFoundError(name)
 
-    monkeypatch.setattr(network, "version", missing)
+    monkeypatch.setattr(commands, "version", missing)
     with pytest.raises(
         InputError, match=r"Flower is not installed, the extra `flower`: pip install"
     ):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import fake_gpus, tiny_settings
 
-from fedutils import settings
+from fedutils.base import weights
 from fedutils.base.errors import InputError
 from fedutils.base.files import ROOT_MARKER, find_root
 from fedutils.settings import convert_texts, find_profile, read_parameters, read_run
@@ -108,7 +108,7 @@ def test_read_run_finds_the_named_or_the_latest_run(tmp_path):
 
 def test_gpu_with_weights_is_the_kaggle_profile(monkeypatch, tmp_path):
     fake_gpus(monkeypatch, 1)
-    monkeypatch.setattr(settings, "find_weights", lambda weights: tmp_path)
+    monkeypatch.setattr(weights, "find_weights", lambda name: tmp_path)
     assert find_profile() == "kaggle"
     kaggle = read_parameters({})
     assert (kaggle.image_size, kaggle.weights, kaggle.tracked) == (224, "imagenet", "layer4,fc")
