@@ -9,9 +9,9 @@ import time
 import pandas as pd
 import pytest
 from flower import (
-    Flower,  # bench
-    compare_models,  # bench
-    scatter,  # bench
+    Flower,
+    compare_models,
+    scatter,
 )
 from tiny import tiny_films, tiny_homes, tiny_settings
 
