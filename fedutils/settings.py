@@ -1,16 +1,23 @@
 """Settings: the union of what each room declares, filled and checked."""
 
-import ast
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .base.errors import InputError
 from .base.files import KAGGLE, fetch_runs, find_root, sha256
-from .base.parameters import Parameters, check_value, convert, describe, parameter, refuse
+from .base.parameters import (
+    Parameters,
+    assigned,
+    check_names,
+    check_value,
+    convert,
+    describe,
+    parameter,
+)
 from .base.weights import find_profile
 from .client import ClientParameters
 from .evidence.compare import CompareParameters
@@ -78,7 +85,7 @@ def read_parameters(values: Mapping[str, Any]) -> Settings:
     injected; the command line checks all. Raises InputError that names the parameter, what was
     found and what is allowed.
     """
-    check_names(injected(values))
+    check_names(injected(values), FIELDS)
     given = {name: convert(FIELDS[name], values[name]) for name in FIELDS if name in values}
     filled = fill(Settings(**given))
     filled.check()
@@ -87,20 +94,13 @@ def read_parameters(values: Mapping[str, Any]) -> Settings:
 
 def convert_texts(values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert values, maybe text from the command line, to their types; InputError on a name."""
-    check_names(values)
+    check_names(values, FIELDS)
     return {name: convert(FIELDS[name], value) for name, value in values.items()}
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Raise InputError for the name of no parameter."""
-    for name in [name for name in names if name not in FIELDS]:
-        raise refuse(name, FIELDS)
 
 
 def injected(values: Mapping[str, Any]) -> list[str]:
     """Return the names that papermill injected into a notebook, whose globals these are."""
-    cells = [cell for cell in values.get("In", ()) if cell.startswith("# Parameters\n")]
-    return [node.id for node in ast.walk(ast.parse("\n".join(cells))) if isinstance(node, ast.Name)]
+    return assigned(*(cell for cell in values.get("In", ()) if cell.startswith("# Parameters\n")))
 
 
 def fill(given: Settings) -> Settings:
@@ -150,7 +150,7 @@ def read_evaluated(values: Mapping[str, Any]) -> Settings:
     Raises InputError for a parameter that was injected and is not that of the run.
     """
     names = injected(values)
-    check_names(names)
+    check_names(names, FIELDS)
     settings = read_run(*(values[name] for name in EVALUATES[:4]))
     for name in (
         name for name in names if name not in EVALUATES and FIELDS[name].metadata["identity"]

@@ -16,6 +16,7 @@ from .errors import InputError
 KAGGLE = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle")
 ROOT_MARKER = "notebooks/01_explore.py"
 PACKAGE = Path(__file__).resolve().parents[1]
+LOCK = "run.lock", "run.pid"  # of a run that is being written
 
 
 def find_root() -> Path:
@@ -79,15 +80,18 @@ def run_lock(run: Path) -> Iterator[None]:
     `run.pid` is for the reader, since pids are used again.
     """
     run.mkdir(parents=True, exist_ok=True)
-    owner = run / "run.pid"
+    lock, owner = FileLock(run / LOCK[0]), run / LOCK[1]
     try:
-        with FileLock(run / "run.lock", timeout=0):
-            owner.write_text(str(os.getpid()))
-            yield
-            owner.unlink()
+        lock.acquire(timeout=0)
     except Timeout as error:
         who = f"process {owner.read_text()}" if owner.is_file() else "another process"
         raise InputError(f"{run}: {who} is writing this run; wait or stop it") from error
+    try:
+        owner.write_text(str(os.getpid()))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
 
 
 def fetch_runs(work_dir: str | Path) -> None:
@@ -107,7 +111,7 @@ def _copy_run(source: Path, work: Path) -> None:
     """Copy a run folder, but for its lock, under `work`; a kill leaves no half of it there."""
     half, whole = work / f"fetching-{source.name}", work / "runs" / source.name
     shutil.rmtree(half, ignore_errors=True)
-    for file in (path for path in source.rglob("*") if path.is_file() and path.stem != "run"):
+    for file in (path for path in source.rglob("*") if path.is_file() and path.name not in LOCK):
         target = half / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)  # without its mode: what is attached may not be written to

@@ -4,11 +4,12 @@ Each room declares its own in a frozen dataclass that derives from `Parameters`;
 them all. What checks a value, converts text, prints the list and names a run reads these fields.
 """
 
+import ast
 import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,12 @@ def parameter(
     return dataclasses.field(default=default, metadata=about)
 
 
+def assigned(*sources: str) -> list[str]:
+    """Return the names that pieces of code assign."""
+    names = [node for node in ast.walk(ast.parse("\n".join(sources))) if isinstance(node, ast.Name)]
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
+
+
 def split_list(text: str) -> list[str]:
     """Split a list with commas, such as "layer4,fc"."""
     return [part.strip() for part in text.split(",")]
@@ -81,11 +88,12 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         raise InputError(f"{said}: expected {expected}")
 
 
-def refuse(name: str, known: Iterable[str]) -> InputError:
-    """Return the error for an unknown parameter, with the known one that is nearest in spelling."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {near[0]}?" if near else "`python -m fedutils parameters` lists all"
-    return InputError(f"unknown parameter {name!r}; {hint}")
+def check_names(names: Iterable[str], known: Collection[str]) -> None:
+    """Raise InputError for an unknown parameter, with the known one that is nearest in spelling."""
+    for name in [name for name in names if name not in known]:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"did you mean {near[0]}?" if near else "`python -m fedutils parameters` lists all"
+        raise InputError(f"unknown parameter {name!r}; {hint}")
 
 
 def describe(field: dataclasses.Field) -> str:

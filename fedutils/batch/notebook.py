@@ -1,6 +1,5 @@
 """One notebook: read, executed with papermill, written as HTML, rendered."""
 
-import ast
 import io
 import logging
 import os
@@ -21,6 +20,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from ..base.errors import InputError, NotebookFailed
 from ..base.files import PACKAGE, sha256, write_atomic
+from ..base.parameters import assigned
 
 NOTEBOOKS = ("01_explore", "02_preprocess", "03_federated_train", "04_evaluate")
 READ_FILMS = NOTEBOOKS[:2]
@@ -55,8 +55,7 @@ def read_notebook(folder: Path, stem: str) -> NotebookNode:
 def declared(node: NotebookNode) -> list[str]:
     """Return the names that the parameters cell assigns."""
     cells = [cell.source for cell in node.cells if "parameters" in cell.metadata.get("tags", [])]
-    names = [part for part in ast.walk(ast.parse("\n".join(cells))) if isinstance(part, ast.Name)]
-    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
+    return assigned(*cells)
 
 
 class Indented(io.TextIOBase):

@@ -1,4 +1,4 @@
-"""Differential privacy of patients in each hospital, and an attack that tests it (extra `privacy`).
+"""Differential privacy of patients in each hospital (extra `privacy`).
 
 DP-SGD (Abadi et al., CCS 2016) with the *patient* as its unit. A patient has up to 184 films, so a
 promise about a film is none about a person. Here each step draws patients, not films (Poisson: each
@@ -149,10 +149,11 @@ class PrivateClient(Client):
 
         Raises InputError where BatchNorm is not frozen.
         """
-        trained = freeze_batchnorm(model)
+        freeze_batchnorm(model)
         update, keep = super().fit(model, sent, kept, round)
         keep[STEPS] = kept.get(STEPS, torch.tensor(0)) + self.steps
-        state = {name: value for name, value in update.state.items() if name in trained}
+        leaves = self.returns(model, sent)
+        state = {name: value for name, value in update.state.items() if name in leaves}
         spent = self.account(keep)["epsilon"]
         return replace(update, state=state, epsilon=spent), keep
 

@@ -160,7 +160,7 @@ class Training:
         now, seconds = self._load(job), 0.0
         if now and now.round >= self.settings.rounds:
             return True
-        executor, model = self._executor(job), self.models.replicas(job).models[0]
+        executor, model = self._executor(job), self.models.models[0]
         server = self.strategy if job.arm == "federated" else FedAvg
         strategy = server(job.settings, {name for name, _ in model.named_parameters()})
         local = model.local_names()
