@@ -5,7 +5,7 @@ NEEDS := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-fast evidence flower flower-test privacy render lint
+.PHONY: help demo test bench bench-fast evidence flower flower-test gpu privacy render lint
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 19
@@ -31,6 +31,9 @@ flower: .venv/.flower  ## train the phantom's scanners over a real network, and 
 
 flower-test: .venv/.flower
 	@$(VENV) -m pytest -m 'not slow' tests/test_flower.py tests/test_network.py
+
+gpu: .venv/.installed  ## measure what only a GPU can show; writes work/gpu.json
+	@$(VENV) tests/bench/gpu.py
 
 privacy: .venv/.installed  ## measure what differential privacy costs, and what a lying client does
 	@$(VENV) tests/bench/privacy.py

@@ -69,9 +69,7 @@ class Client:
         strategy: type[FedAvg] | None = None,
     ) -> None:
         if settings.dp != self.mechanism:
-            raise InputError(
-                f"dp={settings.dp}: {type(self).__name__} trains with {self.mechanism}"
-            )
+            raise InputError(f"dp={settings.dp}: {type(self).__name__} means {self.mechanism}")
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
         self.strategy = (strategy or STRATEGIES[settings.strategy])(settings)
         self.weight = len(films)  # what its update counts in the mean
@@ -94,8 +92,7 @@ class Client:
         beside, keep = self.strategy.end(sent, kept, final, steps)
         update = {k: v for k, v in final.items() if k not in local} | beside
         keep = {k: v for k, v in final.items() if k in local} | keep
-        took = time.perf_counter() - began
-        return Update(self.name, self.weight, update, loss, took), keep
+        return Update(self.name, self.weight, update, loss, time.perf_counter() - began), keep
 
     def account(self, kept: State) -> dict[str, Any]:
         """Return what this client's patients have been exposed to, by `kept`; here not measured."""
@@ -120,9 +117,8 @@ class Client:
         optimizer = make_optimizer(trained, self.settings)
         half = precision(device, self.settings.precision) is torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=half)
-        augment = generator(self.seed, "augment", round, self.name)
-        rng = augment if self.settings.augment else None
-        total, seen, steps = torch.zeros((), device=device), 0, 0
+        rng = generator(self.seed, "augment", round, self.name) if self.settings.augment else None
+        total, steps = torch.zeros((), device=device), 0
         for positions in self._batches(round):
             films, labels = self.films.batch(positions, device)
             loss = masked_loss(model(films, rng), labels)
@@ -131,10 +127,13 @@ class Client:
             scaler.unscale_(optimizer)
             correct()
             scaler.step(optimizer)
+            scale = scaler.get_scale()
             scaler.update()
             total += loss.detach() * len(positions)
-            seen, steps = seen + len(positions), steps + 1
-        return (total / seen).item(), steps
+            steps += scaler.get_scale() >= scale  # it falls where a step overflowed: none was taken
+        if not steps:
+            raise ValueError("every step overflowed in fp16: choose another precision")
+        return (total / (len(self.films) * self.settings.local_epochs)).item(), steps
 
     def _batches(self, round: int) -> Iterator[np.ndarray]:
         """Yield the positions of each batch, all of even size: BatchNorm dislikes a rest of one."""

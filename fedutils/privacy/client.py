@@ -172,8 +172,7 @@ class PrivateClient(Client):
         optimizer = make_optimizer(list(trained.values()), settings)
         seeded = generator(self.seed, "privacy", round, self.name)
         draw = SystemRandomness() if settings.secure else seeded
-        augment = generator(self.seed, "augment", round, self.name)
-        rng = augment if settings.augment else None
+        rng = generator(self.seed, "augment", round, self.name) if settings.augment else None
         expected = self.rate * len(self.patients)
         with per_patient_gradients(model) as hooked:
             for _ in range(self.steps):
