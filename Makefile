@@ -30,7 +30,7 @@ flower: .venv/.flower  ## train the phantom's scanners over a real network, and 
 	@$(VENV) tests/bench/flower.py
 
 flower-test: .venv/.flower
-	@$(VENV) -m pytest -m 'not slow' tests/test_flower.py tests/test_network.py
+	@$(VENV) -m pytest -m 'not slow' tests/network
 
 gpu: .venv/.installed  ## measure what only a GPU can show; writes work/gpu.json
 	@$(VENV) tests/bench/gpu.py

@@ -215,3 +215,43 @@ def test_lower_precision_trains_close_to_float32_and_leaves_float32_weights(
     error = np.linalg.norm(predict(model, films) - predict(full, films))
     step = torch.finfo(dtype).eps  # 36 layers round like a random walk
     assert error <= step * math.sqrt(36) * np.linalg.norm(predict(full, films))
+
+
+class Overflows:
+    """A GradScaler whose first steps overflow: it skips them, and halves its scale each time."""
+
+    def __init__(self, skips):
+        self.skips, self.factor = skips, 2.0**16
+
+    def scale(self, loss):
+        return loss
+
+    def unscale_(self, optimizer):
+        pass
+
+    def step(self, optimizer):
+        if not self.skips:
+            optimizer.step()
+
+    def update(self):
+        if self.skips:
+            self.skips, self.factor = self.skips - 1, self.factor / 2
+
+    def get_scale(self):
+        return self.factor
+
+
+def test_scaffold_counts_only_the_steps_that_were_taken(tmp_path, films, monkeypatch):
+    about = {"strategy": "scaffold", "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+    client = Client("client-1", films, tiny_settings(tmp_path, **about), seed=0)
+    model, batches = build_resnet34("none", "fc"), math.ceil(len(films) / 8)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *about, **more: Overflows(2))
+    counted = []
+    monkeypatch.setattr(
+        client.strategy, "end", lambda *about: (counted.append(about[3]), ({}, {}))[1]
+    )
+    client.fit(model, start_state(model), {}, round=1)
+    assert counted == [batches - 2]
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *about, **more: Overflows(batches))
+    with pytest.raises(ValueError, match="every step overflowed"):
+        client.fit(model, start_state(model), {}, round=1)

@@ -140,7 +140,7 @@ CHILD = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_images import make_table
+from test_dataset import make_table
 folder = Path(sys.argv[1])
 from fedutils.films import decode
 decode.FILMS_A_CHUNK = 4
