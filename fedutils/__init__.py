@@ -22,7 +22,7 @@ NAMES = {
     "evidence.summary": "record_files write_summary",
     "evidence.tables": "hospitals main_model tabulate tabulate_differences_text tabulate_points"
     " training_cost",
-    "evidence.words": "membership_words pointing_words privacy_words",
+    "evidence.words": "membership_words pointing_words privacy_words too_small",
     "fedavg": "FedAvg",
     "films.check": "check_table summary",
     "films.decode": "decode_films example_films write_index",

@@ -2,11 +2,20 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .base import __version__
 from .base.errors import InputError, NotebookFailed
+
+OPTIONS = {  # the parameters that have an option of their own
+    "data_dir": "folder with Data_Entry_2017*.csv, or films.toml for films of your own; "
+    "default: NIH_DATA_DIR, Kaggle, phantom",
+    "work_dir": "where results go; default: work/",
+    "name": "name of the run",
+    "profile": "auto, demo (seconds, no GPU, no network) or kaggle",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,13 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
         options.do(options)
-    except InputError as error:
-        return complain(error, 2)
-    except NotebookFailed as error:
-        return complain(error, 1)
+        return 0
+    except (InputError, NotebookFailed) as error:
+        status, message = error.status, str(error)
     except KeyboardInterrupt:
-        return complain("interrupted; the same command goes on from here", 130)
-    return 0
+        status, message = 130, "interrupted; the same command goes on from here"
+    print("fedutils:", " ".join(message.split()), file=sys.stderr)
+    return status
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,37 +37,36 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("fedutils", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fedutils {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    run = commands.add_parser("run", help="execute the notebooks, resuming where they stopped")
-    add_parameters(run)
-    run.set_defaults(do=run_notebooks)
-    sweep = commands.add_parser("sweep", help="execute a run for each combination of values")
+    add_parameters(add(commands, "run", run_notebooks))
+    sweep = add(commands, "sweep", sweep_notebooks)
     sweep.add_argument("grid", nargs="+", metavar="KEY=V1|V2", help="quote it: | is the shell's")
     add_parameters(sweep)
-    sweep.set_defaults(do=sweep_notebooks)
-    verify = commands.add_parser("verify", help="check a run folder: hashes, data, metrics")
+    verify = add(commands, "verify", verify_folder)
     verify.add_argument("folder", type=Path, metavar="RUN", help="such as work/runs/NAME")
-    verify.set_defaults(do=verify_folder)
-    add_flower(commands.add_parser("flower", help="train over a real network"))
-    kit = commands.add_parser("kaggle", help="write folders for the `kaggle` command to send")
+    add_flower(add(commands, "flower", run_flower))
+    kit = add(commands, "kaggle", make_kit)
     kit.add_argument("--user", required=True, metavar="NAME", help="your name on Kaggle")
     kit.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     add_pairs(kit)
-    kit.set_defaults(do=make_kit, data=None, work=None, name=None, profile=None)
-    listed = commands.add_parser("parameters", help="list all parameters by room")
-    listed.set_defaults(do=print_parameters)
-    render = commands.add_parser("render", help="write the demo's results as notebooks/*.ipynb")
-    render.set_defaults(do=render_notebooks)
+    add(commands, "parameters", print_parameters)
+    add(commands, "render", render_notebooks)
     return parser
+
+
+def add(commands: Any, name: str, do: Callable[..., None]) -> argparse.ArgumentParser:
+    """Add a command, whose help is what the function that does it says of itself."""
+    command = commands.add_parser(name, help=do.__doc__)
+    command.set_defaults(do=do)
+    return command
 
 
 def add_parameters(command: argparse.ArgumentParser) -> None:
     """Add the options of a run: parameters of the notebooks, and which notebooks."""
-    places = {"data": "folder with Data_Entry_2017*.csv, or films.toml for films of your own; "
-                      "default: NIH_DATA_DIR, Kaggle, phantom",
-              "work": "where results go; default: work/", "name": "name of the run",
-              "profile": "auto, demo (seconds, no GPU, no network) or kaggle"}  # fmt: skip
-    for option, text in places.items():
-        command.add_argument(f"--{option}", metavar=option.upper(), help=text)
+    for name, text in OPTIONS.items():
+        option = name.removesuffix("_dir")
+        command.add_argument(
+            f"--{option}", dest=name, metavar=option.upper(), default=argparse.SUPPRESS, help=text
+        )
     add_pairs(command)
     command.add_argument("--force", action="store_true", help="execute what is unchanged, too")
     command.add_argument("--only", default="", metavar="01,02", help="these notebooks only")
@@ -74,22 +82,22 @@ def add_flower(command: argparse.ArgumentParser) -> None:
     """Add the steps of a federation over a network; `--keys` is the folder of this side's keys."""
     steps = command.add_subparsers(metavar="STEP", required=True)
     texts = {
-        "certificate": "write the server's certificate, for the NAME that hospitals reach it by",
-        "key": "write the key of the hospital NAME",
-        "server": "run the SuperLink, to which hospitals connect",
-        "register": "let the hospital with the public key NAME connect",
-        "hospital": "run the SuperNode of the hospital NAME",
-        "train": "train with the hospitals that are connected",
+        "certificate": "Write the server's certificate, for the NAME that hospitals reach it by",
+        "key": "Write the key of the hospital NAME",
+        "server": "Run the SuperLink, to which hospitals connect",
+        "register": "Let the hospital with the public key NAME connect",
+        "hospital": "Run the SuperNode of the hospital NAME",
+        "train": "Train with the hospitals that are connected",
     }
     for step, text in texts.items():
         part = steps.add_parser(step, help=text)
-        if step in ("certificate", "key", "register", "hospital"):
-            part.add_argument("flower_name", metavar="NAME")
+        if "NAME" in text:
+            part.add_argument("name", metavar="NAME")
         part.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT")
         part.add_argument("--keys", type=Path, metavar="DIR", help="none: no TLS, one machine only")
         part.add_argument("--work", default="work", help="this side's work folder")
         add_pairs(part)
-        part.set_defaults(do=run_flower, step=step)
+        part.set_defaults(step=step, name="")
 
 
 def run_flower(options: argparse.Namespace) -> None:
@@ -97,66 +105,61 @@ def run_flower(options: argparse.Namespace) -> None:
     from .network.commands import take_step
 
     values = split_pairs(options.pairs, "-p") | {"work_dir": str(Path(options.work).resolve())}
-    name = getattr(options, "flower_name", "")
-    take_step(options.step, name, options.server, options.keys, values)
+    take_step(options.step, options.name, options.server, options.keys, values)
 
 
 def run_notebooks(options: argparse.Namespace) -> None:
-    """Execute the notebooks."""
-    from .batch.notebook import FOLDER
+    """Execute the notebooks, resuming where they stopped."""
     from .batch.run import run
 
-    run(read_values(options), options.only, options.force, FOLDER)
+    run(read_values(options), options.only, options.force)
 
 
 def sweep_notebooks(options: argparse.Namespace) -> None:
-    """Execute the notebooks for each combination of the grid."""
-    from .batch.notebook import FOLDER
+    """Execute a run for each combination of values."""
     from .batch.sweep import sweep
 
     grid = {key: value.split("|") for key, value in split_pairs(options.grid, "sweep").items()}
-    sweep(read_values(options), grid, options.only, options.force, FOLDER)
+    sweep(read_values(options), grid, options.only, options.force)
 
 
 def render_notebooks(options: argparse.Namespace) -> None:
-    """Execute the demo as the committed pairs."""
-    from .batch.notebook import FOLDER, render
+    """Write the demo's results as notebooks/*.ipynb."""
+    from .batch.notebook import render
 
-    render(FOLDER)
+    render()
 
 
 def verify_folder(options: argparse.Namespace) -> None:
-    """Check a run folder and say what is wrong; raise NotebookFailed if anything is."""
+    """Check a run folder: hashes, data, metrics."""
     from .evidence.summary import verify_run
     from .settings import read_run
 
     run = options.folder.resolve()
-    wrong = verify_run(read_run(str(run.parent.parent), run.name))
-    if wrong:
+    if wrong := verify_run(read_run(str(run.parent.parent), run.name)):
         raise NotebookFailed(f"{options.folder}: {'; '.join(wrong)}")
     print(f"{options.folder}: hashes, fingerprint and metrics are as they were written")
 
 
 def make_kit(options: argparse.Namespace) -> None:
-    """Write the Kaggle kit and print the commands that send it, in order."""
+    """Write folders for the `kaggle` command to send."""
     from .batch.kaggle import write_kit
 
     print("\n".join(write_kit(options.user, options.out, read_values(options))))
 
 
 def print_parameters(options: argparse.Namespace) -> None:
-    """List all parameters by the room that declares them."""
-    from .settings import list_parameters
+    """List all parameters by room."""
+    from .base.parameters import list_parameters
+    from .settings import ROOMS
 
-    print(list_parameters())
+    print(list_parameters(ROOMS))
 
 
 def read_values(options: argparse.Namespace) -> dict[str, str]:
     """Return the parameters given on the command line; the last of two equal names counts."""
-    named = {"data_dir": options.data, "work_dir": options.work, "name": options.name,
-             "profile": options.profile}  # fmt: skip
-    values = {name: value for name, value in named.items() if value is not None}
-    return values | split_pairs(options.pairs, "-p")
+    named = {name: value for name, value in vars(options).items() if name in OPTIONS}
+    return named | split_pairs(options.pairs, "-p")
 
 
 def split_pairs(pairs: Sequence[str], option: str) -> dict[str, str]:
@@ -165,12 +168,6 @@ def split_pairs(pairs: Sequence[str], option: str) -> dict[str, str]:
         if "=" not in pair:
             raise InputError(f"{option} {pair}: expected KEY=VALUE")
     return dict(pair.split("=", 1) for pair in pairs)
-
-
-def complain(message: object, status: int) -> int:
-    """Print a message as one line on stderr and return the exit status."""
-    print("fedutils:", " ".join(str(message).split()), file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Update:
     """What a client sends back: `state` holds CPU tensors by name, `examples` is its weight."""
 
     client: str
-    examples: int
+    examples: float
     state: State = field(default_factory=dict)
     train_loss: float = math.nan
     seconds: float = 0.0
@@ -72,7 +72,7 @@ class Client:
             raise InputError(f"dp={settings.dp}: {type(self).__name__} means {self.mechanism}")
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
         self.strategy = (strategy or STRATEGIES[settings.strategy])(settings)
-        self.weight = len(films)  # what its update counts in the mean
+        self.weight = films.weight  # what its update counts in the mean
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
         """Train `model` in place from what the server sent; return the update and what is kept.
@@ -84,6 +84,9 @@ class Client:
         began = time.perf_counter()
         if not len(self.films):
             raise ValueError("no training films")
+        if not self.weight:
+            why = "none of its labels is known: it weighs nothing"
+            return Update(self.name, 0, status="unlabelled", reason=why), kept
         model.load({k: v for k, v in (sent | kept).items() if not is_beside(k)})
         trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
         correct = self.strategy.begin(trained, sent, kept)
@@ -129,11 +132,11 @@ class Client:
             scaler.step(optimizer)
             scale = scaler.get_scale()
             scaler.update()
-            total += loss.detach() * len(positions)
+            total += loss.detach() * (~labels.isnan()).float().mean(dim=1).sum()
             steps += scaler.get_scale() >= scale  # it falls where a step overflowed: none was taken
         if not steps:
             raise ValueError("every step overflowed in fp16: choose another precision")
-        return (total / (len(self.films) * self.settings.local_epochs)).item(), steps
+        return (total / (self.films.weight * self.settings.local_epochs)).item(), steps
 
     def _batches(self, round: int) -> Iterator[np.ndarray]:
         """Yield the positions of each batch, all of even size: BatchNorm dislikes a rest of one."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base.errors import InputError
+from .base.files import read_written
 from .base.findings import FINDINGS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,8 +31,7 @@ def read_report(prepared: Path) -> dict[str, Any]:
 def read_index(prepared: Path) -> pd.DataFrame:
     """Read `index.csv` as notebook 02 wrote it; a finding that nobody looked for is NaN."""
     text = ("image_index", "patient_id", "sex", "view", "scanner", "split")
-    index = pd.read_csv(prepared / "index.csv", dtype=dict.fromkeys(text, str))
-    index[list(text)] = index[list(text)].fillna("")
+    index = read_written(prepared / "index.csv", *text)
     return index.astype(dict.fromkeys(FINDINGS, np.float32))
 
 
@@ -52,6 +52,12 @@ class ChestXrayDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         """Count the films."""
         return len(self._rows)
+
+    @property
+    def weight(self) -> float:
+        """What these films count in a mean: each by the share of its labels that is known."""
+        total = float((~np.isnan(self.labels)).mean(axis=1).sum())
+        return int(total) if total.is_integer() else total
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         """Return one film, uint8 (1, H, W) or features (C, h, w), and its labels, float32 (14,)."""

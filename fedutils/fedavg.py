@@ -20,7 +20,13 @@ class AggregationParameters(Parameters):
     """How the server puts updates together."""
 
     aggregation: str = parameter("mean", "of updates; the others bear liars", allowed=RULES)
-    trim: float = parameter(0.2, "of trimmed: share cut off at each end", bounds=(0.0, 0.49))
+    trim: float = parameter(0.2, "of trimmed: share cut off at each end", bounds=(0.01, 0.49))
+
+    @property
+    def least_clients(self) -> int:
+        """How many clients a round needs for one at each end to be cut off; 1 for the mean."""
+        share = {"mean": math.inf, "median": 0.5}.get(self.aggregation, self.trim)
+        return 1 if share > 1 else max(3, math.ceil(1 / share - 1e-9))
 
 
 def add_in_place(total: Tensor, value: Tensor, weight: float) -> None:
@@ -73,7 +79,9 @@ class TrimmedMean(WeightedMean):
 
     def result(self) -> State:
         """Return the trimmed mean in float64."""
-        cut, mean = min(math.floor(self.trim * self.count), (self.count - 1) // 2), {}
+        # The small number for products such as 0.29 * 100, which is a little below 29.
+        cut = min(math.floor(self.trim * self.count + 1e-9), (self.count - 1) // 2)
+        mean: State = {}
         for name, first in self.states[0].items():
             parts = zip(
                 *(state[name].flatten().split(SORTED_AT_ONCE) for state in self.states), strict=True

@@ -124,7 +124,8 @@ def run_round(job: Job, now: Progress, executor: Executor, strategy: FedAvg) -> 
             aggregator.add(update.state, update.examples)
         if kept:
             now.clients[update.client] = kept
-    if aggregator.count < min(strategy.settings.min_clients, len(job.clients)):
+    wanted = min(strategy.settings.min_clients, len(job.clients))
+    if aggregator.count < max(wanted, strategy.settings.least_clients):
         raise FederationError(job, rows)
     share = aggregator.weight / sum(client.weight for client in job.clients)
     moved, now.server = strategy.step(now.state, aggregator.result(), now.server, share)
@@ -150,7 +151,7 @@ def aggregate_row(job: Job, now: Progress, rows: list[Row], executor: Executor) 
         "train_loss": float(np.average(good["train_loss"], weights=good["examples"])),
         "val_loss": loss,
         "val_auroc": auroc,
-        "examples": int(good["examples"].sum()),
+        "examples": good["examples"].sum().item(),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "status": "ok",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from .base.device import find_devices
 from .base.errors import InputError
-from .base.files import KAGGLE, search_files, write_atomic
+from .base.files import KAGGLE, read_written, search_files, write_atomic
 from .base.parameters import Parameters, parameter
 from .base.state import State
 from .dataset import ChestXrayDataset, read_index
@@ -104,30 +104,23 @@ def write_global_model(run: Path, name: str) -> None:
     write_atomic(run / "global_model.safetensors", partial(save_file, whole))
 
 
-def copy_model(source: Path, target: Path, model: Model) -> None:
-    """Copy a model, its clients' own BatchNorm, and the trunk if there is none, to another run."""
-    own = model_file(source, f"{model.name}-*") if model.arm == "federated" else None
-    files = [model_file(source, model.name), *(own.parent.glob(own.name) if own else [])]
-    if not model_file(target, TRUNK).is_file():
-        files.append(model_file(source, TRUNK))
-    for file in files:
-        write_atomic(target / "models" / file.name, file.read_bytes())
-
-
 def read_history(run: Path) -> pd.DataFrame:
     """Read a run's `history.csv`; `client` is empty on the rows of aggregated models."""
-    return pd.read_csv(run / "history.csv", dtype={"client": str}).fillna({"client": ""})
+    return read_written(run / "history.csv", "client", "status", "reason")
 
 
 def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
     """Return the row of each model's best validation round, which is the one that is kept.
 
-    The highest AUROC counts, then the lowest loss, then the earlier round.
+    The highest AUROC counts, then the lowest loss, then the earlier round; without validation films
+    it is the last.
     """
     models = history[(history["client"] == "") | (history["arm"] == "local")]
-    score = models.assign(score=models["val_auroc"].fillna(-math.inf))
-    order = score.sort_values(["score", "val_loss", "round"], ascending=[False, True, True])
-    return order.groupby(["arm", "seed", "client"]).head(1).drop(columns="score").sort_index()
+    turn = models["round"].where(models["val_loss"].notna(), -models["round"])
+    score = models.assign(score=models["val_auroc"].fillna(-math.inf), turn=turn)
+    order = score.sort_values(["score", "val_loss", "turn"], ascending=[False, True, True])
+    best = order.groupby(["arm", "seed", "client"]).head(1)
+    return best.drop(columns=["score", "turn"]).sort_index()
 
 
 def open_run(settings: Parameters, server: str, fingerprint: str) -> dict[str, Any]:
@@ -169,7 +162,8 @@ def check_fingerprint(settings: RunParameters, report: dict[str, Any]) -> None:
 
 def read_films(settings: RunParameters) -> ChestXrayDataset:
     """Open the prepared films with each patient's client, as `clients.csv` of the run has it."""
-    clients = pd.read_csv(settings.run / "clients.csv", dtype=str).set_index("patient_id")["client"]
+    clients = read_written(settings.run / "clients.csv", "patient_id", "client")
+    clients = clients.set_index("patient_id")["client"]
     index = read_index(settings.prepared)
     return ChestXrayDataset(
         settings.prepared, index.assign(client=index["patient_id"].map(clients))
@@ -181,4 +175,4 @@ def read_budget(run: Path) -> pd.DataFrame:
     path = run / "privacy.csv"
     if not path.is_file():
         return pd.DataFrame()
-    return pd.read_csv(path, dtype={"client": str, "hospital": str}).fillna({"client": ""})
+    return read_written(path, "client", "hospital")

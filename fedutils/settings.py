@@ -15,7 +15,6 @@ from .base.parameters import (
     check_names,
     check_value,
     convert,
-    describe,
     parameter,
 )
 from .base.weights import find_profile
@@ -89,7 +88,8 @@ def read_parameters(values: Mapping[str, Any]) -> Settings:
     given = {name: convert(FIELDS[name], values[name]) for name in FIELDS if name in values}
     filled = fill(Settings(**given))
     filled.check()
-    return filled if filled.name else dataclasses.replace(filled, name=_short_hash(filled))
+    about = json.dumps(filled.identity(), sort_keys=True)
+    return dataclasses.replace(filled, name=filled.name or sha256(about.encode())[:8])
 
 
 def convert_texts(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,18 +162,3 @@ def read_evaluated(values: Mapping[str, Any]) -> Settings:
                 " another run by its name"
             )
     return settings
-
-
-def list_parameters() -> str:
-    """Return a line for each parameter, under the room that declares it and its purpose."""
-    lines = []
-    for room in ROOMS:
-        lines += ["", f"{room.__module__}: {room.__doc__}"]
-        lines += [f"  {f.name:<17} {describe(f)}" for f in dataclasses.fields(room)]
-    return "\n".join(lines[1:])
-
-
-def _short_hash(settings: Settings) -> str:
-    """Return eight hex digits that stand for the identity of a run."""
-    text = json.dumps(settings.identity(), sort_keys=True)
-    return sha256(text.encode())[:8]

@@ -91,11 +91,13 @@ predictions.iloc[:3, :9]
 # %%
 result = fedutils.evaluate_models(predictions, films, settings.seed)
 summary = fedutils.write_summary(settings, result, title)
+warning = fedutils.too_small(result, films.index[films.index["split"] == "test"])
+display(HTML(f'<p style="color: #b00020">{warning}</p>' if warning else ""))
 display(Markdown("\n".join(f"- {line}" for line in summary["headline"])))
 
 # %% [markdown]
-# The primary figure is the mean over one fixed set of findings, those with at least ten positive test
-# patients. Labels alone decide, no model. Here they are:
+# The primary figure is the mean over one fixed set of findings, those that at least ten test patients
+# have, and ten have not. Labels alone decide, no model. Here they are:
 
 # %%
 display(Markdown(f"**{len(result.mean_over)} findings:** {', '.join(result.mean_over) or 'none'}."))
@@ -112,7 +114,7 @@ HTML(fedutils.tabulate(result.metrics).to_html())
 # %% [markdown]
 # ## The same as a picture
 #
-# A point is the AUROC, the bar its 95 % interval over patients; 0.5 is guessing. Small circles are the
+# A point is the AUROC, the bar its 95 % interval over patients (a score interval); 0.5 is guessing. Small circles are the
 # models of single hospitals. Published figures appear only if these are NIH's own films with NIH's own
 # test list: other splits do not compare.
 
@@ -153,10 +155,11 @@ plots.save(plots.pr_curves(test.labels, scores, title), folder / "precision_reca
 # %% [markdown]
 # ## Differences between the arms
 #
-# The federated model minus each other one, on the same draws of patients. A difference counts as *shown*
-# when its interval excludes 0 and every training seed has its sign; for single findings its p, adjusted
-# for 14 of them (Holm), must be below 0.05 as well. Otherwise no difference is shown, which does not say
-# that there is none.
+# The federated model minus each other one, on the same draws of patients. Intervals hold two components,
+# patients and training seeds (Satterthwaite's t): with one seed nothing is judged. The primary hypotheses
+# are two, the mean AUROC on all films against centralised and against the mean local model; all other p
+# are adjusted together (Holm). Otherwise no difference is shown, which does not say that there is none:
+# beside it stands what three seeds a side would show in four of five repetitions.
 
 # %%
 alone = f"Only one arm was trained ({settings.arms}): nothing to compare it with."
@@ -165,7 +168,7 @@ HTML(differences.to_html(index=False)) if len(differences) else Markdown(alone)
 
 # %% [markdown]
 # The same as a picture, by finding too. Filled points are shown differences, hollow ones are not; the
-# short upright lines are the smallest and the largest value over the training seeds.
+# short upright lines are the smallest and the largest value over the pairs of training seeds.
 
 # %%
 if len(result.differences):
@@ -181,7 +184,7 @@ if len(result.differences):
 plots.save(plots.client_matrix(result.metrics, title), folder / "hospitals.png")
 
 # %% [markdown]
-# The hospital for which the first arm does least, and what its interval allows to say:
+# The first arm by hospital, the lowest first; intervals that overlap show no worst one:
 
 # %%
 at_hospitals = fedutils.hospitals(result.metrics, settings.arm_list[0]).sort_values("value")

@@ -255,3 +255,13 @@ def test_report_is_readable_json(tmp_path):
     write_index(table, decode_films(table, tmp_path, out, 16), NO_BOXES, out, {"image_size": 16})
     report = json.loads((out / "report.json").read_text())
     assert report["splits"] == {"train": {"films": 2, "patients": 2}}
+
+
+@pytest.mark.parametrize("name", ["NA", "None", "null", "nan", "N/A", ""])
+def test_what_looks_like_missing_is_read_back_as_the_text_it_is(tmp_path, name):
+    films = tiny_films(tmp_path)
+    path = tmp_path / "prepared" / "index.csv"
+    films.index.drop(columns="client").assign(patient_id=name, view=name).to_csv(path, index=False)
+    index = read_index(tmp_path / "prepared")
+    assert set(index["patient_id"]) == {name} == set(index["view"])
+    assert index[list(FINDINGS)].notna().all(axis=None)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_settings
 
 from fedutils.base.state import cast_like
-from fedutils.fedavg import FedAvg, TrimmedMean, WeightedMean
+from fedutils.fedavg import AggregationParameters, FedAvg, TrimmedMean, WeightedMean
 from fedutils.settings import FIELDS
 from fedutils.strategies import STRATEGIES, VARIATE, FedAvgM
 
@@ -75,6 +75,19 @@ def test_median_and_trimmed_mean_withstand_a_bad_client():
     assert robust(0.5, [1, 2, 1e9]) == 2 and robust(0.5, [1, 2, 4, 1e9]) == 3
     assert robust(0.2, [-1e9, 1, 2, 3, 1e9]) == 2 and robust(0.2, [1, 2, 3]) == 2
     assert robust(0.0, [1, 2, 6]) == 3 and robust(0.5, [5]) == 5
+
+
+def test_a_share_of_all_clients_is_cut_though_floats_fall_short_of_it():
+    values = [*[-1e6] * 29, *range(42), *[1e6] * 29]
+    assert robust(0.29, values) == np.mean(range(42))
+
+
+@pytest.mark.parametrize(
+    ("rule", "trim", "least"),
+    [("mean", 0.2, 1), ("median", 0.2, 3), ("trimmed", 0.2, 5), ("trimmed", 0.34, 3)],
+)
+def test_a_rule_knows_how_many_clients_it_needs(rule, trim, least):
+    assert AggregationParameters(aggregation=rule, trim=trim).least_clients == least
 
 
 def test_median_through_chunks_equals_numpy(monkeypatch):

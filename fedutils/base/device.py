@@ -31,10 +31,7 @@ def set_up(threads: int, wanted: str) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Stop glibc from handing large blocks back to the kernel, which clears them anew each step.
-
-    Returns False where the C library is another one, which keeps its own counsel.
-    """
+    """Stop glibc from handing freed blocks back to the kernel; False for another C library."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h; older versions allow 32 MB at most.
@@ -45,46 +42,37 @@ def keep_freed_memory() -> bool:
 def find_devices(device: str) -> list[torch.device]:
     """Turn 'auto', 'cpu', 'cuda:0,cuda:1' or 'cpu,cpu' into one device for each model replica.
 
-    Raises InputError for a device that is unknown or not there, and for a GPU whose code the
-    installed torch does not hold, which would fail at its first operation.
+    Raises InputError for a device that is unknown, not there, or too old for the installed torch.
     """
-    if device == "auto":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        names = [f"cuda:{i}" for i in range(count)] or ["cpu"]
-    else:
-        names = [name.strip() for name in device.split(",")]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = [f"cuda:{i}" for i in range(count)] or ["cpu"]
+    names = there if device == "auto" else [name.strip() for name in device.split(",")]
     try:
         devices = [torch.device(name) for name in names]
     except RuntimeError as error:
         raise InputError(f"device={device!r}: expected auto, cpu, cuda:0 or a list") from error
     for found in devices:
-        _check_device(found)
+        if found.type != "cpu":
+            _check_gpu(found)
     return devices
 
 
-def _check_device(device: torch.device) -> None:
-    """Raise InputError where the device cannot be used."""
-    if device.type not in ("cpu", "cuda"):
+def _check_gpu(device: torch.device) -> None:
+    """Raise InputError where a device is no GPU that can be used."""
+    if device.type != "cuda":
         raise InputError(f"device={str(device)!r}: expected cpu or cuda")
-    if device.type == "cpu":
-        return
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device={str(device)!r} is not there; use device=cpu or auto")
     major, minor = torch.cuda.get_device_capability(device)
     arches = torch.cuda.get_arch_list()
     if str(major) not in {re.sub(r"\D", "", arch)[:-1] for arch in arches}:
-        raise InputError(
-            f"{torch.cuda.get_device_name(device)} (sm_{major}{minor}) is not among the GPUs that"
-            f" this torch was built for ({' '.join(arches)}); on Kaggle choose GPU T4 x2"
-        )
+        what = f"{torch.cuda.get_device_name(device)} (sm_{major}{minor})"
+        why = f"not among the GPUs that this torch was built for ({' '.join(arches)})"
+        raise InputError(f"{what} is {why}; on Kaggle choose GPU T4 x2")
 
 
 def precision(device: torch.device, wanted: str = "auto") -> torch.dtype:
-    """Return the dtype to compute in; float16 needs a GradScaler.
-
-    `auto` is bfloat16 on GPUs that have it, float16 on older ones such as the T4, and float32 on
-    the CPU.
-    """
+    """Return the dtype to compute in: `auto` is the best that a GPU has, float32 on the CPU."""
     if wanted != "auto":
         return PRECISIONS[wanted]
     if device.type != "cuda":
@@ -116,8 +104,7 @@ def environment() -> dict[str, Any]:
 
 def print_environment() -> None:
     """Print versions and device in one line, and which copy of fedutils this is."""
-    about = environment()
-    about["fedutils"] += f" ({find_copy()})"
+    about = environment() | {"fedutils": f"{__version__} ({find_copy()})"}
     print(" · ".join(f"{name} {value}" for name, value in about.items()))
 
 

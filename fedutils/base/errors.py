@@ -2,14 +2,15 @@
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: the message says what was found and what to do.
+    """What the user gave cannot be used: the message says what was found and what to do."""
 
-    The command line prints it as one line and exits with status 2.
-    """
+    status = 2  # of the command line, which prints the message as one line
 
 
 class NotebookFailed(RuntimeError):
     """A notebook stopped with an error: the message names notebook, cell and error."""
+
+    status = 1
 
 
 def in_a_line(error: Exception) -> str:

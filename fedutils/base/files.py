@@ -7,10 +7,14 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from .errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # The variable lets a test have a Kaggle of its own, in the kernels of its notebooks too.
 KAGGLE = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle")
@@ -28,10 +32,7 @@ def find_root() -> Path:
 
 
 def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Write a file so that after a kill at any moment the old or the new content is there.
-
-    `content` may be a function that writes to the path that it is given.
-    """
+    """Write a file whole or not at all; `content` may be a function that writes to a path."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         beside.write_bytes(content) if isinstance(content, bytes) else content(beside)
@@ -53,13 +54,9 @@ def search_files(root: Path, pattern: str, depth: int = 6) -> Iterator[Path]:
     for _ in range(depth + 1):
         for folder in level:
             yield from sorted(folder.glob(pattern))
-        level = [inner for folder in level for inner in _inner(folder)]
-
-
-def _inner(folder: Path) -> list[Path]:
-    """Return the folders worth a look for a file: image folders hold thousands of films."""
-    inner = sorted(folder.glob("*/"))
-    return [path for path in inner if not path.name.startswith(("images", "."))]
+        inner = [path for folder in level for path in sorted(folder.glob("*/"))]
+        # Image folders hold thousands of films.
+        level = [path for path in inner if not path.name.startswith(("images", "."))]
 
 
 def git_revision() -> str:
@@ -76,8 +73,7 @@ def git_revision() -> str:
 def run_lock(run: Path) -> Iterator[None]:
     """Hold `run.lock`, so that a run has one writer; raise InputError where another lives.
 
-    The system drops the lock with the process that held it, so a dead one's is simply taken over;
-    `run.pid` is for the reader, since pids are used again.
+    The system drops it with the process that held it; `run.pid` is for the reader.
     """
     run.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(run / LOCK[0]), run / LOCK[1]
@@ -97,14 +93,13 @@ def run_lock(run: Path) -> Iterator[None]:
 def fetch_runs(work_dir: str | Path) -> None:
     """Copy the runs that are attached on Kaggle to the work folder, where it does not have them.
 
-    The output of another kernel, or of an earlier version of the same one, can only be read.
-    Copied, notebook 03 goes on with a run or shares its models, and notebook 04 writes beside it.
+    Attached, they can only be read; copied, 03 goes on with them and 04 writes beside them.
     """
     found = search_files(KAGGLE / "input", "runs/*/config.json")
     latest_last = sorted(found, key=lambda path: path.stat().st_mtime)
-    for name, config in {path.parent.name: path for path in latest_last}.items():
+    for name, run in {path.parent.name: path.parent for path in latest_last}.items():
         if not Path(work_dir, "runs", name, "config.json").is_file():
-            _copy_run(config.parent, Path(work_dir))
+            _copy_run(run, Path(work_dir))
 
 
 def _copy_run(source: Path, work: Path) -> None:
@@ -119,3 +114,15 @@ def _copy_run(source: Path, work: Path) -> None:
     shutil.rmtree(whole, ignore_errors=True)  # without config.json nothing was trained there
     whole.parent.mkdir(exist_ok=True)
     half.rename(whole)
+
+
+def read_written(path: Path, *texts: str) -> "pd.DataFrame":
+    """Read a table that we wrote: only an empty cell is missing, and these columns are text.
+
+    Else a patient, a hospital or a view called NA, None or null would be lost.
+    """
+    import pandas as pd  # takes half a second, which not every command needs
+
+    dtypes = dict.fromkeys(texts, str)
+    table = pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values=[""])
+    return table.fillna({name: "" for name in texts if name in table})

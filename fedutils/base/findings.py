@@ -40,10 +40,7 @@ def parse_labels(text: str) -> np.ndarray:
 
 
 def format_labels(vector: Iterable[float]) -> str:
-    """Turn a vector of 14 zeros and ones into NIH's label string, in canonical order.
-
-    Where none is present and some are NaN, the text says how many are known.
-    """
+    """Turn 14 zeros and ones into NIH's label string; with NaN it says how many are known."""
     values = np.array(list(vector), dtype=float)
     names = [finding for finding, present in zip(FINDINGS, values, strict=True) if present == 1]
     known = np.count_nonzero(~np.isnan(values))

@@ -37,20 +37,17 @@ def parameter(
 ) -> Any:
     """Declare a parameter; its type is that of the default.
 
-    `allowed` are all its values, `parts` those of a list with commas, `bounds` the least and the
-    largest, `pattern` (what is expected, then a regular expression) what it must match.
-    A change of it is another run, unless `identity` is False. Left empty, it takes the value of
-    `profiles`: of the demo, and of Kaggle.
+    `allowed` are all its values, `parts` those of a list with commas, `bounds` the ends; `pattern`
+    says what is expected, then a regular expression. A change is another run if `identity`. Left
+    empty, it takes the value of `profiles`: of the demo, and of Kaggle.
     """
-    about = {"meaning": meaning, "allowed": allowed, "parts": parts, "bounds": bounds}
-    about |= {"pattern": pattern, "identity": identity, "profiles": profiles}
-    return dataclasses.field(default=default, metadata=about)
+    return dataclasses.field(default=default, metadata=locals())
 
 
 def assigned(*sources: str) -> list[str]:
     """Return the names that pieces of code assign."""
-    names = [node for node in ast.walk(ast.parse("\n".join(sources))) if isinstance(node, ast.Name)]
-    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
+    nodes = ast.walk(ast.parse("\n".join(sources)))
+    return [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
 
 
 def split_list(text: str) -> list[str]:
@@ -65,9 +62,9 @@ def convert(field: dataclasses.Field, value: Any) -> Any:
         if str(value).lower() not in ("true", "false"):
             raise InputError(f"{name}={value!r}: expected true or false")
         return str(value).lower() == "true"
-    if (kind is int and isinstance(value, float)) or isinstance(value, bool):
-        raise InputError(f"{name}={value!r}: expected {kind.__name__}")
     try:
+        if (kind is int and isinstance(value, float)) or isinstance(value, bool):
+            raise TypeError
         return kind(value)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}={value!r}: expected {kind.__name__}") from error
@@ -108,3 +105,12 @@ def describe(field: dataclasses.Field) -> str:
     default = repr(default) if default == "" else default
     same = "" if about["identity"] else "; a change continues the run"
     return f"{about['meaning']} [{default}{f'; {values}' if values else ''}{same}]"
+
+
+def list_parameters(rooms: Iterable[type[Parameters]]) -> str:
+    """Return a line for each parameter, under the room that declares it and its purpose."""
+    lines = []
+    for room in rooms:
+        lines += ["", f"{room.__module__}: {room.__doc__}"]
+        lines += [f"  {f.name:<17} {describe(f)}" for f in dataclasses.fields(room)]
+    return "\n".join(lines[1:])

@@ -1,15 +1,9 @@
 """AUROC, average precision and loss of one set of scores; NaN labels are left out."""
 
-from types import ModuleType
+import math
+from typing import Any
 
 import numpy as np
-
-
-def _sklearn() -> ModuleType:
-    """Import scikit-learn's metrics at the first use: with SciPy they take a second."""
-    from sklearn import metrics
-
-    return metrics
 
 
 def labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -28,57 +22,54 @@ def both_classes(truth: np.ndarray) -> bool:
     return bool(0 < truth.sum() < len(truth))
 
 
+def _metric(name: str, truth: np.ndarray, score: np.ndarray, otherwise: Any) -> Any:
+    """Return a metric of scikit-learn's by its name, or something else where a class is missing."""
+    from sklearn import metrics  # at the first use: with SciPy it takes a second
+
+    truth, score = labelled(truth, score)
+    return getattr(metrics, name)(truth, score) if both_classes(truth) else otherwise
+
+
 def auroc(truth: np.ndarray, score: np.ndarray) -> float:
     """Area under the ROC curve of one finding, ties counted half; NaN where not defined.
 
     `truth` (n,) holds 0, 1 or NaN (not labelled), `score` (n,) grows with suspicion.
     Raises ValueError on unequal lengths, other labels or scores that are not finite.
     """
-    truth, score = labelled(truth, score)
-    return float(_sklearn().roc_auc_score(truth, score)) if both_classes(truth) else np.nan
+    return float(_metric("roc_auc_score", truth, score, np.nan))
 
 
 def average_precision(truth: np.ndarray, score: np.ndarray) -> float:
     """Area under the stepwise precision-recall curve of one finding; arguments as in `auroc`."""
-    truth, score = labelled(truth, score)
-    return (
-        float(_sklearn().average_precision_score(truth, score)) if both_classes(truth) else np.nan
-    )
+    return float(_metric("average_precision_score", truth, score, np.nan))
 
 
 def roc_points(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """False and true positive rate along the ROC curve; empty arrays where not defined."""
-    truth, score = labelled(truth, score)
-    return (
-        _sklearn().roc_curve(truth, score)[:2]
-        if both_classes(truth)
-        else (np.empty(0), np.empty(0))
-    )
+    return _metric("roc_curve", truth, score, np.empty((2, 0)))[:2]
 
 
 def pr_points(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Recall and precision along the PR curve (falling recall); empty arrays where not defined."""
-    truth, score = labelled(truth, score)
-    empty = (np.empty(0), np.empty(0))
-    return _sklearn().precision_recall_curve(truth, score)[1::-1] if both_classes(truth) else empty
+    return _metric("precision_recall_curve", truth, score, np.empty((2, 0)))[1::-1]
 
 
 def undefined(positives: float, known: float) -> str:
     """Say why a metric has no value, from the numbers of positive and of labelled films."""
     if not known:
         return "not labelled"
-    return f"not defined ({'0 negatives' if positives else '0 positives'})"
+    return "all films show it" if positives else "no film shows it"
 
 
 def log_loss(labels: np.ndarray, logits: np.ndarray) -> float:
     """Mean binary cross-entropy over the known labels; both (N, 14); computed in float64."""
     x, known = logits.astype(np.float64), ~np.isnan(labels)
     loss = np.logaddexp(0, x) - x * np.nan_to_num(labels)
-    return float(loss[known].mean()) if known.any() else float("nan")
+    return float(loss[known].mean()) if known.any() else math.nan
 
 
 def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Mean AUROC over the findings for which it is defined, (N, 14) each; NaN if there is none."""
-    values = [auroc(*pair) for pair in zip(labels.T, scores.T, strict=True)]
-    defined = [value for value in values if not np.isnan(value)]
-    return float(np.mean(defined)) if defined else float("nan")
+    values = np.array([auroc(*pair) for pair in zip(labels.T, scores.T, strict=True)])
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]  # names as in the model's state_dict
+LARGEST = 2.0**20  # beyond the weights and statistics of any film
 
 
 def state_hash(state: State) -> str:
@@ -31,11 +32,17 @@ def cast_like(values: State, like: State) -> State:
     return {name: value.to(like[name].dtype) for name, value in rounded.items()}
 
 
-def non_finite(state: State) -> list[str]:
-    """Name the tensors that hold NaN or infinity."""
-    # A sum is quicker than a look at each value; it may also overflow, so that decides.
-    suspects = [name for name, value in state.items() if not math.isfinite(value.sum())]
-    return [name for name in suspects if not state[name].isfinite().all()]
+def find_fault(state: State) -> tuple[str, str]:
+    """Say what in a state no honest hospital can send, as status and reason; empty without."""
+    for name, value in state.items():
+        low, high = (end.item() for end in value.aminmax())  # NaN goes through
+        if not (math.isfinite(low) and math.isfinite(high)):
+            return "non-finite", f"{name} is not finite"
+        if value.is_floating_point() and max(-low, high) > LARGEST:
+            return "out of range", f"{name} holds {max(low, high, key=abs):.3g}"
+        if name.endswith("running_var") and low < 0:
+            return "out of range", f"{name}, a variance, holds {low:.3g}"
+    return "", ""
 
 
 def count_bytes(state: State) -> int:

@@ -16,7 +16,6 @@ from .rng import generator
 from .state import State
 
 KAGGLE_INPUT = KAGGLE / "input"
-PRIOR = 0.05  # probability of each finding that a new head starts from
 
 
 def load_weights(weights: str) -> State:
@@ -29,10 +28,9 @@ def load_weights(weights: str) -> State:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(
-            f"weights={weights!r}: {path or url} cannot be read ({error}); give weights=PATH of a"
-            " resnet34-*.pth, attach that file, or use weights=none"
-        ) from error
+        what = f"weights={weights!r}: {path or url} cannot be read ({error})"
+        way = "give weights=PATH of a resnet34-*.pth, attach that file, or use weights=none"
+        raise InputError(f"{what}; {way}") from error
 
 
 def find_weights(weights: str) -> Path | None:
@@ -56,8 +54,8 @@ def draw_weights(model: nn.Module, seed: int) -> None:
         elif isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
             nn.init.uniform_(module.weight, -bound, bound, source)
-            # Findings are rare: start there, not at 50 % (Lin et al., ICCV 2017); no data is used.
-            nn.init.constant_(module.bias, math.log(PRIOR / (1 - PRIOR)))
+            # Findings are rare: start at 5, not 50 % (Lin et al., ICCV 2017); no data is used.
+            nn.init.constant_(module.bias, math.log(0.05 / 0.95))
 
 
 def load_trunk(model: nn.Module, weights: str) -> None:
@@ -73,10 +71,7 @@ def load_trunk(model: nn.Module, weights: str) -> None:
 
 
 def find_profile() -> str:
-    """Return 'kaggle' where there is a usable GPU and ImageNet weights, else 'demo'.
-
-    Warns where somebody who has a GPU, or who is on Kaggle, gets the demo.
-    """
+    """Return 'kaggle' with a GPU and ImageNet weights, else 'demo'; warn where it disappoints."""
     problem = "there is no GPU" if (KAGGLE / "working").is_dir() else ""
     if find_devices("auto")[0].type != "cpu":
         try:

@@ -52,10 +52,14 @@ def read_notebook(folder: Path, stem: str) -> NotebookNode:
     return nbformat.read(pair, as_version=4)
 
 
+def parameter_cells(node: NotebookNode) -> list[NotebookNode]:
+    """Return the cells that hold parameters: one, as papermill wants it."""
+    return [cell for cell in node.cells if "parameters" in cell.metadata.get("tags", [])]
+
+
 def declared(node: NotebookNode) -> list[str]:
     """Return the names that the parameters cell assigns."""
-    cells = [cell.source for cell in node.cells if "parameters" in cell.metadata.get("tags", [])]
-    return assigned(*cells)
+    return assigned(*(cell.source for cell in parameter_cells(node)))
 
 
 class Indented(io.TextIOBase):
@@ -68,7 +72,7 @@ class Indented(io.TextIOBase):
 
 
 def execute(node: NotebookNode, output: Path, parameters: Mapping[str, Any], cwd: Path) -> None:
-    """Execute one notebook into `output` and write its HTML beside it, whether it fails or not."""
+    """Execute one notebook into `output`, and write one file of HTML beside it even if it fails."""
     prepare(output.parent)
     trains = output.stem == TRAINS  # prints a line a round, which a batch log should show at once
     print(f"{output.stem:<19}", end=" running\n    " if trains else " ", flush=True)
@@ -87,27 +91,17 @@ def execute(node: NotebookNode, output: Path, parameters: Mapping[str, Any], cwd
         )
     except (PapermillExecutionError, RuntimeError) as error:  # a dead kernel is a RuntimeError
         failure = error
-    result, page = "failed" if failure else "done", write_html(output)
+    loader, page = DictLoader({"report.html.j2": TEMPLATE}), output.with_suffix(".html")
+    exporter = HTMLExporter(extra_loaders=[loader], template_file="report.html.j2")
+    write_atomic(page, exporter.from_filename(str(output))[0].encode())
+    result = "failed" if failure else "done"
     print(f"{result} in {time.monotonic() - started:.0f} s  -> {os.path.relpath(page)}", flush=True)
     if failure:
         raise _explain(output, failure) from failure
 
 
-def write_html(path: Path) -> Path:
-    """Write an executed notebook as one HTML file, which asks nothing of the network."""
-    loader = DictLoader({"report.html.j2": TEMPLATE})
-    exporter = HTMLExporter(extra_loaders=[loader], template_file="report.html.j2")
-    html, _ = exporter.from_filename(str(path))
-    write_atomic(path.with_suffix(".html"), html.encode())
-    return path.with_suffix(".html")
-
-
 def render(notebooks: Path = FOLDER) -> None:
-    """Execute all notebooks as the demo; write the results as the committed pairs, with a picture.
-
-    They run unchanged, with no parameters injected, in a copy of the folder: default parameters on
-    the phantom, without GPU, in a fresh work folder.
-    """
+    """Execute all notebooks as the demo, in a copy; write the committed pairs, with a picture."""
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "NIH_DATA_DIR": ""}
     with tempfile.TemporaryDirectory() as place:
         root = Path(place).resolve()
@@ -125,12 +119,11 @@ def render(notebooks: Path = FOLDER) -> None:
 
 def _clean(node: NotebookNode, root: Path) -> str:
     """Return an executed notebook as text, without times, private paths and random ids."""
-    kept = {"kernelspec": node.metadata.kernelspec, "language_info": {"name": "python"}}
-    node.metadata = nbformat.from_dict(kept)
+    kernel = node.metadata.kernelspec
+    node.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     sources = [cell.source for cell in node.cells]
     for i, cell in enumerate(node.cells):
-        tags = cell.metadata.get("tags")
-        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags" and v}
         cell.id = sha256(f"{sources[:i].count(cell.source)} {cell.source}".encode())[:8]
     text = nbformat.writes(node).replace(f"{root}/", "") + "\n"
     for private in (str(root), str(PACKAGE.parent), sys.prefix):

@@ -12,20 +12,11 @@ from nbformat import NotebookNode
 
 from ..base.errors import InputError
 from ..base.files import PACKAGE, sha256, write_atomic
-from ..films.find import find_data
 from ..films.read import read_nih
 from ..films.split import check_splits
 from ..settings import EVALUATES, FIELDS, Settings, convert_texts, read_parameters
-from .notebook import (
-    FOLDER,
-    NOTEBOOKS,
-    READ_FILMS,
-    TRAINS,
-    declared,
-    execute,
-    prepare,
-    read_notebook,
-)
+from . import notebook
+from .notebook import NOTEBOOKS, READ_FILMS, TRAINS, declared, execute, prepare, read_notebook
 
 # Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
 TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")
@@ -51,7 +42,6 @@ class Step:
     stem: str
     node: NotebookNode
     settings: Settings
-    cwd: Path
     data: str  # identity of the data folder
     given: tuple[str, ...]  # the parameters that the user gave
 
@@ -78,24 +68,16 @@ class Step:
 
     def left(self) -> dict[str, str]:
         """Return the hashes of what the notebook left, the executed copy and its HTML included."""
-        copies = [self.output, self.output.with_suffix(".html")]
-        here = {path.name: _digest(path) for path in copies if path.is_file()}
-        return here | self._digests(OUTPUTS.get(self.stem, ()))
+        return self._digests([f"notebooks/{{}}/{self.stem}.*", *OUTPUTS.get(self.stem, ())])
 
     def is_unchanged(self) -> bool:
         """Tell whether this notebook has finished, and nothing it depends on or left differs."""
-        if self.stem == TRAINS and self.is_unfinished():
-            return False
-        return _read_state(self.output.parent).get(self.stem) == [self.key(), self.left()]
+        state = _read_state(self.output.parent)
+        return not self.is_stopped() and state.get(self.stem) == [self.key(), self.left()]
 
-    def is_unfinished(self) -> bool:
+    def is_stopped(self) -> bool:
         """Tell whether training stopped early, at `max_hours`: then it is always continued."""
-        return not (self.settings.run / "finished.json").is_file()
-
-    def record(self, key: str) -> None:
-        """Note that this notebook has finished."""
-        state = _read_state(self.output.parent) | {self.stem: [key, self.left()]}
-        write_atomic(self.output.parent / "state.json", json.dumps(state, indent=1).encode())
+        return self.stem == TRAINS and not (self.settings.run / "finished.json").is_file()
 
     def _digests(self, patterns: Iterable[str]) -> dict[str, str]:
         """Hash the files below the work folder; a file that is not there is left out."""
@@ -105,28 +87,32 @@ class Step:
         return {str(path.relative_to(work)): _digest(path) for path in files}
 
 
-def run(
-    values: Mapping[str, Any], only: str = "", force: bool = False, notebooks: Path = FOLDER
-) -> Settings:
+def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Settings:
     """Execute the notebooks in order with these parameters, and return the parameters as resolved.
 
-    `only` is a list such as "03,04"; what is unchanged is skipped unless `force`.
-    Raises InputError for what the user can mend, before any notebook starts where that can be
-    known, and NotebookFailed for every other error in a notebook.
+    `only` is a list such as "03,04"; what is unchanged is skipped unless `force`. Raises InputError
+    for what the user can mend, before any notebook starts if possible, else NotebookFailed.
     """
     chosen = choose_notebooks(only)
-    nodes = {stem: read_notebook(notebooks, stem) for stem in NOTEBOOKS}
-    settings, data = resolve(values)
-    about = settings, notebooks, identify(data), tuple(values)
+    nodes = {stem: read_notebook(notebook.FOLDER, stem) for stem in NOTEBOOKS}
+    settings = read_parameters(convert_texts(values))
+    data = Path(settings.data_dir) if settings.data_dir else None
+    about = settings, identify(data), tuple(values)
     jobs = [Step(stem, nodes[stem], *about) for stem in chosen]
-    _check_before(jobs, data, force)
+    # A finished notebook has read the same table already, which takes seconds for all films.
+    if data and any(job.stem in READ_FILMS and (force or not job.is_unchanged()) for job in jobs):
+        table = read_nih(data).table
+        if chosen != [NOTEBOOKS[0]]:
+            check_splits(table, settings.seed)
+    prepare(jobs[0].output.parent)
     for job in jobs:
         if not force and job.is_unchanged():
             print(f"{job.stem:<19} skipped (unchanged)", flush=True)
         else:
             key = job.key()  # what it depends on as it starts, not as it ends
-            execute(job.node, job.output, job.parameters, job.cwd)
-            job.record(key)
+            execute(job.node, job.output, job.parameters, notebook.FOLDER)
+            state = _read_state(job.output.parent) | {job.stem: [key, job.left()]}
+            write_atomic(job.output.parent / "state.json", json.dumps(state, indent=1).encode())
     _print_results(jobs)
     return settings
 
@@ -135,11 +121,10 @@ def identify(folder: Path | None) -> str:
     """Return a hash of a data folder: the content of its tables, the names of its films."""
     if folder is None:
         return "phantom"
-    tables = [
-        path for path in sorted(folder.iterdir()) if path.suffix in (".csv", ".txt", ".gz", ".toml")
-    ]
+    kinds = (".csv", ".txt", ".gz", ".toml")
+    tables = [_digest(path) for path in sorted(folder.iterdir()) if path.suffix in kinds]
     names = sorted((here, sorted(files)) for here, _, files in os.walk(folder, followlinks=True))
-    return sha256(json.dumps([[_digest(path) for path in tables], names]).encode())
+    return sha256(json.dumps([tables, names]).encode())
 
 
 def choose_notebooks(only: str) -> list[str]:
@@ -151,27 +136,10 @@ def choose_notebooks(only: str) -> list[str]:
     return [stem for number, stem in numbers.items() if number in wanted]
 
 
-def resolve(values: Mapping[str, Any]) -> tuple[Settings, Path | None]:
-    """Check names and values, find the data, and return the resolved parameters and its folder."""
-    typed = convert_texts(values)
-    data = find_data(typed.get("data_dir", ""))
-    return read_parameters(typed | {"data_dir": str(data or "")}), data
-
-
-def _check_before(jobs: list[Step], data: Path | None, force: bool) -> None:
-    """Raise InputError for a table or a work folder that would stop a notebook later."""
-    # A finished notebook has read the same table already, which takes seconds for all films.
-    if data and any(job.stem in READ_FILMS and (force or not job.is_unchanged()) for job in jobs):
-        table = read_nih(data).table
-        if {job.stem for job in jobs} != {NOTEBOOKS[0]}:
-            check_splits(table, jobs[0].settings.seed)
-    prepare(jobs[0].output.parent)
-
-
 def _print_results(jobs: list[Step]) -> None:
     """Say where everything lies; after notebook 04 also the headline figures."""
     print(f"\nExecuted notebooks and HTML: {os.path.relpath(jobs[0].output.parent)}/")
-    if any(job.stem == TRAINS and job.is_unfinished() for job in jobs):
+    if any(job.is_stopped() for job in jobs):
         print("Training stopped at max_hours; the same command goes on from there.")
     path = jobs[0].settings.run / "evaluation" / "summary.json"
     if jobs[-1].stem == NOTEBOOKS[-1] and path.is_file():

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
-from ..base.findings import FINDINGS
 from ..base.rng import generator
 from ..base.scores import both_classes, labelled
-from .tables import MEAN, METRICS
+from .tables import METRICS
 
 # Resamples handled at once: bounds memory, whatever their number, and suits the cache.
 RESAMPLES_AT_ONCE = 100
@@ -119,8 +117,6 @@ def interval(resampled: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def tabulate_values(metric: str, draws: np.ndarray) -> pd.DataFrame:
-    """Tabulate draws (15, 1 + repeats): `finding, metric, value, ci_low, ci_high`, `mean` last."""
-    table = pd.DataFrame({"finding": [*FINDINGS, MEAN], "metric": metric, "value": draws[:, 0]})
-    table[["ci_low", "ci_high"]] = [interval(row[1:]) for row in draws]
-    return table
+def variance(draws: np.ndarray) -> np.ndarray:
+    """Return the variance over patients of bootstrap draws (..., 1 + repeats); NaN without any."""
+    return np.ma.filled(np.ma.masked_invalid(draws[..., 1:]).var(axis=-1), np.nan)

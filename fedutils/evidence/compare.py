@@ -14,9 +14,16 @@ from ..dataset import read_index, read_report
 from ..run import check_fingerprint
 from .bootstrap import patient_resamples
 from .differences import draws_by_seed, join_rows, pair_rows
-from .metrics import REPEATS, add_means, evaluable_findings, resample_models, tabulate_draws
+from .metrics import (
+    REPEATS,
+    add_means,
+    count_patients,
+    evaluable_findings,
+    resample_models,
+    tabulate_draws,
+)
 from .predict import read_predictions
-from .tables import ALL_FILMS, Evaluation, name_model, name_rows, truth_of
+from .tables import ALL_FILMS, LEAST_PATIENTS, Evaluation, name_model, name_rows, truth_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,10 @@ def compare_runs(runs: Sequence[Parameters], repeats: int = REPEATS) -> Evaluati
     predictions = [read_predictions(run.run / "evaluation" / "predictions.csv.gz") for run in runs]
     index = read_index(runs[0].prepared).set_index("image_index")
     index = index.loc[predictions[0]["image_index"].unique()]
-    findings = {ALL_FILMS: evaluable_findings(truth_of(index), index["patient_id"])}
+    truth, patients = truth_of(index), index["patient_id"].to_numpy()
+    findings = {ALL_FILMS: evaluable_findings(truth, patients)}
+    counts = count_patients(truth, patients)
+    enough = np.minimum(*counts) >= LEAST_PATIENTS
     resamples = patient_resamples(index["patient_id"], repeats, runs[0].seed)
     masks = {ALL_FILMS: np.ones(len(index), dtype=bool)}
     draws, tables = {}, []
@@ -56,12 +66,12 @@ def compare_runs(runs: Sequence[Parameters], repeats: int = REPEATS) -> Evaluati
         draws[run.name] = add_means(resample_models(table, index, resamples, masks, findings))
         for (arm, seed, client), values in draws[run.name].items():
             if not seed and not client:
-                rows = tabulate_draws(values[ALL_FILMS], truth_of(index), findings[ALL_FILMS])
+                rows = tabulate_draws(values[ALL_FILMS], truth, *counts, findings[ALL_FILMS])
                 rows = name_model(name_rows(rows, {"test_set": ALL_FILMS}), (arm, seed, client))
                 tables.append(name_rows(rows, {"run": run.name}))
     own = {name: draws_by_seed(found, ALL_FILMS) for name, found in draws.items()}
     pairs = [
-        pair_rows(own[one], own[two], test_set=ALL_FILMS, first=one, second=two)
+        pair_rows(own[one], own[two], enough, {"test_set": ALL_FILMS, "first": one, "second": two})
         for one, two in combinations(own, 2)
     ]
     return Evaluation(pd.concat(tables, ignore_index=True), join_rows(pairs), findings[ALL_FILMS])

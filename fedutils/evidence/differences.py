@@ -5,16 +5,33 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from .bootstrap import tabulate_values
-from .tables import ALL_FILMS, MEAN, MEAN_LOCAL, METRICS, NOT_SHOWN, SHOWN, Draws, Owner, name_rows
+from ..base.findings import FINDINGS
+from .bootstrap import variance
+from .intervals import detectable, difference_interval, seed_variance
+from .tables import (
+    ALL_FILMS,
+    FEW,
+    MEAN,
+    MEAN_LOCAL,
+    METRICS,
+    NOT_SHOWN,
+    ONE_SEED,
+    SHOWN,
+    Draws,
+    Owner,
+    name_rows,
+)
 
 DIFFERENCES = [
     "test_set", "first", "second", "finding", "metric", "value", "ci_low", "ci_high", "p", "p_holm",
-    "seeds", "seeds_agree", "seed_low", "seed_high", "verdict",
+    "seeds", "seed_low", "seed_high", "detectable_3", "detectable_5", "verdict",
 ]  # fmt: skip
+Enough = Mapping[str, np.ndarray]  # by test set: which findings (14,) have patients enough
 
 
-def difference_rows(draws: Mapping[Owner, Draws], clients: Sequence[str]) -> pd.DataFrame:
+def difference_rows(
+    draws: Mapping[Owner, Draws], clients: Sequence[str], enough: Enough
+) -> pd.DataFrame:
     """Return the rows of `differences.csv`: the federated model minus each other, paired.
 
     On all films: minus the centralised, each local model, and the mean local model. On the films of
@@ -28,7 +45,8 @@ def difference_rows(draws: Mapping[Owner, Draws], clients: Sequence[str]) -> pd.
         on = [ALL_FILMS, *clients] if arm == "centralised" else [ALL_FILMS, *filter(None, [client])]
         for name in on:
             pair = draws_by_seed(draws, name), draws_by_seed(draws, name, arm, client)
-            tables.append(pair_rows(*pair, test_set=name, first="federated", second=second))
+            names = {"test_set": name, "first": "federated", "second": second}
+            tables.append(pair_rows(*pair, enough[name], names))
     return join_rows(tables)
 
 
@@ -40,61 +58,69 @@ def draws_by_seed(
 
 
 def pair_rows(
-    one: Mapping[str, np.ndarray], two: Mapping[str, np.ndarray], **names: str
+    one: Mapping[str, np.ndarray],
+    two: Mapping[str, np.ndarray],
+    enough: np.ndarray,
+    names: Mapping[str, str],
 ) -> pd.DataFrame:
-    """Tabulate the difference of two models' draws, by seed where both have it; empty without."""
+    """Tabulate the difference of two models' draws by seed; empty where one was not trained."""
     if not one or not two:
         return pd.DataFrame(columns=DIFFERENCES)
-    whole = one[""] - two[""]
-    seeds = [seed for seed in one if seed and seed in two] or [""]
-    values = np.array([(one[seed] - two[seed])[..., 0] for seed in seeds])
-    return name_rows(tabulate_differences(whole, values, METRICS[: len(whole)]), names)
+    sides = [np.array([draws[s][..., 0] for s in draws if s]) for draws in (one, two)]
+    return name_rows(tabulate_differences(one[""] - two[""], sides, enough), names)
 
 
 def join_rows(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Put the rows of several pairs below each other."""
+    """Put the rows of several pairs below each other, adjust p, and judge.
+
+    The primary hypotheses, which stand apart, are two: the mean AUROC on all films, federated
+    against centralised and against the mean local model. All other p of the table are adjusted
+    together by `holm`. A difference is `shown` where its adjusted p is below 0.05.
+    """
     tables = [table for table in tables if len(table)]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=DIFFERENCES)
+    if not tables:
+        return pd.DataFrame(columns=DIFFERENCES)
+    table = pd.concat(tables, ignore_index=True)
+    primary = table["second"].isin(["centralised", MEAN_LOCAL]) & (table["test_set"] == ALL_FILMS)
+    primary &= (table["finding"] == MEAN) & (table["metric"] == METRICS[0])
+    table["p_holm"] = table["p"].where(primary)
+    table.loc[~primary, "p_holm"] = holm(table.loc[~primary, "p"].to_numpy())
+    table["verdict"] = np.where(table["p_holm"] < 0.05, SHOWN, NOT_SHOWN)
+    table.loc[table["seeds"] < 2, "verdict"] = ONE_SEED
+    table.loc[table["few"], "verdict"] = FEW
+    table.loc[table["value"].isna(), "verdict"] = "not defined"
+    return table[DIFFERENCES]
 
 
 def tabulate_differences(
-    draws: np.ndarray, by_seed: np.ndarray, wanted: Sequence[str] = METRICS
+    draws: np.ndarray, sides: Sequence[np.ndarray], enough: np.ndarray
 ) -> pd.DataFrame:
     """Tabulate paired differences: for each metric 14 findings, then `mean`.
 
-    `draws` (len(wanted), 15, 1 + repeats) is the mean over seeds of one model's draws minus the
-    other's on the same resamples, `by_seed` (seeds, len(wanted), 15) its value in each seed. A
-    difference is `shown` where its interval excludes 0 and every seed has its sign; of the 14
-    findings, p adjusted by `holm` must be below 0.05 too.
+    `draws` (metrics, 15, 1 + repeats) is the mean over seeds of one model's draws minus the
+    other's on the same resamples, `sides` the values of each (seeds, metrics, 15) by seed, `enough`
+    (14,) which findings have patients enough to be judged. Intervals hold two components, patients
+    and training seeds (`difference_interval`); `detectable_3` and `_5` say what so many seeds a
+    side would show in four of five repetitions, on these patients, as seeds spread here.
     """
+    value, patients = draws[..., 0], variance(draws)
+    seeds = [seed_variance(side) for side in sides]
+    low, high, p = difference_interval(value, patients, seeds)
+    spread = (sides[0][:, None] - sides[1][None]).reshape(-1, *value.shape)
+    one = sum(of_mean * len(side) for (of_mean, _), side in zip(seeds, sides, strict=True)) / 2
+    few = np.r_[~enough, False]
     tables = []
-    for k, metric in enumerate(wanted):
-        table = tabulate_values(metric, draws[k])
-        table["p"] = [bootstrap_p(row[1:]) for row in draws[k]]
-        table["p_holm"] = [*holm(table["p"].to_numpy()[:-1]), table["p"].iloc[-1]]
-        table["seeds"] = len(by_seed)
-        table["seeds_agree"] = (np.sign(by_seed[:, k]) == np.sign(draws[k, :, 0])).sum(axis=0)
-        table["seed_low"], table["seed_high"] = by_seed[:, k].min(axis=0), by_seed[:, k].max(axis=0)
-        apart = (table["ci_low"] > 0) | (table["ci_high"] < 0)
-        adjusted = (table["p_holm"] < 0.05) | (table["finding"] == MEAN)
-        shown = apart & adjusted & (table["seeds_agree"] == table["seeds"])
-        table["verdict"] = np.where(shown, SHOWN, NOT_SHOWN)
-        table.loc[table["value"].isna(), "verdict"] = "not defined"
+    for k in range(len(draws)):
+        table = pd.DataFrame({"finding": [*FINDINGS, MEAN], "metric": METRICS[k], "few": few})
+        table["value"], table["seeds"] = value[k], min(map(len, sides))
+        about = {"ci_low": low[k], "ci_high": high[k], "p": p[k]}
+        table = table.assign(**{name: np.where(few, np.nan, v) for name, v in about.items()})
+        table["seed_low"], table["seed_high"] = spread[:, k].min(axis=0), spread[:, k].max(axis=0)
+        for count in (3, 5):
+            pairs = zip(patients[k], one[k], strict=True)
+            table[f"detectable_{count}"] = [detectable(*pair, count) for pair in pairs]
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
-
-
-def bootstrap_p(draws: np.ndarray) -> float:
-    """Two-sided p of the hypothesis that a difference is 0, from its bootstrap values (repeats,).
-
-    Twice the smaller share of resamples on either side of 0, never below 2 / (repeats + 1) (Davison
-    and Hinkley 1997, ch. 4); NaN where most resamples are undefined.
-    """
-    known = draws[~np.isnan(draws)]
-    if len(known) < len(draws) / 2:
-        return np.nan
-    side = min((known <= 0).sum(), (known >= 0).sum())
-    return float(min(1.0, 2 * (side + 1) / (len(known) + 1)))
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.device import find_devices
+from ..base.files import read_written
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
 from ..base.rng import generator
@@ -105,7 +106,7 @@ def load_model(settings: Parameters, name: str) -> ChestResNet:
 
 def read_boxes(settings: Parameters, films: ChestXrayDataset) -> pd.DataFrame:
     """Read the boxes of these films: `image_index, finding, x, y, w, h, patient_id`."""
-    boxes = pd.read_csv(settings.prepared / "boxes.csv")
+    boxes = read_written(settings.prepared / "boxes.csv", "image_index", "finding")
     return boxes.merge(films.index[["image_index", "patient_id"]], on="image_index")
 
 

@@ -9,11 +9,13 @@ import pandas as pd
 
 from ..base.findings import FINDINGS
 from ..dataset import ChestXrayDataset
-from .bootstrap import Resamples, bootstrap, patient_resamples, tabulate_values
+from .bootstrap import Resamples, bootstrap, interval, patient_resamples, variance
 from .differences import difference_rows
+from .intervals import auroc_interval
 from .tables import (
     ALL_FILMS,
     LEAST_PATIENTS,
+    MEAN,
     METRICS,
     ONE_FILM,
     OWNER,
@@ -45,8 +47,9 @@ def evaluate_models(
 
     `predictions` is what `predict_films` returned, or the file as read back. Test sets are `all`,
     each client, the subgroups of `test_groups`, and one film a patient; all but `all` have the
-    AUROC alone. `seed` is empty on the rows of the mean over seeds; `client` is empty in the arm
-    `local` on those of the mean over local models. The resamples of patients are the same for all.
+    AUROC alone, and `on_all_films` of a mean is that over the same findings on all films. `seed` is
+    empty on the rows of the mean over seeds; `client` is empty in the arm `local` on those of the
+    mean over local models. The resamples of patients are the same for all.
     """
     index = films.index.set_index("image_index").loc[predictions["image_index"].unique()]
     groups = test_groups(index)
@@ -60,16 +63,21 @@ def evaluate_models(
     masks = {name: mask for family in groups.values() for name, mask in family.items()}
     resamples = patient_resamples(index["patient_id"], repeats, seed)
     draws = add_means(resample_models(predictions, index, resamples, masks, findings))
-    tables = []
+    tables, counts = [], {}
+    for name, mask in masks.items():
+        labels = truth_of(index[mask])
+        counts[name] = labels, *count_patients(labels, index.loc[mask, "patient_id"].to_numpy())
     for owner, by_set in draws.items():
         for name, values in by_set.items():
-            labels = truth_of(index[masks[name]])
-            rows = tabulate_draws(values, labels, findings[name], METRICS[: len(values)])
+            rows = tabulate_draws(values, *counts[name], findings[name])
+            chosen = [FINDINGS.index(finding) for finding in findings[name]]
+            whole = by_set[ALL_FILMS][0, chosen, 0].mean() if chosen else np.nan
+            rows["on_all_films"] = np.where(rows["finding"] == MEAN, whole, np.nan)
             tables.append(name_model(name_rows(rows, {"test_set": name}), owner))
     clients = list(groups["client"])
-    return Evaluation(
-        pd.concat(tables, ignore_index=True), difference_rows(draws, clients), findings[ALL_FILMS]
-    )
+    enough = {name: np.minimum(*both) >= LEAST_PATIENTS for name, (_, *both) in counts.items()}
+    rows = difference_rows(draws, clients, enough)
+    return Evaluation(pd.concat(tables, ignore_index=True), rows, findings[ALL_FILMS])
 
 
 def test_groups(index: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
@@ -142,34 +150,32 @@ def _mean(several: Sequence[Draws]) -> Draws:
     return {name: np.mean([draws[name] for draws in several], axis=0) for name in several[0]}
 
 
-def _positive_patients(truth: np.ndarray, patients: np.ndarray) -> np.ndarray:
-    """Patients with a positive film, by finding (14,); 0 where no film is negative."""
-    counts = [len(np.unique(patients[column == 1])) for column in truth.T]
-    return np.where((truth == 0).any(axis=0), counts, 0)
+def count_patients(truth: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Count the patients with a positive film, and with a negative one, by finding: (14,) each.
+
+    `truth` is (n, 14) of 0, 1 or NaN, `patients` (n,).
+    """
+    truth, patients = np.asarray(truth), np.asarray(patients)
+    counts = [[len(np.unique(patients[column == mark])) for column in truth.T] for mark in (1, 0)]
+    return np.array(counts[0]), np.array(counts[1])
 
 
 def evaluable_findings(
-    truth: np.ndarray,
-    patients: np.ndarray,
-    groups: Sequence[np.ndarray] | None = None,
-    minimum: int = LEAST_PATIENTS,
+    truth: np.ndarray, patients: np.ndarray, groups: Sequence[np.ndarray] | None = None
 ) -> list[str]:
     """Return the findings that the macro mean is taken over, in canonical order.
 
-    Those with positive films of at least `minimum` different patients, and a negative film, in
-    each of the `groups` (masks (n,); none: all films are one group), so that groups are compared
-    over the same findings. A group that has no such finding is passed over. Where nothing is left
-    (a tiny test set), those that are defined at all. `truth` is (n, 14) of 0, 1 or NaN, `patients`
-    (n,). It depends on the labels alone, never on a model.
+    Those with positive films of at least LEAST_PATIENTS different patients, and negative films of
+    as many, in each of the `groups` (masks (n,); none: all films are one group), so that groups
+    are compared over the same findings. A group that has no such finding is passed over. It depends
+    on the labels alone, never on a model; arguments as in `count_patients`.
     """
     truth, patients = np.asarray(truth), np.asarray(patients)
     masks = [np.ones(len(truth), dtype=bool)] if groups is None else groups
-    counts = np.array([_positive_patients(truth[mask], patients[mask]) for mask in masks])
-    for least in (minimum, 1):
-        enough = counts[(counts >= least).any(axis=1)] >= least
-        if len(enough) and enough.all(axis=0).any():
-            return [f for f, kept in zip(FINDINGS, enough.all(axis=0), strict=True) if kept]
-    return []
+    counts = [np.minimum(*count_patients(truth[mask], patients[mask])) for mask in masks]
+    enough = [count >= LEAST_PATIENTS for count in counts if (count >= LEAST_PATIENTS).any()]
+    kept = np.all(enough, axis=0) if enough else np.zeros(len(FINDINGS), dtype=bool)
+    return [finding for finding, good in zip(FINDINGS, kept, strict=True) if good]
 
 
 def with_mean(values: np.ndarray, findings: Sequence[str]) -> np.ndarray:
@@ -181,20 +187,39 @@ def with_mean(values: np.ndarray, findings: Sequence[str]) -> np.ndarray:
 
 
 def tabulate_draws(
-    draws: np.ndarray, truth: np.ndarray, findings: Sequence[str], wanted: Sequence[str] = METRICS
+    draws: np.ndarray,
+    truth: np.ndarray,
+    positive: np.ndarray,
+    negative: np.ndarray,
+    findings: Sequence[str],
 ) -> pd.DataFrame:
     """Tabulate the values of a model with 95 % intervals: for each metric 14 findings, then `mean`.
 
-    `draws` (len(wanted), 15, 1 + repeats) is `bootstrap` by finding and `with_mean` over
-    `findings`; `truth` (n, 14) are the labels it was taken on. Columns: `finding, metric, value,
-    ci_low, ci_high, n, positives`. `n` is the number of labelled films, `positives` that of
+    `draws` (metrics, 15, 1 + repeats) is `bootstrap` by finding and `with_mean` over `findings`;
+    `truth` (n, 14) are the labels it was taken on, `positive` and `negative` as `count_patients`
+    has them. An AUROC has a score interval (`auroc_interval`), all else the percentile interval;
+    with fewer patients than LEAST_PATIENTS of either kind there is none. Columns: `finding, metric,
+    value, ci_low, ci_high, n, positives`. `n` is the number of labelled films, `positives` that of
     positive films; in the row `mean` the number of films, and of findings in the mean.
     """
     count = {
         "n": [*(~np.isnan(truth)).sum(axis=0), len(truth)],
         "positives": [*(truth == 1).sum(axis=0), len(findings)],
     }
+    few = np.r_[np.minimum(positive, negative) < LEAST_PATIENTS, False]
     tables = []
-    for metric, values in zip(wanted, draws, strict=True):
-        tables.append(tabulate_values(metric, values).assign(**count))
+    for metric, values in zip(METRICS, draws, strict=False):
+        table = pd.DataFrame(
+            {"finding": [*FINDINGS, MEAN], "metric": metric, "value": values[:, 0]}
+        )
+        ends = np.array([interval(row[1:]) for row in values])
+        if metric == "auroc":
+            pairs = zip(values[:-1], positive, negative, few, strict=False)
+            ends[:-1] = [
+                (np.nan, np.nan) if none else auroc_interval(row[0], variance(row), *both)
+                for row, *both, none in pairs
+            ]
+        ends[few] = np.nan
+        table[["ci_low", "ci_high"]] = ends
+        tables.append(table.assign(**count))
     return pd.concat(tables, ignore_index=True)

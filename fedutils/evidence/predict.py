@@ -6,13 +6,15 @@ import numpy as np
 import pandas as pd
 
 from ..base.device import find_devices
+from ..base.errors import InputError
+from ..base.files import read_written
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
 from ..dataset import ChestXrayDataset
 from ..model import build_resnet34
 from ..rounds import predict_with
 from ..run import TRUNK, list_models, read_model, read_own_batchnorm
-from .tables import name_model
+from .tables import OWNER, name_model
 
 
 def predict_films(settings: Parameters, films: ChestXrayDataset, split: str) -> pd.DataFrame:
@@ -46,5 +48,8 @@ def write_predictions(predictions: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 
 def read_predictions(path: Path) -> pd.DataFrame:
-    """Read `predictions.csv.gz`."""
-    return pd.read_csv(path, dtype={"client": str}, keep_default_na=False)
+    """Read `predictions.csv.gz`; raise InputError where a model has a film twice."""
+    table = read_written(path, "arm", "client", "image_index")
+    if table.duplicated([*OWNER, "image_index"]).any():
+        raise InputError(f"{path} holds a film twice for one model: run notebook 04 again")
+    return table

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..base.files import read_written
 from ..base.findings import FINDINGS
 from ..base.scores import undefined
 
@@ -16,7 +17,8 @@ Draws = dict[str, np.ndarray]  # by test set: (metrics, 15, 1 + repeats)
 MEAN, MEAN_LOCAL = "mean", "mean local model"
 ALL_FILMS, ONE_FILM = "all", "one film a patient"  # test sets beside the clients and the subgroups
 SHOWN, NOT_SHOWN = "shown", "no difference shown"
-LEAST_PATIENTS = 10  # with a positive film, for a finding to count in the mean
+FEW, ONE_SEED = "too few patients", "one training seed: not judged"
+LEAST_PATIENTS = 10  # with the finding, and without, for it to be judged and to count in the mean
 LEAST_POSITIVES = 30  # films of a subgroup, for anything to be concluded from it
 METRICS = ("auroc", "average_precision")
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
@@ -76,12 +78,10 @@ def hospitals(metrics: pd.DataFrame, arm: str) -> pd.DataFrame:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a table of the evaluation; an empty name stays empty text, and a seed is text too."""
-    names = {name: str for name in (*OWNER, "test_set", "finding")}
-    table = pd.read_csv(path, dtype=names)
-    texts = [name for name in names if name in table]
+    table = read_written(path, *OWNER, "test_set", "first", "second", "finding", "verdict")
     if "seed" in table:  # beside an empty seed pandas writes 0 as 0.0
         table["seed"] = table["seed"].str.removesuffix(".0")
-    return table.fillna(dict.fromkeys(texts, ""))
+    return table
 
 
 def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -109,9 +109,12 @@ def tabulate_differences_text(differences: pd.DataFrame) -> pd.DataFrame:
     table = {
         "films": rows["test_set"],
         "difference of mean AUROC": rows["first"] + " − " + rows["second"],
-        "value (95 % interval)": [with_interval(row, sign="+") for row in rows.itertuples()],
-        "by seed": [span(row.seed_low, row.seed_high) for row in rows.itertuples()],
-        "seeds with its sign": [f"{r.seeds_agree} of {r.seeds}" for r in rows.itertuples()],
+        "value (95 % interval)": [
+            with_interval(row, sign="+", without=" (no interval)") for row in rows.itertuples()
+        ],
+        "seeds": rows["seeds"],
+        "by pair of seeds": [span(row.seed_low, row.seed_high) for row in rows.itertuples()],
+        "3 seeds can show": rows["detectable_3"].map("{:.3f}".format),
         "verdict": rows["verdict"],
     }
     return pd.DataFrame(table)
@@ -146,7 +149,7 @@ def with_interval(
     row: Any,
     sign: str = "",
     form: str = " ({} to {})",
-    without: str = " (no interval: too few films)",
+    without: str = " (no interval: too few patients)",
 ) -> str:
     """Write a value with its interval in this form, or with what stands there without one."""
     value, low, high = (f"{part:{sign}.3f}" for part in (row.value, row.ci_low, row.ci_high))

@@ -5,13 +5,17 @@ import pandas as pd
 
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
+from ..base.scores import undefined
 from ..run import read_budget
 from .explain import ALL_BOXES, BY_MODEL, CENTRE, ELSEWHERE, LAYER, LEAST_SIZE, NOT_MEASURABLE
 from .membership import FEWEST, RATE
 from .tables import (
     ALL_FILMS,
+    LEAST_PATIENTS,
     MEAN,
     MEAN_LOCAL,
+    NOT_SHOWN,
+    ONE_SEED,
     OWNER,
     SHOWN,
     Evaluation,
@@ -25,6 +29,7 @@ from .tables import (
 )
 
 NAMED = " (95 % interval {} to {})"
+VERDICTS = [SHOWN, NOT_SHOWN]
 
 
 def headline(result: Evaluation, source: str) -> list[str]:
@@ -49,7 +54,7 @@ def _arms_in_words(means: pd.DataFrame) -> list[str]:
         of = f"mean of {len(seeds)} seeds, {spread}" if len(seeds) > 1 else "one training seed"
         name = f"the {MEAN_LOCAL}" if row.arm == "local" else row.arm
         if np.isnan(row.value):
-            lines.append(f"{name} has no mean AUROC: too few positive test patients.")
+            lines.append(f"{name} has no mean AUROC: too few test patients.")
             continue
         lines.append(
             f"{name} reaches a mean AUROC of {with_interval(row, form=NAMED)} over"
@@ -69,6 +74,7 @@ def _differences_in_words(differences: pd.DataFrame, arms: list[str]) -> list[st
         if second in ("centralised", MEAN_LOCAL):
             lines.append(_one_difference(second, rows.set_index("finding")))
     means = whole[(whole["finding"] == MEAN) & ~whole["second"].isin(["centralised", MEAN_LOCAL])]
+    means = means[means["verdict"].isin(VERDICTS)]
     better, worse = (means[(means["verdict"] == SHOWN) & sign] for sign in _signs(means))
     if len(means):
         lines.append(
@@ -87,13 +93,21 @@ def _one_difference(second: str, rows: pd.DataFrame) -> str:
     """Say the difference to one other model: of the mean, and for how many findings."""
     mean, second = rows.loc[MEAN], "the " + second.removesuffix(" model") + " model"
     if np.isnan(mean["value"]):
-        return f"federated against {second}: not defined, for want of positive test patients."
-    seeds = f"{span(mean['seed_low'], mean['seed_high'])} over {mean['seeds']} seeds"
-    size = f"{with_interval(mean, '+', NAMED)}; {seeds if mean['seeds'] > 1 else 'one seed'}"
+        return f"federated against {second}: not defined, for want of test patients."
+    if mean["verdict"] == ONE_SEED:
+        return (
+            f"federated against {second}: {mean['value']:+.3f} in mean AUROC with one training"
+            " seed. Another may turn it around, so nothing is judged: train at least two, better"
+            " five (seeds=0,1,2,3,4)."
+        )
+    size = (
+        f"{with_interval(mean, '+', NAMED)} over patients and {mean['seeds']} seeds; five seeds a"
+        f" side would show {mean['detectable_5']:.3f} in four of five repetitions"
+    )
     side = "above" if mean["value"] > 0 else "below"
     shown = mean["verdict"] == SHOWN
     verdict = f"is shown to be {side}" if shown else "is not shown to differ from"
-    single = rows.drop(MEAN).query("verdict != 'not defined'")
+    single = rows.drop(MEAN).query("verdict in @VERDICTS")
     shown = single[single["verdict"] == SHOWN]
     every = len(shown) == len(single)
     parts = [
@@ -108,19 +122,18 @@ def _one_difference(second: str, rows: pd.DataFrame) -> str:
 
 
 def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
-    """Name the hospital on whose test films the federated model is worst."""
-    rows = hospitals(means, means["arm"].iloc[0])
-    rows = rows[rows["value"].notna()].sort_values("value")
+    """Name the hospital on whose test films the first arm is worst, if it stands out."""
+    rows = hospitals(means, means["arm"].iloc[0]).dropna(subset=["value", "ci_low"])
     if len(rows) < 2:
         return []
-    worst, best = rows.iloc[0], rows.iloc[-1]
-    known = not np.isnan(worst["ci_high"] + best["ci_low"])
-    apart = "lie apart" if worst["ci_high"] < best["ci_low"] else "overlap"
+    worst, best = rows.loc[rows["value"].idxmin()], rows.loc[rows["value"].idxmax()]
+    if worst["ci_high"] >= best["ci_low"]:
+        ends = f"{worst['value']:.3f} to {best['value']:.3f}"
+        return [f"no hospital stands out: mean AUROC {ends}, and the intervals overlap."]
     return [
         f"the {worst['arm']} model is worst on the films of {worst['test_set']}: mean AUROC"
         f" {with_interval(worst)} over {worst['positives']} findings on {worst['n']:,} films,"
-        f" against {with_interval(best)} at {best['test_set']}"
-        f"{f'; the intervals {apart}' if known else ''}."
+        f" against {with_interval(best)} at {best['test_set']}; the intervals lie apart."
     ]
 
 
@@ -132,10 +145,42 @@ def _limits_in_words(result: Evaluation, means: pd.DataFrame, source: str) -> st
     }
     mined = "labels were mined from reports by text, and chest drains give Pneumothorax away"
     labels = known.get(source.split()[0], mined)
-    without = [finding for finding in FINDINGS if finding not in result.mean_over]
-    few = f"the mean leaves out {', '.join(without)} (too few positive test patients)"
+    rows = over_seeds(result.metrics).drop_duplicates("finding").set_index("finding")
+    without = [
+        f"{finding} ({_why_left_out(rows.loc[finding])})"
+        for finding in FINDINGS
+        if finding not in result.mean_over
+    ]
+    few = f"the mean leaves out {', '.join(without)}"
     films = f"{over_seeds(means)['n'].max():,} test films"
     return f"limits: {labels}; {films}; {few if without else 'the mean is over all findings'}."
+
+
+def _why_left_out(row: pd.Series) -> str:
+    """Say why a finding is not in the mean."""
+    if 0 < row["positives"] < row["n"]:
+        return f"fewer than {LEAST_PATIENTS} test patients with it, or without"
+    return undefined(row["positives"], row["n"])
+
+
+def too_small(result: Evaluation, labels: pd.DataFrame) -> str:
+    """Say that the test set is too small, and which size would do; empty where it is not.
+
+    `labels` is the index of the test films.
+    """
+    if result.mean_over:
+        return ""
+    by_patient = labels.groupby("patient_id")[list(FINDINGS)].max()
+    counts = by_patient.sum()
+    positive, count = int(counts.max()), len(by_patient)
+    text = (
+        f"The test set is too small to judge anything: no finding has {LEAST_PATIENTS} test"
+        f" patients with it and {LEAST_PATIENTS} without, of {count}."
+    )
+    if not positive:
+        return f"{text} No test patient is known to have any of the findings."
+    wanted = -(-LEAST_PATIENTS * count // min(positive, max(1, count - positive)))
+    return f"{text} About {wanted} test patients would do for {counts.idxmax()} alone."
 
 
 def privacy_words(settings: Parameters) -> list[str]:

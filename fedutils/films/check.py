@@ -34,14 +34,18 @@ def check_table(data: NihData) -> pd.DataFrame:
     """
     table = data.table
     listed = table[table["official_split"] != ""]
+    several = {}  # the patients who have more than one value in a column
+    for column in ("sex", "official_split"):
+        values = table[table[column] != ""].groupby("patient_id")[column].nunique()
+        several[column] = values.index[values > 1]
     hits = {
         "missing films": table["image_index"][table["path"] == ""],
         "ages out of range": table["image_index"][(table["age"] > 100) | (table["age"] <= 0)],
         "ages unreadable": table["image_index"][table["age"].isna()],
-        "patients with two sexes": _with_several(table[table["sex"] != ""], "sex"),
+        "patients with two sexes": several["sex"],
         "rows without pixel spacing": table["image_index"][table["scanner"] == ""],
         "rows in no list": table["image_index"].drop(listed.index if data.lists else table.index),
-        "patients in both lists": _with_several(listed, "official_split"),
+        "patients in both lists": several["official_split"],
         "boxes without row": sorted(set(data.boxes["image_index"]) - set(table["image_index"])),
     }
     hits = {check: list(hits.get(check, data.found.get(check, ()))) for check in CHECKS}
@@ -52,30 +56,19 @@ def check_table(data: NihData) -> pd.DataFrame:
 def summary(data: NihData) -> dict[str, object]:
     """Tell what was found: films, patients, views, scanners, ages, lists, and what is missing."""
     table = data.table
-    scanners = "scanners" if data.release == "own" else "pixel spacing"
+    names = ["view", "sex", "scanner", "official_split"]
+    named = table[names].where(table[names] != "")
+    views, sexes, scanners, lists = (named[name].value_counts().to_dict() for name in names)
     parts = {
-        "films": data.films_present, "split lists": len(data.lists), "boxes": len(data.boxes),
-        scanners: (table["scanner"] != "").sum(), "ages": table["age"].count(),
-        "sexes": (table["sex"] != "").sum(), "views": (table["view"] != "").sum(),
+        "films": data.films_present, "split lists": data.lists, "boxes": len(data.boxes),
+        "scanners" if data.release == "own" else "pixel spacing": scanners,
+        "ages": table["age"].count(), "sexes": sexes, "views": views,
     } | dict(table[list(FINDINGS)].count())  # fmt: skip
     return {
         "folder": str(data.folder), "table": data.table_file, "release": data.release,
         "films": len(table), "films_present": data.films_present,
         "patients": table["patient_id"].nunique(),
-        "views": _counts(table["view"]), "sexes": _counts(table["sex"]),
-        "scanners": _counts(table["scanner"]), "lists": _counts(table["official_split"]),
+        "views": views, "sexes": sexes, "scanners": scanners, "lists": lists,
         "age_min": float(table["age"].min()), "age_max": float(table["age"].max()),
-        "boxes": len(data.boxes),
-        "missing": [part for part, count in parts.items() if not count],
+        "boxes": len(data.boxes), "missing": [part for part, found in parts.items() if not found],
     }  # fmt: skip
-
-
-def _counts(column: pd.Series) -> dict[str, int]:
-    """Count each text of a column, without the empty one."""
-    return {str(name): int(n) for name, n in column[column != ""].value_counts().items()}
-
-
-def _with_several(rows: pd.DataFrame, column: str) -> list[str]:
-    """Return the patients who have more than one value in a column."""
-    values = rows.groupby("patient_id")[column].nunique()
-    return list(values.index[values > 1])

@@ -1,6 +1,5 @@
 """Films decoded once into a resumable uint8 store, with its index and report."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import pandas as pd
 from PIL import Image
 
 from ..base.errors import InputError
-from ..base.files import write_atomic
+from ..base.files import sha256, write_atomic
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters, parameter
 from .read import NihData
@@ -49,14 +48,13 @@ def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[st
         with Image.open(path) as film:
             seen |= {"mode": film.mode, "width": film.width, "height": film.height}
             if film.mode.startswith(("I", "F")):
-                raise ValueError(
-                    f"mode {film.mode}: more than 8 bits a pixel; convert it to 8 first"
-                )
+                said = "more than 8 bits a pixel; convert it to 8 first"
+                raise ValueError(f"mode {film.mode}: {said}")
             grey = film.convert("L")
     except Exception as error:  # whatever Pillow raises here is this film's fault and is reported
         problem = "empty file" if path.is_file() and not path.stat().st_size else str(error)
         return None, seen | {"problem": f"{type(error).__name__}: {problem}".replace("\n", " ")}
-    seen["sha256"] = hashlib.sha256(grey.tobytes()).hexdigest()
+    seen["sha256"] = sha256(grey.tobytes())
     return np.asarray(grey.resize((image_size, image_size), Image.Resampling.BILINEAR)), seen
 
 
@@ -74,75 +72,54 @@ def decode_films(
     is moved into place at the end; a journal written behind each chunk lets a killed run go on.
     Raises InputError where the disk is too small.
     """
-    key = _store_key(table, folder, image_size)
-    if (prepared / "films.csv").is_file() and _read_key(prepared) == key:
-        return _read_films(prepared / "films.csv")
-    work = prepared / f"decoding-{key[:12]}"
-    store, done = _open_store(work, len(table), image_size)
-    progress(done, len(table))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the GIL
-        for start in range(done, len(table), FILMS_A_CHUNK):
-            chunk = table.iloc[start : start + FILMS_A_CHUNK]
-            seen = pool.map(lambda path: decode_film(folder / path, image_size), chunk["path"])
-            _write_chunk(work, store, start, chunk["image_index"], list(seen))
-            progress(start + len(chunk), len(table))
-    del store
-    _publish(work, prepared, key)
-    return _read_films(prepared / "films.csv")
-
-
-def _store_key(table: pd.DataFrame, folder: Path, image_size: int) -> str:
-    """Name what is decoded: the films in order with their file sizes, at which size, by what."""
     paths = [folder / path for path in table["path"]]
     sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
-    films = [f"{name} {size}" for name, size in zip(table["image_index"], sizes, strict=True)]
-    return hashlib.sha256(f"{STORE_VERSION}|{image_size}|{films}".encode()).hexdigest()
-
-
-def _read_key(prepared: Path) -> str:
-    """Return the key of the store that lies in `prepared`, or nothing."""
-    path = prepared / "images.key"
-    return path.read_text() if path.is_file() else ""
+    named = [f"{name} {size}" for name, size in zip(table["image_index"], sizes, strict=True)]
+    key = sha256(f"{STORE_VERSION}|{image_size}|{named}".encode())
+    marker, films = prepared / "images.key", prepared / "films.csv"
+    if not (films.is_file() and marker.is_file() and marker.read_text() == key):
+        work = prepared / f"decoding-{key[:12]}"
+        store, done = _open_store(work, len(table), image_size)
+        progress(done, len(table))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the GIL
+            for start in range(done, len(table), FILMS_A_CHUNK):
+                chunk = slice(start, start + FILMS_A_CHUNK)
+                seen = pool.map(lambda path: decode_film(path, image_size), paths[chunk])
+                _write_chunk(work, store[chunk], table["image_index"].iloc[chunk], list(seen))
+                progress(min(chunk.stop, len(table)), len(table))
+        del store
+        _publish(work, prepared, key)
+    return pd.read_csv(films, dtype=dict.fromkeys(FILM_COLUMNS, str), keep_default_na=False)
 
 
 def _open_store(work: Path, films: int, image_size: int) -> tuple[np.ndarray, int]:
     """Create the store or reopen it, and tell how many films the journal vouches for."""
     journal, path = work / "films.csv", work / "images.npy"
-    shape = (films, image_size, image_size)
     if journal.is_file() and path.is_file():
-        whole = journal.read_bytes().rpartition(b"\n")[0].count(b"\n")  # less the header
+        lines = journal.read_bytes().splitlines(keepends=True)
+        whole = sum(line.endswith(b"\n") for line in lines) - 1  # a kill may have come in a line
         done = whole // FILMS_A_CHUNK * FILMS_A_CHUNK
-        _truncate_journal(journal, done)
+        write_atomic(journal, b"".join(lines[: done + 1]))
         return np.lib.format.open_memmap(path, mode="r+"), done
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    need, free = films * image_size**2, shutil.disk_usage(work).free
+    need, free = films * image_size**2 / 1e9, shutil.disk_usage(work).free / 1e9
     if need > free * 0.98:
-        raise InputError(
-            f"{work}: the store needs {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        )
+        raise InputError(f"{work}: the store needs {need:.1f} GB, {free:.1f} GB are free")
+    shape = (films, image_size, image_size)
     store = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    journal.write_text(",".join(FILM_COLUMNS) + "\n")
+    write_atomic(journal, (",".join(FILM_COLUMNS) + "\n").encode())
     return store, 0
 
 
-def _truncate_journal(journal: Path, films: int) -> None:
-    """Cut the journal back to whole chunks: a kill may have come in the middle of a line."""
-    lines = journal.read_bytes().splitlines(keepends=True)
-    write_atomic(journal, b"".join(lines[: films + 1]))
-
-
-def _write_chunk(
-    work: Path, store: np.ndarray, start: int, names: pd.Series, seen: list[tuple]
-) -> None:
-    """Write films to the store, then, once they are on disk, their lines to the journal."""
-    for offset, (film, _) in enumerate(seen):
-        store[start + offset] = 0 if film is None else film
+def _write_chunk(work: Path, store: np.ndarray, names: pd.Series, seen: list[tuple]) -> None:
+    """Write films to their place, then, once they are on disk, their lines to the journal."""
+    for row, (film, _) in enumerate(seen):
+        store[row] = 0 if film is None else film
     store.flush()
-    rows = pd.DataFrame([s for _, s in seen], columns=FILM_COLUMNS[1:])
-    rows.insert(0, "image_index", names.to_numpy())
+    rows = pd.DataFrame([about for _, about in seen], index=names)
     with (work / "films.csv").open("a", newline="") as journal:
-        rows.to_csv(journal, header=False, index=False)
+        rows.to_csv(journal, header=False)
         journal.flush()
         os.fsync(journal.fileno())
 
@@ -156,11 +133,6 @@ def _publish(work: Path, prepared: Path, key: str) -> None:
     write_atomic(prepared / "images.key", key.encode())
     for rest in prepared.glob("decoding-*"):
         shutil.rmtree(rest)
-
-
-def _read_films(path: Path) -> pd.DataFrame:
-    """Read the journal of a finished store."""
-    return pd.read_csv(path, dtype=dict.fromkeys(FILM_COLUMNS, str), keep_default_na=False)
 
 
 def example_films(
@@ -198,40 +170,32 @@ def write_index(
     that they follow any resize. `about` (release, image_size, ...) goes into the report too.
     """
     table = table.reset_index(drop=True).assign(row=np.arange(len(table)))
-    good = (films["problem"] == "").to_numpy()
-    index = table[good & (table["split"] != "")].sort_values("image_index")
+    readable = (films["problem"] == "").to_numpy()
+    broken, good = films[~readable], films[readable]
+    index = table[readable & (table["split"] != "")].sort_values("image_index")
     index = index[INDEX_COLUMNS + list(FINDINGS)].astype(dict.fromkeys(FINDINGS, "Int8"))
     content = index.to_csv(index=False).encode()
     write_atomic(prepared / "index.csv", content)
-    inside = boxes.merge(films[["image_index", "width", "height"]][good], on="image_index")
+    inside = boxes.merge(good[["image_index", "width", "height"]], on="image_index")
     size = inside[["width", "height"]].astype(float)
     for name, side in zip("xywh", ["width", "height"] * 2, strict=True):
         inside[name] /= size[side]
-    write_atomic(
-        prepared / "boxes.csv",
-        inside[["image_index", "finding", *"xywh"]].to_csv(index=False).encode(),
-    )
-    digest = hashlib.sha256(content + "".join(films["sha256"]).encode())
-    digest.update(f"{STORE_VERSION}|{about['image_size']}".encode())
-    report = {"fingerprint": digest.hexdigest(), **about, **_describe(index, films)}
-    report["boxes"] = len(inside)
-    write_atomic(prepared / "report.json", json.dumps(report, indent=1).encode())
-    return report
-
-
-def _describe(index: pd.DataFrame, films: pd.DataFrame) -> dict[str, Any]:
-    """Count films, patients, splits, colour modes and sizes; name broken films and duplicates."""
-    broken = films[films["problem"] != ""]
-    good = films[films["problem"] == ""]
+    inside = inside[["image_index", "finding", *"xywh"]]
+    write_atomic(prepared / "boxes.csv", inside.to_csv(index=False).encode())
+    hashes = "".join(films["sha256"]) + f"{STORE_VERSION}|{about['image_size']}"
     twins = good[good.duplicated("sha256", keep=False)].groupby("sha256")["image_index"]
-    sizes = (good["width"] + "x" + good["height"]).value_counts()
     by_split = index.groupby("split")["patient_id"].agg(films="size", patients="nunique")
-    return {
+    report = {
+        "fingerprint": sha256(content + hashes.encode()),
+        **about,
         "films": len(index),
         "patients": int(index["patient_id"].nunique()),
         "splits": by_split.to_dict("index"),
         "modes": good["mode"].value_counts().to_dict(),
-        "sizes": sizes.to_dict(),
+        "sizes": (good["width"] + "x" + good["height"]).value_counts().to_dict(),
         "quarantined": dict(zip(broken["image_index"], broken["problem"], strict=True)),
         "duplicates": sorted(names.tolist() for _, names in twins),
+        "boxes": len(inside),
     }
+    write_atomic(prepared / "report.json", json.dumps(report, indent=1).encode())
+    return report

@@ -42,7 +42,6 @@ class OwnTable:
     without one, `words` are columns of marks.
     """
 
-    mapping: Path
     file: Path
     columns: dict[str, str]
     words: dict[str, str]
@@ -56,8 +55,8 @@ class OwnTable:
         InputError for a column that is not there, and for a split or a row that cannot be read.
         """
         raw = _read_cells(text, self.file)
-        wanted = [*self.columns.values(), *([self.labels] if self.labels else self.words)]
-        for column in wanted:
+        marks = [self.labels] if self.labels else list(self.words)
+        for column in [*self.columns.values(), *marks]:
             if (times := list(raw.columns).count(column)) != 1:
                 raise InputError(
                     f"{self.file}: {times or 'no'} columns {column!r}, which {MAPPING_NAME} names;"
@@ -65,33 +64,16 @@ class OwnTable:
                 )
         rows = raw[list(self.columns.values())].set_axis(list(self.columns), axis=1)
         rows = rows.reindex(columns=list(COLUMNS.values()), fill_value="")
-        marks = raw[[self.labels] if self.labels else list(self.words)]
-        rows["labels"] = [MARK_SEPARATOR.join(row) for row in marks.to_numpy()]
-        return self._tidy(rows)
-
-    def _tidy(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Bring film, sex, view and scanner to one spelling, and check the split."""
-        wrong = rows.index[~rows["split"].isin(["", *SPLITS])]
-        if len(wrong):
-            found = (
-                f"split {rows['split'][wrong[0]]!r}; write train, val or test, or leave it empty"
-            )
-            raise InputError(f"{self.file}, line {wrong[0]}: {found}")
+        for line, split in rows["split"][~rows["split"].isin(["", *SPLITS])].items():
+            todo = "write train, val or test, or leave it empty"
+            raise InputError(f"{self.file}, line {line}: split {split!r}; {todo}")
         # A scanner may become a client, whose name is part of file names.
         return rows.assign(
+            labels=[MARK_SEPARATOR.join(row) for row in raw[marks].to_numpy()],
             image_index=film_name(rows["image_index"]),
             sex=rows["sex"].str.upper().str[:1], view=rows["view"].str.upper(),
             scanner=rows["scanner"].str.replace(r"[^\w.-]+", "-", regex=True),
         )  # fmt: skip
-
-    def check_films(self, images: pd.Series, films: Mapping[str, str]) -> None:
-        """Raise InputError if there are films, but the table names none of them."""
-        if films and not images.isin(films.keys()).any():
-            raise InputError(
-                f"{self.file}, line {images.index[0]}: {images.iloc[0]!r} is no film in the folder,"
-                f" and no other row's is; films there are {', '.join(list(films)[:3])}; name them"
-                " as the files are named, ending included, or by their path below the folder"
-            )
 
     def parse(self, text: str) -> np.ndarray:
         """Turn a row's `labels` into float32 (14,): 1, 0, or NaN where nobody looked.
@@ -99,19 +81,14 @@ class OwnTable:
         Raises InputError on a mark that is not 0, 1 or empty, on an unknown word, and on a word for
         no finding beside a finding.
         """
-        return self._parse_words(text) if self.labels else self._parse_marks(text)
-
-    def _parse_marks(self, text: str) -> np.ndarray:
-        """Read the marks of all columns; see `parse`."""
+        if self.labels:
+            return self._parse_words(text)
         vector = np.full(len(FINDINGS), np.nan, np.float32)
-        for mark, (column, finding) in zip(
-            text.split(MARK_SEPARATOR), self.words.items(), strict=True
-        ):
+        marks = zip(self.words.items(), text.split(MARK_SEPARATOR), strict=True)
+        for (column, finding), mark in marks:
             if mark not in MARKS:
-                raise InputError(
-                    f"column {column!r} ({finding}) holds {mark!r}; write 1 for present, 0 for"
-                    " absent, or leave it empty for unknown"
-                )
+                todo = "write 1 for present, 0 for absent, or leave it empty for unknown"
+                raise InputError(f"column {column!r} ({finding}) holds {mark!r}; {todo}")
             vector[FINDINGS.index(finding)] = MARKS[mark]
         return vector
 
@@ -136,9 +113,7 @@ def film_name(column: pd.Series) -> pd.Series:
     return column.str.replace("\\", "/").str.removeprefix("./")
 
 
-def own_lists(
-    rows: pd.DataFrame, listed: Mapping[str, list[str]], file: Path
-) -> dict[str, set[str]]:
+def own_lists(rows: pd.DataFrame, listed: dict[str, list[str]], file: Path) -> dict[str, set[str]]:
     """Unite own split lists with the column `split`: films by split; empty if there are none.
 
     Without a list for validation, `train` becomes NIH's `train_val`, of which a share of patients
@@ -169,69 +144,63 @@ def read_mapping(folder: Path) -> OwnTable | None:
         given = tomllib.loads(path.read_text("utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); see data/README.md") from None
-    _check_keys(given, path)
-    columns, labels = _texts(given["columns"], path), given.get("labels", {})
-    _texts({key: labels[key] for key in ("column", "separator") if key in labels}, path)
-    table = given["table"]
-    if not (isinstance(table, str) and re.fullmatch(r"[^/\\]+\.csv(\.gz)?", table)):
-        raise InputError(f"{path}: table = {table!r}; give the name of a .csv or .csv.gz beside it")
-    if not (folder / table).exists():
+    try:
+        _check_keys(given)
+        words = _words(given)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    table, labels = folder / given["table"], given.get("labels", {})
+    if not table.exists():
         there = ", ".join(sorted(p.name for p in folder.glob("*.csv*"))) or "none"
-        raise InputError(f"{path}: table {table!r} is not there; tables beside it: {there}")
-    words = _words(given, path)
-    ours = {COLUMNS[name]: column for name, column in columns.items()}
-    return OwnTable(
-        path, folder / table, ours, words, labels.get("column", ""), labels.get("separator", "")
-    )
+        raise InputError(f"{path}: table {table.name!r} is not there; tables beside it: {there}")
+    ours = {COLUMNS[name]: column for name, column in given["columns"].items()}
+    return OwnTable(table, ours, words, labels.get("column", ""), labels.get("separator", ""))
 
 
-def _check_keys(given: Mapping[str, Any], path: Path) -> None:
-    """Raise InputError for an unknown or a missing key of the mapping."""
-    for section, allowed in KEYS.items():
-        part = given if not section else given.get(section, {})
+def _check_keys(given: Mapping[str, Any]) -> None:
+    """Raise InputError for an unknown or a missing key of the mapping, or one that is no text."""
+    parts = {section: given.get(section, {}) if section else given for section in KEYS}
+    for section, part in parts.items():
         if not isinstance(part, dict):
-            raise InputError(f"{path}: {section} = {part!r}; write a section [{section}]")
-        for key in part:
-            if key not in allowed:
-                told = f"known: {', '.join(allowed)}"
-                if section == "findings":
-                    told += "; write the known name on the left and yours on the right, such as"
-                    told += f' Effusion = "{key}"'
-                where = f" in [{section}]" if section else ""
-                raise InputError(f"{path}: unknown {key!r}{where}; {told}")
+            raise InputError(f"{section} = {part!r}; write a section [{section}]")
+        for key in (key for key in part if key not in KEYS[section]):
+            where = f" in [{section}]" if section else ""
+            told = f"unknown {key!r}{where}; known: {', '.join(KEYS[section])}"
+            if section == "findings":
+                told += "; write the known name on the left and yours on the right, such as"
+                told += f' Effusion = "{key}"'
+            raise InputError(told)
     needed = [("", "table"), ("columns", "image"), ("columns", "patient")]
     needed += [("labels", key) for key in ("column", "separator") if "labels" in given]
     for section, key in needed:
-        if not (given.get(section, {}) if section else given).get(key):
+        if not parts[section].get(key):
             where = f"[{section}] has no" if section else "no"
-            raise InputError(f'{path}: {where} {key}; add {key} = "..." (see data/README.md)')
+            raise InputError(f'{where} {key}; add {key} = "..." (see data/README.md)')
     if not given.get("findings"):
-        raise InputError(f"{path}: [findings] is missing or empty; known: {', '.join(FINDINGS)}")
+        raise InputError(f"[findings] is missing or empty; known: {', '.join(FINDINGS)}")
+    for key, value in [*parts["columns"].items(), *parts["labels"].items()]:
+        if key not in ("none", "ignore") and not (isinstance(value, str) and value):
+            raise InputError(f'{key} = {value!r}; give a text, such as {key} = "..."')
+    table = given["table"]
+    if not (isinstance(table, str) and re.fullmatch(r"[^/\\]+\.csv(\.gz)?", table)):
+        raise InputError(f"table = {table!r}; give the name of a .csv or .csv.gz beside it")
 
 
-def _texts(part: Mapping[str, Any], path: Path) -> Mapping[str, str]:
-    """Return a part of the mapping that holds texts; raise InputError for another value."""
-    for key, value in part.items():
-        if not isinstance(value, str) or not value:
-            raise InputError(f'{path}: {key} = {value!r}; give a text, such as {key} = "..."')
-    return part
-
-
-def _words(given: Mapping[str, Any], path: Path) -> dict[str, str]:
+def _words(given: Mapping[str, Any]) -> dict[str, str]:
     """Map your words, or columns, to our findings; see `OwnTable`."""
     labels = given.get("labels", {})
     pairs = list(given["findings"].items())
-    meanings = {"none": "none", "ignore": ""}
-    pairs += [(meanings[key], labels[key]) for key in meanings if key in labels]
+    pairs += [("none", labels["none"])] if "none" in labels else []
+    pairs += [("", labels["ignore"])] if "ignore" in labels else []
     words: dict[str, str] = {}
     for ours, value in pairs:
         for word in value if isinstance(value, list) and labels else [value]:
             if not isinstance(word, str) or not word.strip():
                 wanted = 'a text, or a list such as ["a", "b"]' if labels else "one column's name"
-                raise InputError(f"{path}: {ours or 'ignore'} = {value!r}; give {wanted}")
+                raise InputError(f"{ours or 'ignore'} = {value!r}; give {wanted}")
             word = word.strip().lower() if labels else word
             if word in words:
-                raise InputError(f"{path}: {word!r} stands for two things; name it once")
+                raise InputError(f"{word!r} stands for two things; name it once")
             words[word] = ours
     return words
 
@@ -240,23 +209,20 @@ def _read_cells(text: str, file: Path) -> pd.DataFrame:
     """Read a CSV with a comma, semicolon or tab as text; the index is the line a row starts at."""
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    lines, rows, start = [], [], 1
+    rows, start = {}, 1
     try:
         for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if any(cells):
-                lines.append(start)
-                rows.append(cells)
+            if any(cell.strip() for cell in cells):
+                rows[start] = [cell.strip() for cell in cells]
             start = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{file}, line {start}: is no CSV ({error}); mend it") from None
     if len(rows) < 2:
         raise InputError(f"{file}: has no rows below its header; give a table with films")
-    header, *rows = rows
-    for line, cells in zip(lines[1:], rows, strict=True):
+    header = rows.pop(min(rows))
+    for line, cells in rows.items():
         if len(cells) != len(header):
-            raise InputError(
-                f"{file}, line {line}: {len(cells)} cells, but the header has {len(header)};"
-                " mend the row (quote a cell that holds the separator)"
-            )
-    return pd.DataFrame(rows, columns=header, index=lines[1:])
+            found = f"{len(cells)} cells, but the header has {len(header)}"
+            todo = "mend the row (quote a cell that holds the separator)"
+            raise InputError(f"{file}, line {line}: {found}; {todo}")
+    return pd.DataFrame(list(rows.values()), columns=header, index=list(rows))

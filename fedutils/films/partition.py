@@ -51,11 +51,19 @@ def partition_patients(
     index = index[index["split"].isin(SPLITS)]
     assert_disjoint(index["patient_id"], index["split"], "split")
     split = index.drop_duplicates("patient_id").set_index("patient_id")["split"].sort_index()
-    _check_request(method, num_clients, alpha, int((split == "train").sum()))
+    train_patients = int((split == "train").sum())
+    if method not in METHODS:
+        raise InputError(f"partition={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if num_clients < 1 or num_clients > train_patients:
+        found = f"there are {train_patients} training patients and each client needs one"
+        raise InputError(f"num_clients={num_clients}: {found}; choose 1 to {train_patients}")
+    if method == "dirichlet" and not 0 < alpha < np.inf:
+        raise InputError(f"alpha={alpha}: must be above 0 and finite; choose for example 0.5")
     if method == "scanner":
         clients = _scanner(index, split, num_clients)
     else:
-        order = _shuffled(split, generator(seed, "partition"))
+        rng = generator(seed, "partition")  # within train, then within val, then within test
+        order = np.concatenate([rng.permutation(split.index[split == name]) for name in SPLITS])
         number = np.arange(len(order)) % num_clients
         if method == "dirichlet":
             number = _dirichlet(index, split[order], num_clients, alpha, seed)
@@ -101,22 +109,6 @@ def label_skew(index: pd.DataFrame, clients: pd.DataFrame) -> float:
     return max(0.0, float((joint * np.log2(ratio)).sum()))
 
 
-def _check_request(method: str, num_clients: int, alpha: float, train_patients: int) -> None:
-    """Raise InputError, naming the parameter, for a partition that cannot be made."""
-    if method not in METHODS:
-        raise InputError(f"partition={method!r} is unknown; choose one of {', '.join(METHODS)}")
-    if num_clients < 1 or num_clients > train_patients:
-        found = f"there are {train_patients} training patients and each client needs one"
-        raise InputError(f"num_clients={num_clients}: {found}; choose 1 to {train_patients}")
-    if method == "dirichlet" and not 0 < alpha < np.inf:
-        raise InputError(f"alpha={alpha}: must be above 0 and finite; choose for example 0.5")
-
-
-def _shuffled(split: pd.Series, rng: np.random.Generator) -> pd.Index:
-    """Return all patients, shuffled within train, then within val, then within test."""
-    return pd.Index(np.concatenate([rng.permutation(split.index[split == s]) for s in SPLITS]))
-
-
 def _placed(index: pd.DataFrame, clients: pd.DataFrame) -> pd.DataFrame:
     """Return the films of the placed patients with their client."""
     assert_disjoint(clients["patient_id"], clients["client"], "client")
@@ -149,30 +141,24 @@ def _scanner(index: pd.DataFrame, split: pd.Series, num_clients: int) -> pd.Seri
     known = films["scanner"].isin(share.index[share >= LEAST_SCANNER_SHARE])
     films = films.assign(scanner=films["scanner"].where(known, share.sort_index().idxmax()))
     order = [name for name in ("patient_id", "follow_up", "image_index") if name in films]
-    films = films.sort_values(order)
-    main = films.groupby(["patient_id", "scanner"], sort=False).size().reset_index(name="films")
-    main = main.sort_values("films", ascending=False, kind="stable").drop_duplicates("patient_id")
-    groups = main.set_index("patient_id")["scanner"]
-    train = groups.loc[split.index[split == "train"]]
-    return "scanner-" + groups.map(_merged(train, groups.unique(), num_clients))
-
-
-def _merged(train: pd.Series, scanners: np.ndarray, num_clients: int) -> dict[str, str]:
-    """Map each scanner to its client: the smallest groups merged until `num_clients` are left."""
-    sizes = train.value_counts().reindex(scanners, fill_value=0)
-    groups = [(int(size), [scanner]) for scanner, size in sizes.items()]
-    if num_clients > len(groups):
-        names = ", ".join(sorted(scanners))
-        raise InputError(f"num_clients={num_clients}: only {len(groups)} scanners ({names})")
-    while len(groups) > num_clients:
-        first, second, *rest = sorted(groups)
-        groups = [*rest, (first[0] + second[0], sorted(first[1] + second[1]))]
-    if min(groups)[0] == 0:
-        raise InputError(
-            f"num_clients={num_clients}: scanner {'+'.join(min(groups)[1])} has no training "
-            "patient; choose fewer clients, which merges the smallest"
-        )
-    return {scanner: "+".join(group) for _, group in groups for scanner in group}
+    counts = films.sort_values(order).groupby(["patient_id", "scanner"], sort=False).size()
+    counts = counts.sort_values(ascending=False, kind="stable").reset_index("scanner")
+    groups = counts.loc[~counts.index.duplicated(), "scanner"]
+    train = groups.loc[split.index[split == "train"]].value_counts()
+    sizes = train.reindex(groups.unique(), fill_value=0).items()
+    merged = sorted((int(size), [scanner]) for scanner, size in sizes)
+    if num_clients > len(merged):
+        found = f"only {len(merged)} scanners ({', '.join(sorted(groups.unique()))})"
+        raise InputError(f"num_clients={num_clients}: {found}")
+    while len(merged) > num_clients:
+        first, second, *rest = merged
+        merged = sorted([*rest, (first[0] + second[0], sorted(first[1] + second[1]))])
+    if merged[0][0] == 0:
+        found = f"scanner {'+'.join(merged[0][1])} has no training patient"
+        todo = "choose fewer clients, which merges the smallest"
+        raise InputError(f"num_clients={num_clients}: {found}; {todo}")
+    client = {scanner: "scanner-" + "+".join(group) for _, group in merged for scanner in group}
+    return groups.map(client)
 
 
 def _dirichlet(
@@ -182,7 +168,7 @@ def _dirichlet(
 
     The label skew of Yurochkin et al. (ICML 2019) and Li et al. ("Federated Learning on Non-IID
     Data Silos", ICDE 2022), made for patients with several films and findings:
-    1. A patient stands for one finding: `_main_finding`.
+    1. A patient stands for the most frequent finding; a film spreads one unit over its findings.
     2. Each finding is shared among the clients in proportions drawn from Dirichlet(alpha).
     3. The shares are scaled so that clients expect equally many training films while all films
        are placed (iterative proportional fitting, Deming and Stephan 1940): the skew is one of
@@ -195,7 +181,11 @@ def _dirichlet(
     common for one client (No Finding is half of all films) fills up the others.
     """
     rng = generator(seed, "partition-dirichlet")
-    finding = _main_finding(index, split.index, rng)
+    # A patient's most frequent finding, ties at random; 14, No Finding, only if no film has one.
+    profile = _profiles(index).groupby(index["patient_id"]).mean().loc[split.index]
+    profile[NO_FINDING] *= 1e-6
+    # Rounded first: sums of thirds depend on the order of the rows in the last bit.
+    finding = (profile.to_numpy().round(9) + 1e-10 * rng.random(profile.shape)).argmax(axis=1)
     films = index["patient_id"].value_counts().loc[split.index].to_numpy()
     train = (split == "train").to_numpy()
     mass = np.bincount(finding[train], films[train], minlength=len(FINDINGS) + 1)
@@ -207,19 +197,12 @@ def _dirichlet(
             # Evenly spaced points with one random offset: exact shares, fair rounding.
             points = (np.arange(len(here)) + rng.random()) / max(len(here), 1)
             number[here] = np.searchsorted(share.cumsum()[:-1], points, side="right")
-    return _fill_empty(number, train, num_clients)
-
-
-def _main_finding(index: pd.DataFrame, patients: pd.Index, rng: np.random.Generator) -> np.ndarray:
-    """Return each patient's most frequent finding, as its number; 14 means No Finding.
-
-    A film spreads one unit over its findings; ties fall at random. A patient stands for
-    No Finding only if no film shows a finding.
-    """
-    profile = _profiles(index).groupby(index["patient_id"]).mean().loc[patients]
-    profile[NO_FINDING] *= 1e-6
-    # Rounded first: sums of thirds depend on the order of the rows in the last bit.
-    return (profile.to_numpy().round(9) + 1e-10 * rng.random(profile.shape)).argmax(axis=1)
+    counts = np.bincount(number[train], minlength=num_clients)
+    for empty in np.flatnonzero(counts == 0):
+        moved = np.flatnonzero(train & (number == counts.argmax()))[0]
+        counts[[number[moved], empty]] += [-1, 1]
+        number[moved] = empty
+    return number
 
 
 def _shares(mass: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
@@ -240,13 +223,3 @@ def _shares(mass: np.ndarray, clients: int, alpha: float, rng: np.random.Generat
         plan *= 1 / (clients * plan.sum(axis=0))
         plan *= mass / plan.sum(axis=1, keepdims=True)
     return plan / mass
-
-
-def _fill_empty(number: np.ndarray, train: np.ndarray, num_clients: int) -> np.ndarray:
-    """Give each client without a training patient one from the client with most of them."""
-    counts = np.bincount(number[train], minlength=num_clients)
-    for empty in np.flatnonzero(counts == 0):
-        moved = np.flatnonzero(train & (number == counts.argmax()))[0]
-        counts[[number[moved], empty]] += [-1, 1]
-        number[moved] = empty
-    return number

@@ -42,18 +42,16 @@ OWN_LISTS = {"train": "train_list.txt", "val": "val_list.txt"}  # more than NIH 
 OWN_FILMS = (".png", ".jpg", ".jpeg")  # NIH has PNG alone
 DAYS_PER_YEAR = 365.25
 AGE_UNITS = {"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / DAYS_PER_YEAR, "D": 1 / DAYS_PER_YEAR}
-# The letters of a header in any spelling -> our name. An unquoted `OriginalImage[Width,Height]`
-# falls apart into `OriginalImage[Width` and `Height]`; the sample set writes two plain names.
-HEADERS = {
-    "imageindex": "image_index", "findinglabels": "labels", "followup": "follow_up",
-    "patientid": "patient_id", "patientage": "age", "patientgender": "sex", "patientsex": "sex",
-    "viewposition": "view", "originalimagewidth": "width", "height": "height",
-    "originalimageheight": "height", "originalimagepixelspacingx": "spacing",
-}  # fmt: skip
 REQUIRED = {
     "image_index": "Image Index", "labels": "Finding Labels", "follow_up": "Follow-up #",
     "patient_id": "Patient ID", "age": "Patient Age", "sex": "Patient Gender",
     "view": "View Position",
+}  # fmt: skip
+# The letters of a header in any spelling -> our name. An unquoted `OriginalImage[Width,Height]`
+# falls apart into `OriginalImage[Width` and `Height]`; the sample set writes two plain names.
+HEADERS = {re.sub("[^a-z]", "", header.lower()): name for name, header in REQUIRED.items()} | {
+    "patientsex": "sex", "originalimagewidth": "width", "height": "height",
+    "originalimageheight": "height", "originalimagepixelspacingx": "spacing",
 }  # fmt: skip
 
 
@@ -101,56 +99,57 @@ def read_nih(folder: Path) -> NihData:
     own = read_mapping(folder)
     file = own.file if own else label_tables(folder)[0]
     rows, release = _read_rows(file, own)
-    films, found = _films(folder, rows["image_index"], OWN_FILMS if own else (".png",))
-    if own:
-        own.check_films(rows["image_index"], films)
-    lists = _read_lists(folder, rows, own)
-    table = _tidy(rows, file, lists, films, own.parse if own else parse_labels)
-    found |= _row_problems(rows, lists, own) | {
-        "orphaned films": sorted(films.keys() - set(rows["image_index"])),
+    names = rows["image_index"]
+    films, found = _films(folder, names, OWN_FILMS if own else (".png",))
+    if own and films and not names.isin(films.keys()).any():
+        raise InputError(
+            f"{file}, line {rows.index[0]}: {names.iloc[0]!r} is no film in the folder, and no"
+            f" other row's is; films there are {', '.join(list(films)[:3])}; name them as the"
+            " files are named, ending included, or by their path below the folder"
+        )
+    lists = {}
+    for split, name in ((OWN_LISTS if own else {}) | LISTS).items():
+        if (folder / name).exists():
+            text = _read_text(folder / name)
+            lists[split] = text.splitlines() if own else set(text.split())
+    lists = own_lists(rows, lists, file) if own else lists
+    labels = _parsed(rows["labels"], names, file, own.parse if own else parse_labels)
+    found |= _row_problems(rows, lists, own is not None) | {
+        "orphaned films": sorted(films.keys() - set(names)),
         "other tables": [other.name for other in label_tables(folder) if other != file],
     }
+    table = _tidy(rows, labels, lists, films)
     return NihData(folder, table, _read_boxes(folder), release, file.name, tuple(lists), found)
 
 
 def _read_rows(file: Path, own: OwnTable | None) -> tuple[pd.DataFrame, str]:
     """Read a table into text columns with our names, by line, and name its release."""
     if own:
-        rows, ends_with_comma = own.read(_read_text(file)), False
-        needed = dict.fromkeys([*HEADERS.values(), *rows.columns])
-        rows = rows.reindex(columns=list(needed), fill_value="")
+        raw = rows = own.read(_read_text(file))
     else:
         raw = _read_csv(file)
-        rows, ends_with_comma = _named(raw, file), str(raw.columns[-1]).startswith("Unnamed")
+        letters = [re.sub("[^a-z]", "", str(column).lower()) for column in raw.columns]
+        rows = raw.set_axis([HEADERS.get(name, "") for name in letters], axis=1)
+        rows = rows.loc[:, ~rows.columns.duplicated()]
+    for name, header in REQUIRED.items():
+        if name not in rows:
+            there = ", ".join(map(str, raw.columns))
+            raise InputError(f"{file}: no column {header!r}; found {there}; restore it")
+    # A column that is optional comes back empty.
+    columns = dict.fromkeys([*HEADERS.values(), *rows.columns])
+    rows = rows.reindex(columns=list(columns), fill_value="")
     for name in ("image_index", "patient_id", "sex", "view"):
         rows[name] = rows[name].str.strip()
-    empty = rows.index[(rows["image_index"] == "") | (rows["patient_id"] == "")]
-    if len(empty):
-        raise InputError(f"{file}, line {empty[0]}: no image index or no patient id; mend the row")
-    return rows, _release(file, ends_with_comma, own is not None)
-
-
-def _read_lists(folder: Path, rows: pd.DataFrame, own: OwnTable | None) -> dict[str, set[str]]:
-    """Read the split lists that are there: the films by the name of the split."""
-    names = (OWN_LISTS if own else {}) | LISTS
-    files = {split: folder / name for split, name in names.items() if (folder / name).exists()}
-    if own:
-        listed = {split: _read_text(path).splitlines() for split, path in files.items()}
-        return own_lists(rows, listed, own.file)
-    return {split: set(_read_text(path).split()) for split, path in files.items()}
-
-
-def _release(file: Path, ends_with_comma: bool, own: bool) -> str:
-    """Name the label release; how is told in `read_nih`."""
-    if (file.parent / PHANTOM_MARKER).exists():
-        return "phantom"
-    if own:
-        return "own"
-    if file.name.startswith("sample"):
-        return "sample"
-    if "v2020" in file.name:
-        return "2020"
-    return "2017" if file.name.startswith("Data_Entry_2017.") and ends_with_comma else "unknown"
+    for line in rows.index[(rows["image_index"] == "") | (rows["patient_id"] == "")]:
+        raise InputError(f"{file}, line {line}: no image index or no patient id; mend the row")
+    marks = {
+        "phantom": (file.parent / PHANTOM_MARKER).exists(),
+        "own": own is not None,
+        "sample": file.name.startswith("sample"),
+        "2020": "v2020" in file.name,
+        "2017": file.name.startswith("Data_Entry_2017.") and "Unnamed" in str(raw.columns[-1]),
+    }
+    return rows, next((release for release, holds in marks.items() if holds), "unknown")
 
 
 def _read_text(file: Path) -> str:
@@ -180,41 +179,24 @@ def _read_csv(file: Path) -> pd.DataFrame:
     return frame
 
 
-def _named(raw: pd.DataFrame, file: Path) -> pd.DataFrame:
-    """Give the columns our names; raise InputError on a missing column."""
-    letters = [re.sub("[^a-z]", "", str(column).lower()) for column in raw.columns]
-    rows = raw.set_axis([HEADERS.get(name, "") for name in letters], axis=1)
-    rows = rows.loc[:, ~rows.columns.duplicated()]
-    for name, header in REQUIRED.items():
-        if name not in rows:
-            columns = ", ".join(map(str, raw.columns))
-            raise InputError(f"{file}: no column {header!r}; found {columns}; restore it")
-    # A header that names no column of ours is dropped; one that is optional comes back empty.
-    return rows.reindex(columns=list(dict.fromkeys(HEADERS.values())), fill_value="")
-
-
-def _row_problems(
-    rows: pd.DataFrame, lists: dict[str, set[str]], own: OwnTable | None
-) -> dict[str, list[str]]:
+def _row_problems(rows: pd.DataFrame, lists: dict, own: bool) -> dict[str, list[str]]:
     """Find what the tidy table no longer shows: duplicates, spellings, contradicting lists."""
     names = rows["image_index"]
     texts = rows[names.duplicated(keep=False)].groupby("image_index")["labels"].nunique()
     spelled = () if own else rows["labels"].unique()  # an own table has a spelling of its own
     plain = {text: format_labels(parse_labels(text)) for text in spelled}
-    listed = [film for films in lists.values() for film in films]
     odd = [text for text in plain if sorted(text.split("|")) != sorted(plain[text].split("|"))]
+    listed = Counter(film for films in lists.values() for film in films)
     return {
         "duplicate rows": list(names[names.duplicated()]),
         "duplicate rows that disagree": list(texts.index[texts > 1]),
         "labels in another spelling": list(names[rows["labels"].isin(odd)]),
-        "rows in both lists": sorted(film for film, times in Counter(listed).items() if times > 1),
-        "list names without row": sorted(set().union(*lists.values()) - set(names)),
+        "rows in both lists": sorted(film for film, times in listed.items() if times > 1),
+        "list names without row": sorted(listed.keys() - set(names)),
     }
 
 
-def _films(
-    folder: Path, images: pd.Series, endings: tuple[str, ...]
-) -> tuple[dict[str, str], dict[str, list[str]]]:
+def _films(folder: Path, images: pd.Series, endings: tuple[str, ...]) -> tuple[dict, dict]:
     """Map each film's name to its path below the folder, for every layout up to `FILM_DEPTH`.
 
     Where the table names films by their paths, these are mapped to themselves.
@@ -233,48 +215,42 @@ def _films(
     return films, {"films in two folders": sorted(twice)}
 
 
-def _tidy(
-    rows: pd.DataFrame,
-    file: Path,
-    lists: dict[str, set[str]],
-    films: dict[str, str],
-    parse: Callable[[str], np.ndarray],
-) -> pd.DataFrame:
-    """Turn the named text columns into the documented table; `parse` reads the labels' text."""
+def _tidy(rows: pd.DataFrame, labels: pd.Series, lists: dict, films: dict) -> pd.DataFrame:
+    """Turn the named text columns and the parsed labels into the documented table."""
     names = rows["image_index"]
-    vectors = _parsed(rows["labels"], names, file, parse)
-    matrix = np.stack([vectors[text] for text in rows["labels"]]).astype(np.float32)
-    labels = pd.DataFrame(matrix, index=rows.index, columns=list(FINDINGS))
+    matrix = np.stack(labels.to_list()).astype(np.float32)
+    findings = pd.DataFrame(matrix, index=rows.index, columns=list(FINDINGS))
     spacing = _numbers(rows["spacing"])
     splits = ["test", "val", "train_val", "train"]  # of a film in two the first counts
     listed = [names.isin(lists.get(split, ())) for split in splits]
+    # Ages such as 58, 060Y, 018M, 003W or 005D, in years.
+    ages = rows["age"].str.strip().str.upper().str.extract(r"^(-?\d+(?:\.\d+)?)([YMWD]?)$")
     scanner = spacing.map({mm: f"{mm:.3f}" if mm > 0 else "" for mm in spacing.unique()})
     table = pd.DataFrame({
         "image_index": names,
         "patient_id": rows["patient_id"].str.replace(r"^0+(?=\d+$)", "", regex=True),
         "follow_up": _numbers(rows["follow_up"]).fillna(-1).astype(int),
-        "age": rows["age"].map({text: _years(text) for text in rows["age"].unique()}),
+        "age": ages[0].astype(float) * ages[1].map(AGE_UNITS),
         "sex": rows["sex"], "view": rows["view"],
         "width": _numbers(rows["width"]), "height": _numbers(rows["height"]), "spacing": spacing,
         "scanner": rows.get("scanner", scanner),
         "official_split": np.select(listed, splits, ""),
         "path": [films.get(name, "") for name in names],
     })  # fmt: skip
-    table = pd.concat([table, labels], axis=1).drop_duplicates("image_index")
+    table = pd.concat([table, findings], axis=1).drop_duplicates("image_index")
     return table.sort_values("image_index", ignore_index=True)
 
 
-def _parsed(texts: pd.Series, images: pd.Series, file: Path, parse: Callable) -> dict[str, object]:
+def _parsed(texts: pd.Series, images: pd.Series, file: Path, parse: Callable) -> pd.Series:
     """Parse each different text once; an InputError names the line and the film."""
     parsed = {}
-    for text in texts.unique():
+    for line, text in texts.drop_duplicates().items():
         try:
             parsed[text] = parse(text)
         except InputError as error:
-            line = texts.index[texts == text][0]
             where = f"{file}, line {line} ({images[line]})"
             raise InputError(f"{where}: {error}; correct this row") from None
-    return parsed
+    return pd.Series([parsed[text] for text in texts], texts.index)
 
 
 def _read_boxes(folder: Path) -> pd.DataFrame:
@@ -286,21 +262,14 @@ def _read_boxes(folder: Path) -> pd.DataFrame:
     if raw.shape[1] < len(BOX_COLUMNS):
         raise InputError(f"{file}: {raw.shape[1]} columns, not {', '.join(BOX_COLUMNS)}")
     boxes = raw.iloc[:, : len(BOX_COLUMNS)].set_axis(list(BOX_COLUMNS), axis=1)
-    names = _parsed(boxes["finding"], boxes["image_index"], file, canonical)
-    sides = boxes[["x", "y", "w", "h"]].apply(_numbers)
-    if sides.isna().any(axis=None):
-        line = sides.index[sides.isna().any(axis=1)][0]
+    findings = _parsed(boxes["finding"], boxes["image_index"], file, canonical)
+    sides = boxes[list("xywh")].apply(_numbers)
+    for line in sides.index[sides.isna().any(axis=1)]:
         raise InputError(f"{file}, line {line}: a box needs four numbers; correct this row")
-    return boxes.assign(finding=boxes["finding"].map(names), **sides).reset_index(drop=True)
+    return boxes.assign(finding=findings, **sides).reset_index(drop=True)
 
 
 def _numbers(column: pd.Series) -> pd.Series:
     """Turn text to floats; what is no number becomes NaN."""
     numbers = pd.to_numeric(column, errors="coerce").astype(float)
     return numbers.where(np.isfinite(numbers))
-
-
-def _years(text: str) -> float:
-    """Turn an age such as 58, 060Y, 018M, 003W or 005D into years; NaN if it is none of these."""
-    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([YMWD]?)", text.strip().upper())
-    return float(match[1]) * AGE_UNITS[match[2]] if match else float("nan")

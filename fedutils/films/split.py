@@ -38,7 +38,10 @@ def split_patients(table: pd.DataFrame, seed: int) -> pd.Series:
 
     Raises InputError if a patient is in both official lists.
     """
-    hashed = table["patient_id"].map({p: _hash(seed, p) for p in table["patient_id"].unique()})
+    patients = table["patient_id"].unique()
+    digests = [hashlib.sha256(f"{seed}|{patient}|split".encode()).digest() for patient in patients]
+    shares = [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]
+    hashed = table["patient_id"].map(dict(zip(patients, shares, strict=True)))
     official = table.get("official_split", pd.Series("", index=table.index))
     val = np.where(hashed < VAL_OF_TRAIN_VAL, "val", "train")
     names = ["test", "train_val", "train", "val"]
@@ -65,13 +68,11 @@ def leak_of_splits(table: pd.DataFrame, seed: int) -> pd.DataFrame:
     Returns `split, share`: for each way, the share (0 to 1) of held-out films whose patient also
     has films in training. Films are split at random with as many held out as by patient.
     """
-    held_out = ~split_patients(table, seed).isin(["train", "val"])
-    shuffled = held_out.to_numpy()[generator(seed, "image-level split").permutation(len(table))]
-    shares = []
-    for held in (shuffled, held_out.to_numpy()):
-        patients = table["patient_id"]
-        shares.append(patients[held].isin(patients[~held].unique()).mean())
-    return pd.DataFrame({"split": ["by film", "by patient"], "share": shares})
+    patients, held_out = table["patient_id"], ~split_patients(table, seed).isin(["train", "val"])
+    order = generator(seed, "image-level split").permutation(len(table))
+    ways = {"by film": held_out.to_numpy()[order], "by patient": held_out.to_numpy()}
+    shares = [patients[held].isin(patients[~held]).mean() for held in ways.values()]
+    return pd.DataFrame({"split": list(ways), "share": shares})
 
 
 def assert_disjoint(patients: pd.Series, groups: pd.Series, what: str) -> None:
@@ -80,16 +81,8 @@ def assert_disjoint(patients: pd.Series, groups: pd.Series, what: str) -> None:
     straddling = pairs["patient"][pairs["patient"].duplicated()].unique()
     if len(straddling):
         names = ", ".join(map(str, straddling[:5]))
-        raise InputError(
-            f"{len(straddling)} patients are in more than one {what}, such as {names}; "
-            "correct the split lists or the patient ids"
-        )
-
-
-def _hash(seed: int, patient: str) -> float:
-    """Return a number in [0, 1) that depends on (seed, patient) alone."""
-    digest = hashlib.sha256(f"{seed}|{patient}|split".encode()).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
+        found = f"{len(straddling)} patients are in more than one {what}, such as {names}"
+        raise InputError(f"{found}; correct the split lists or the patient ids")
 
 
 def choose_films(table: pd.DataFrame, max_films: int, seed: int) -> pd.DataFrame:
@@ -97,6 +90,5 @@ def choose_films(table: pd.DataFrame, max_films: int, seed: int) -> pd.DataFrame
     if not max_films or len(table) <= max_films:
         return table
     films = table["patient_id"].value_counts().sort_index()
-    order = generator(seed, "max_films").permutation(len(films))
-    total = films.iloc[order].cumsum()
+    total = films.iloc[generator(seed, "max_films").permutation(len(films))].cumsum()
     return table[table["patient_id"].isin(total.index[total <= max_films])]

@@ -1,7 +1,4 @@
-"""Start, stop and use a Flower network: keys, SuperLink, SuperNodes, a run. Quiet and offline.
-
-Flower itself is only reached through its commands, so this can be imported where it is missing.
-"""
+"""Start, stop and use a Flower network by its commands alone, quiet and offline."""
 
 import json
 import os
@@ -39,40 +36,33 @@ def check_flower() -> None:
         raise InputError(f"flwr {found} is installed, {SUPPORTED} is supported: {wanted}")
 
 
-def command(tool: str) -> str:
-    """Return the path of one of Flower's commands, beside this Python."""
-    return str(Path(sys.executable).parent / tool)
-
-
 def superlink(host: str, port: int, folder: Path, keys: Path | None) -> list[str]:
     """Return the command of the server's SuperLink; without keys anyone may connect, unencrypted.
 
-    With `keys`, as `make_certificate` wrote them, it speaks TLS and knows only registered nodes. It
-    remembers them in `folder`: SuperNodes give up at a SuperLink that has forgotten them.
+    With `keys` it speaks TLS and knows registered nodes only, which it remembers in `folder`.
     """
-    begin = [command("flower-superlink"), "--host", host, "--port", str(port)]
-    begin += ["--database", str(folder / "superlink.db")]
-    begin.append("--disable-runtime-dependency-installation")
+    call = ["flower-superlink", "--host", host, "--port", str(port)]
+    call += ["--database", str(folder / "superlink.db")]
+    call += ["--disable-runtime-dependency-installation"]
     if keys is None:
-        return [*begin, "--insecure"]
+        return [*call, "--insecure"]
     files = {"certfile": "server.crt", "keyfile": "server.key", "ca-certfile": "server.crt"}
     tls = [part for name, file in files.items() for part in (f"--ssl-{name}", str(keys / file))]
-    return [*begin, *tls, "--enable-supernode-auth"]
+    return [*call, *tls, "--enable-supernode-auth"]
 
 
 def supernode(name: str, work: Path, server: str, port: int, keys: Path | None = None) -> list[str]:
     """Return the command of a hospital's SuperNode, which only calls out, to `server` (HOST:PORT).
 
-    `port` is for its own client process and stays on 127.0.0.1. `keys` holds the server's
-    certificate and this hospital's key.
+    `port` stays on 127.0.0.1; `keys` holds the server's certificate and this hospital's key.
     """
     config = f'name="{name}" work_dir="{work.resolve()}"'
-    begin = [command("flower-supernode"), "--superlink", server, "--host", "127.0.0.1"]
-    begin += ["--port", str(port), "--node-config", config]
+    call = ["flower-supernode", "--superlink", server, "--host", "127.0.0.1"]
+    call += ["--port", str(port), "--node-config", config]
     if keys is None:
-        return [*begin, "--insecure"]
-    trust = ["--root-certificates", str(keys / "server.crt")]
-    return [*begin, *trust, "--auth-supernode-private-key", str(keys / f"{name}.key")]
+        return [*call, "--insecure"]
+    call += ["--root-certificates", str(keys / "server.crt")]
+    return [*call, "--auth-supernode-private-key", str(keys / f"{name}.key")]
 
 
 def free_port() -> int:
@@ -94,7 +84,7 @@ def flower_environment(home: Path, server: str, keys: Path | None) -> dict[str, 
 
 def register(public_key: Path, environment: Mapping[str, str]) -> None:
     """Let the hospital with this public key connect; raise NotebookFailed if it cannot be told."""
-    call = [command("flwr"), "supernode", "register", str(public_key), "here"]
+    call = ["flwr", "supernode", "register", str(public_key), "here"]
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
     if done.returncode or "registered" not in done.stdout:
         raise NotebookFailed(f"{public_key} was not registered: {done.stdout} {done.stderr}")
@@ -108,17 +98,16 @@ def run_server_app(
 ) -> dict[str, Any]:
     """Run the ServerApp with these parameters, show its log, and return what Flower says of it.
 
-    `flwr run` may end with status 0 though the run failed, so the run's own status counts.
-    Raises NotebookFailed if it is not `finished:completed`, or not finished after `seconds`.
+    Raises NotebookFailed if its own status is not `finished:completed` within `seconds`.
     """
     text = " ".join(f"{key}={json.dumps(str(value))}" for key, value in values.items())
     options = ["--run-config", f"parameters='{text}' wait-seconds={float(wait)}", "--stream"]
-    call = [command("flwr"), "run", str(PACKAGE.parent), "here", *options]
+    call = ["flwr", "run", str(PACKAGE.parent), "here", *options]
     output = show(call, environment, seconds)
     found = STARTED.search(output)
     if not found:
         raise NotebookFailed(f"Flower did not start the run: {output[-1000:]}")
-    call = [command("flwr"), "list", "--run-id", found[1], "here", "--format", "json"]
+    call = ["flwr", "list", "--run-id", found[1], "here", "--format", "json"]
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
     listed = json.loads(done.stdout or "{}")
     if not listed.get("runs"):  # even then `flwr list` may end with status 0
@@ -146,10 +135,7 @@ def show(call: Sequence[str], environment: Mapping[str, str], seconds: float) ->
 
 
 def make_certificate(keys: Path, host: str) -> None:
-    """Write `server.key`, which stays at the server, and `server.crt`, which each hospital gets.
-
-    `host` is the name or address by which hospitals reach the server; valid for a year.
-    """
+    """Write `server.key` and `server.crt`, for a year; hospitals reach the server as `host`."""
     kind = "IP" if re.fullmatch(r"[\d.]+|.*:.*", host) else "DNS"
     names = f"subjectAltName={kind}:{host},DNS:localhost,IP:127.0.0.1"
     curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-384", "-nodes", "-days", "365"]
@@ -180,20 +166,21 @@ def make_file(path: Path, command: Sequence[str]) -> None:
 
 def take_step(
     step: str, name: str, server: str, keys: Path | None, values: Mapping[str, Any]
-) -> None:
+) -> Any:
     """Do one step of `python -m fedutils flower`; SuperLink and SuperNode run until stopped."""
     check_flower()
     host, _, port = server.rpartition(":")
     work = Path(values["work_dir"])
-    if step in ("certificate", "key"):
-        return {"certificate": make_certificate, "key": make_key}[step](keys or Path("keys"), name)
+    if step == "certificate":
+        return make_certificate(keys or Path("keys"), name)
+    if step == "key":
+        return make_key(keys or Path("keys"), name)
     environment = flower_environment(work / "flower", server, keys)
     if step == "register":
         return register(Path(name), environment)
     if step == "train":
-        run_server_app(values, environment)
-        return None
+        return run_server_app(values, environment)
     call = superlink(host, int(port), work / "flower", keys)
     if step == "hospital":
         call = supernode(name, work, server, free_port(), keys)
-    os.execve(call[0], call, environment)
+    os.execvpe(call[0], call, environment)

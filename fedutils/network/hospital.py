@@ -1,11 +1,11 @@
-"""A hospital behind Flower: the ClientApp.
+"""A hospital behind Flower: the ClientApp, with all that ever leaves a hospital.
 
-What leaves it is written in `answer`, `query`, `fit`, `batchnorm` and `validate`, and nowhere else:
-the tracked state, counts, losses, the hospital's name, what its patients were exposed to, and of an
+The tracked state, counts, losses, the hospital's name, what its patients were exposed to, and of an
 error its kind, not its text.
 """
 
 import dataclasses
+import functools
 import json
 import traceback
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file, save
@@ -25,7 +26,7 @@ from ..base.state import State
 from ..client import Client, predict
 from ..dataset import ChestXrayDataset, read_report
 from ..model import ChestResNet
-from ..privacy.ledger import Ledger
+from ..privacy.ledger import read_ledger, write_ledger
 from ..run import Model
 from ..settings import FIELDS, Settings
 from ..training.arms import client_class
@@ -37,10 +38,9 @@ client_app = ClientApp()
 
 
 class Hospital:
-    """One message at a SuperNode: what the server asks for, and the films that lie here.
+    """One message at a SuperNode, and the films that lie here; InputError where they do not fit.
 
-    `node_config` says who and where: `name`, and `work_dir` in which notebook 02 has prepared the
-    films. Raises InputError where they do not fit the run.
+    `node_config` has its `name`, and the `work_dir` in which notebook 02 prepared the films.
     """
 
     def __init__(self, order: ConfigRecord, node_config: dict[str, Any]) -> None:
@@ -79,66 +79,51 @@ class Hospital:
         return self.settings.run / "kept" / f"s{self.order['seed']}-{round:05d}.safetensors"
 
 
-def answer(
-    message: Message, context: Context, work: Callable[[Hospital, State], Answer]
-) -> Message:
-    """Do what a message asks and reply; an error's text stays in this hospital's log."""
-    words, numbers, state = {"status": "ok", "reason": ""}, {}, {}
-    try:
-        hospital = Hospital(message.content.config_records["order"], dict(context.node_config))
-        sent = unpack(message)
-        more, numbers, state = work(hospital, sent)
-        words |= more
-    except Exception as error:  # its text may hold paths, or the names of films and so of patients
-        traceback.print_exc()
-        words = {"status": "failed", "reason": f"{type(error).__name__}; see the hospital's log"}
-    content = {"words": ConfigRecord(words), "numbers": MetricRecord(numbers)}
-    return Message(RecordDict(content | {"state": pack(state)}), reply_to=message)
+def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Context], Message]:
+    """Let a function do what a message asks, and reply; an error's text stays in this hospital."""
+
+    @functools.wraps(work)
+    def answer(message: Message, context: Context) -> Message:
+        """Reply with what the work says, or with the kind of its error."""
+        words, numbers, state = {"status": "ok", "reason": ""}, {}, {}
+        try:
+            hospital = Hospital(message.content.config_records["order"], dict(context.node_config))
+            more, numbers, state = work(hospital, unpack(message))
+            words |= more
+        except Exception as error:  # its text may hold paths, or names of films and so of patients
+            traceback.print_exc()
+            reason = f"{type(error).__name__}; see the hospital's log"
+            words = {"status": "failed", "reason": reason}
+        content = {"words": ConfigRecord(words), "numbers": MetricRecord(numbers)}
+        return Message(RecordDict(content | {"state": pack(state)}), reply_to=message)
+
+    return answer
 
 
 @client_app.query()
-def query(message: Message, context: Context) -> Message:
+@answers
+def query(here: Hospital, sent: State) -> Answer:
     """Say who this is, and what its update counts in the mean."""
-    return answer(
-        message,
-        context,
-        lambda here, _: ({"name": here.name}, {"weight": here.client().weight}, {}),
-    )
+    return {"name": here.name}, {"weight": here.client().weight}, {}
 
 
 @client_app.train()
-def train(message: Message, context: Context) -> Message:
-    """Train on this hospital's films from what the server sent."""
-    return answer(message, context, fit)
-
-
-@client_app.train("measure")
-def measure(message: Message, context: Context) -> Message:
-    """Measure BatchNorm of the new global model on this hospital's films."""
-    return answer(message, context, batchnorm)
-
-
-@client_app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Judge the aggregated model on this hospital's validation films."""
-    return answer(message, context, validate)
-
-
+@answers
 def fit(here: Hospital, sent: State) -> Answer:
     """Run the client's `fit` as the simulation does; what the client keeps stays in this hospital.
 
-    The order says after which round an update from here last arrived, so that what was kept beside
-    a lost one is never used; what a lost one spent is, by the ledger.
+    What was kept beside a lost update is never used; what that spent is, by the ledger.
     """
     seed, round, before = (here.order[key] for key in ("seed", "round", "kept"))
     path, client, model = here.kept(before), here.client(), Model("federated", seed).name
-    ledger = Ledger(here.settings.run / "ledger.json")
-    kept = (load_file(path) if path.is_file() else {}) | ledger.read(model)
+    ledger = here.settings.run / "ledger.json"
+    spent = {name: torch.tensor(n) for name, n in read_ledger(ledger).get(model, {}).items()}
+    kept = (load_file(path) if path.is_file() else {}) | spent
     if stop := client.over_budget(kept):
         return {"status": "stopped", "reason": stop}, {}, {}
     update, keep = fit_safely(client, here.model(), sent, kept, round)
     if client.spent:
-        ledger.write(model, {name: keep[name] for name in client.spent if name in keep})
+        write_ledger(ledger, model, {k: keep[k] for k in client.spent if k in keep})
     if update.status != "ok":
         print(f"{here.name}, round {round}: {update.reason}", flush=True)
         return {"status": update.status, "reason": update.reason.partition(":")[0]}, {}, {}
@@ -153,6 +138,8 @@ def fit(here: Hospital, sent: State) -> Answer:
     return {"said": json.dumps(said)} if said["account"] else {}, numbers, update.state
 
 
+@client_app.train("measure")
+@answers
 def batchnorm(here: Hospital, sent: State) -> Answer:
     """Return what BatchNorm sees here, as the simulation's clients measure it."""
     measured, fault = measure_safely(here.client(), here.model(), sent, here.order["round"])
@@ -162,11 +149,12 @@ def batchnorm(here: Hospital, sent: State) -> Answer:
     return words, {}, measured
 
 
+@client_app.evaluate()
+@answers
 def validate(here: Hospital, sent: State) -> Answer:
     """Return sums: of the loss, of known labels, and for each finding of pairs and ordered pairs.
 
-    A pair is a film with and one without the finding, ordered if the first scores higher (a tie is
-    half). Summed over hospitals they give the AUROC within hospitals, and no film's score leaves.
+    Of a film with and one without it; a tie is half. Summed, they are the AUROC within hospitals.
     """
     films, model = here.split("val"), here.model()
     model.load(sent)

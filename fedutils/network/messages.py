@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load, save
 
 from ..base.parameters import Parameters
-from ..base.state import State, non_finite, state_hash
+from ..base.state import State, find_fault, state_hash
 from ..client import Update
 from ..model import ChestResNet
 
@@ -31,17 +31,14 @@ def unpack(message: Message) -> State:
 
 def read_reply(reply: Message | Fault) -> Answer:
     """Take a reply apart; where there is none, or none that can be read, it is a status."""
+    words = {"status": "failed", "reason": ""}
     try:
         if isinstance(reply, tuple):
-            return {"status": reply[0], "reason": reply[1]}, {}, {}
+            return dict(zip(words, reply, strict=True)), {}, {}
         if reply.has_error():
-            return {"status": "failed", "reason": reply.error.reason}, {}, {}
-        records = reply.content.config_records["words"], reply.content.metric_records["numbers"]
-        return (
-            {"status": "failed", "reason": ""} | dict(records[0]),
-            dict(records[1]),
-            unpack(reply),
-        )
+            return words | {"reason": reply.error.reason}, {}, {}
+        words |= dict(reply.content.config_records["words"])
+        return words, dict(reply.content.metric_records["numbers"]), unpack(reply)
     except Exception as error:  # it comes from elsewhere, and must not end the run
         return {"status": "failed", "reason": f"reply of another kind: {error}"}, {}, {}
 
@@ -51,7 +48,7 @@ def find_misfit(state: State, wanted: State) -> str:
     found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
     if found != expected:
         return "its state does not fit what was sent"
-    return "its state is not finite" if non_finite(state) else ""
+    return find_fault(state)[1]
 
 
 def read_update(
@@ -59,8 +56,7 @@ def read_update(
 ) -> tuple[Update, State]:
     """Turn a reply into an update and what the server is to keep of it.
 
-    `wanted` is a state of the shapes that must come back; whatever does not fit costs the update,
-    not the round. Where the loss is `withheld`, none is looked for.
+    What does not fit the shapes of `wanted`, or lacks a loss that is not `withheld`, has failed.
     """
     words, numbers, state = read_reply(reply)
     status, reason = words["status"], words["reason"]
@@ -69,7 +65,7 @@ def read_update(
     if status == "ok" and (reason := find_misfit(state, wanted) or fault):
         status = "failed"
     elif status == "ok" and not (
-        isinstance(examples, int) and examples > 0 and (withheld or 0 < loss < math.inf)
+        isinstance(examples, int | float) and examples > 0 and (withheld or 0 < loss < math.inf)
     ):
         status, reason = "failed", f"examples={examples} train_loss={loss}"
     if status != "ok":
@@ -95,7 +91,7 @@ def read_said(text: str) -> tuple[dict[str, Any], str]:
 class Member:
     """A hospital as the server knows it: its name, its weight, and what it said of its budget."""
 
-    def __init__(self, name: str, weight: int, settings: Parameters, seed: int) -> None:
+    def __init__(self, name: str, weight: float, settings: Parameters, seed: int) -> None:
         self.name, self.weight, self.settings, self.seed = name, weight, settings, seed
 
     def account(self, kept: State) -> dict[str, Any]:

@@ -21,48 +21,30 @@ from ..client import Update
 from ..model import ChestResNet
 from ..rounds import Job, Progress, Row
 from ..settings import FIELDS, Settings, convert_texts, read_parameters
-from ..training.arms import arm_settings, client_class
+from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
 from ..training.training import Training
 from .messages import Fault, Member, find_misfit, pack, read_reply, read_update, trunk_hash
 
 POLL = 0.5  # seconds between two looks for a reply
 server_app = ServerApp()
-
-
 # What means nothing over a network, and why: refused unless it is as it is by default.
 REFUSED = {
-    "arms": "the other arms need the films in one place",
-    "lr_centralised": "the other arms need the films in one place",
-    "lr_local": "the other arms need the films in one place",
-    "partition": "hospitals are who they are",
-    "alpha": "hospitals are who they are",
+    **dict.fromkeys(
+        ("arms", "lr_centralised", "lr_local"), "other arms need all films in one place"
+    ),
+    **dict.fromkeys(("partition", "alpha"), "hospitals are who they are"),
+    **dict.fromkeys(("cache_features", "feature_dtype"), "features stay where the films are"),
     "max_films": "notebook 02 fixes it in each hospital",
-    "cache_features": "features stay where the films are, and hospitals keep none",
-    "feature_dtype": "features stay where the films are, and hospitals keep none",
     "compare": "it is notebook 04's",
 }
 PARTITION = "network"  # what config.json says of who has which patients
 
 
-def check_supported(settings: Settings) -> None:
-    """Raise InputError, by name, for a parameter that a run over a network would not heed."""
-    for name, why in REFUSED.items():
-        value, only = getattr(settings, name), FIELDS[name].default
-        if value not in (only, PARTITION):
-            raise InputError(f"over a network only {name}={only!r}, not {value!r}: {why}")
-    if settings.batchnorm == "local":
-        raise InputError(
-            "over a network only batchnorm=precise, average or frozen, not 'local', whose models"
-            " never leave the hospitals"
-        )
-
-
 class Network:
     """The executor of a run over a network: the hospitals behind a Flower grid.
 
-    `weights` has what each hospital that ever connected counts in the mean, `nodes` the SuperNodes
-    of those that are connected now, `model` is the server's, whose trunk all must have.
+    `weights` of all that ever connected, `nodes` of those that are; all must have `model`'s trunk.
     """
 
     def __init__(self, grid: Grid, settings: Settings) -> None:
@@ -77,10 +59,7 @@ class Network:
     def fit(
         self, clients: list[Member], sent: State, kept: dict[str, State], round: int
     ) -> Iterator[tuple[Update, State]]:
-        """Let the hospitals train; yield updates in the order given, whoever replies first.
-
-        What a client keeps stays with it: here it is only the round after which it was kept.
-        """
+        """Let the hospitals train; yield updates in the order given, and the round to be kept."""
         began, about = time.perf_counter(), {"seed": clients[0].seed, "round": round}
         after = {c.name: int(kept.get(c.name, {}).get("round", 0)) for c in clients}
         orders = {name: about | {"kept": before} for name, before in after.items()}
@@ -115,18 +94,15 @@ class Network:
                 sums = {key: np.add(value, numbers[key]) for key, value in sums.items()}
             except (ValueError, KeyError, TypeError) as error:
                 print(f"round {now.round}: not validated at {name}: {error}", flush=True)
-        shares = (sums["ordered"] / np.where(sums["pairs"], sums["pairs"], np.nan)).tolist()
-        defined = [share for share in shares if not math.isnan(share)]
+        some = sums["pairs"] > 0
+        areas = sums["ordered"][some] / sums["pairs"][some]
         loss = float(sums["loss"] / sums["labels"]) if sums["labels"] else math.nan
-        return loss, float(np.mean(defined)) if defined else math.nan
+        return loss, float(areas.mean()) if len(areas) else math.nan
 
     def ask(
         self, kind: str, orders: dict[str, dict[str, int]], state: State
     ) -> Iterator[tuple[str, Message | Fault]]:
-        """Send each hospital its order; yield the replies in the order of `orders`.
-
-        Replies that come before their turn wait in the SuperLink, one at a time is in memory here.
-        """
+        """Send each hospital its order; yield the replies in that order, one at a time."""
         self.discover()
         record, there = pack(state), [name for name in orders if name in self.nodes]
         messages = [self.message(kind, self.nodes[n], orders[n], record) for n in there]
@@ -150,14 +126,10 @@ class Network:
         """Write a message: the order with the run's parameters, and the state."""
         order = about | {"config": json.dumps(self.config), "trunk": self.trunk}
         content = {"order": ConfigRecord(order | {"run": self.settings.name}), "state": state}
-        group = str(about.get("round", 0))
-        return Message(RecordDict(content), node, kind, group_id=group)
+        return Message(RecordDict(content), node, kind, group_id=str(about.get("round", 0)))
 
     def discover(self) -> None:
-        """Ask SuperNodes that are new who they are, and forget those that have gone; never waits.
-
-        A SuperNode that comes back is a new one, and takes its hospital's place.
-        """
+        """Ask new SuperNodes who they are, forget those that have gone, and never wait."""
         online = set(self.grid.get_node_ids())
         self.nodes = {name: node for name, node in self.nodes.items() if node in online}
         new = sorted(online - self.asked.keys())
@@ -171,14 +143,13 @@ class Network:
             words, numbers, _ = read_reply(reply)
             if words["status"] == "ok":
                 self.nodes[words["name"]] = node
-                self.weights[words["name"]] = int(numbers["weight"])
+                self.weights[words["name"]] = numbers["weight"]
             print(f"SuperNode {node}: {words.get('name') or words['reason']}", flush=True)
 
     def gather(self, seconds: float) -> dict[str, int]:
         """Wait until all hospitals are connected; return what each counts in the mean.
 
-        A run that goes on knows its hospitals, and after that time does without those that are
-        missing. Raises InputError if a new run has not found them all.
+        A run that goes on does without those that are missing; a new one raises InputError.
         """
         path, end = self.settings.run / "hospitals.json", time.monotonic() + seconds
         known = json.loads(path.read_text()) if path.is_file() else {}
@@ -195,10 +166,16 @@ class Network:
 
 
 class NetworkTraining(Training):
-    """The simulation's `Training`, whose clients are hospitals behind a Flower grid."""
+    """The simulation's `Training` over a Flower grid; InputError for what it cannot heed."""
 
     def __init__(self, settings: Settings, grid: Grid, seconds: float) -> None:
-        check_supported(settings)
+        for name, why in REFUSED.items():
+            value, only = getattr(settings, name), FIELDS[name].default
+            if value not in (only, PARTITION):
+                raise InputError(f"over a network only {name}={only!r}, not {value!r}: {why}")
+        if settings.batchnorm == "local":
+            only = "batchnorm=precise, average or frozen"
+            raise InputError(f"over a network only {only}: local models never leave the hospitals")
         settings = dataclasses.replace(settings, partition=PARTITION)
         self.network, self.wait = Network(grid, settings), seconds
         super().__init__(settings, None)
@@ -207,18 +184,11 @@ class NetworkTraining(Training):
         """List the models to train; of each hospital only its name and weight are known here."""
         self.network.config = self.config
         hospitals = self.network.gather(self.wait).items()
-        own = arm_settings(self.settings, "federated")
-        return [
-            Job("federated", seed, [Member(name, n, own, seed) for name, n in hospitals], None)
-            for seed in self.settings.seed_list
-        ]
-
-    def _fingerprint(self) -> str:
-        """Return nothing: the films stayed where they are."""
-        return ""
-
-    def _adopt(self, job: Job) -> None:
-        """Share no model with another run, whose hospitals may be others."""
+        own, jobs = arm_settings(self.settings, "federated"), []
+        for seed in self.settings.seed_list:
+            members = [Member(name, weight, own, seed) for name, weight in hospitals]
+            jobs.append(check_rule(Job("federated", seed, members, None)))
+        return jobs
 
     def _executor(self, job: Job) -> Network:
         """Return the hospitals, which must have this server's trunk."""

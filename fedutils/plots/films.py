@@ -8,29 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..base.findings import FINDINGS, NO_FINDING, no_finding
-from .style import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    VERMILION,
-    bars,
-    canvas,
-    grid,
-    heat,
-    in_our_style,
-    note,
-    percent,
-    show_film,
-    whole,
-)
+from . import style
+from .style import BLUE, GREEN, GREY, ORANGE, VERMILION, canvas, grid, in_our_style, percent
 
 
 def _counted(values: pd.Series, totals: float | pd.Series) -> list[str]:
     """Texts such as '2,303  (2.1 %)'."""
-    shares = values / totals
-    texts = [f"{v:,.0f}  ({percent(s, 1)})" for v, s in zip(values, shares, strict=True)]
-    return ["not labelled" if np.isnan(s) else t for t, s in zip(texts, shares, strict=True)]
+    pairs = zip(values, values / totals, strict=True)
+    return ["not labelled" if np.isnan(s) else f"{v:,.0f}  ({percent(s, 1)})" for v, s in pairs]
 
 
 @in_our_style
@@ -42,10 +27,9 @@ def prevalence(table: pd.DataFrame, title: str = "") -> Figure:
     labels = table[list(FINDINGS)]
     labels = labels.assign(**{NO_FINDING: no_finding(labels)})
     counts = labels.sum().sort_values(ascending=False, kind="stable")
-    known = labels.notna().sum()[counts.index]
     fig, (ax,) = canvas("Films by finding (a film can have several)", title, 4.4)
     colours = [GREY if name == NO_FINDING else BLUE for name in counts.index]
-    bars(ax, counts, _counted(counts, known.where(known > 0)), "films", colours)
+    style.bars(ax, counts, _counted(counts, labels.count()[counts.index]), "films", colours)
     return fig
 
 
@@ -55,20 +39,16 @@ def cooccurrence(table: pd.DataFrame, title: str = "") -> Figure:
 
     Rows give their number of films. A pair that no film is labelled for stays grey.
     """
-    labels = table[list(FINDINGS)].to_numpy(dtype=float)
-    present, known = (labels == 1).astype(float), (~np.isnan(labels)).astype(float)
-    with np.errstate(invalid="ignore"):
-        share = (present.T @ present) / (present.T @ known)
-    np.fill_diagonal(share, np.nan)
-    texts = np.array([percent(value)[:-2] for value in share.flat]).reshape(share.shape)
-    counts = np.where(known.any(axis=0), present.sum(axis=0), np.nan)
-    rows = [
-        f"{f} (not labelled)" if np.isnan(n) else f"{f} ({n:,.0f})"
-        for f, n in zip(FINDINGS, counts, strict=True)
-    ]
+    labels = table[list(FINDINGS)]
+    present, known = (labels == 1).astype(float), labels.notna().astype(float)
+    share = (present.T @ present) / (present.T @ known)
+    share = share.mask(np.eye(len(share), dtype=bool))
+    counts = zip(FINDINGS, present.sum(), known.any(), strict=True)
+    share.index = [f"{f} ({n:,.0f})" if any_ else f"{f} (not labelled)" for f, n, any_ in counts]
+    texts = share.map(lambda value: percent(value)[:-2]).to_numpy()
     fig, (ax,) = canvas("Of the films with the row's finding, % that also have …", title, 5.6)
-    most = max(0.01, np.nan_to_num(share).max())
-    heat(ax, share, texts, rows, colours=["white", BLUE], cbar=False, vmin=0, vmax=most)
+    most = max(0.01, share.max(axis=None))
+    style.heat(ax, share, texts, ["white", BLUE], cbar=False, vmin=0, vmax=most)
     return fig
 
 
@@ -84,7 +64,7 @@ def films_per_patient(table: pd.DataFrame, title: str = "") -> Figure:
     fig, axes = canvas(f"Films a patient: {hold}", title, 3.0, columns=2, sharey=True)
     sums = films.groupby(group, observed=False).agg(["size", "sum"])
     for ax, column, unit in zip(axes, sums, ("patients", "films"), strict=True):
-        bars(ax, sums[column], _counted(sums[column], sums[column].sum()), unit)
+        style.bars(ax, sums[column], _counted(sums[column], sums[column].sum()), unit)
     axes[0].set_ylabel("films of one patient")
     return fig
 
@@ -95,7 +75,7 @@ def _pyramid(ax: Axes, table: pd.DataFrame) -> None:
     shown = table[table["age"].between(0, 100) & table["sex"].isin(["F", "M"])]
     sides = (("F", "women", -1, VERMILION), ("M", "men", 1, BLUE))
     if shown.empty:
-        note(ax, "no film with\nage and sex")
+        style.note(ax, "no film with\nage and sex")
     for sex, name, sign, colour in sides if len(shown) else ():
         counts, _ = np.histogram(shown.loc[shown["sex"] == sex, "age"], edges)
         ax.barh(edges[:-1], sign * counts, 4.6, align="edge", color=colour)
@@ -105,7 +85,7 @@ def _pyramid(ax: Axes, table: pd.DataFrame) -> None:
     limit, hidden = max(np.abs(ax.get_xlim()).max(), 1), len(table) - len(shown)
     ax.set(xlim=(-limit, limit), ylim=(0, 112), yticks=range(0, 101, 20), ylabel="age (years)")
     ax.set_xlabel(f"films (not shown: {hidden:,})" if hidden else "films")
-    whole(ax)
+    style.whole(ax)
 
 
 @in_our_style
@@ -124,10 +104,10 @@ def demographics(table: pd.DataFrame, title: str = "") -> Figure:
     ratios = {"width_ratios": [1.25, 1, 1]}
     fig, axes = canvas("Who was filmed, on what", title, height, columns=3, gridspec_kw=ratios)
     _pyramid(axes[0], table)
-    bars(axes[1], films, map(percent, films / len(table)), "films")
+    style.bars(axes[1], films, map(percent, films / len(table)), "films")
     axes[1].set_ylabel("scanner")
     texts = ["unknown" if np.isnan(view) else percent(view / 100) for view in views]
-    bars(axes[2], views.fillna(0), texts, "AP views (% of films)", ORANGE)
+    style.bars(axes[2], views.fillna(0), texts, "AP views (% of films)", ORANGE)
     axes[2].set(xlim=(0, 125), xticks=(0, 50, 100))
     axes[2].tick_params(labelleft=False)  # the rows of the panel to its left
     return fig
@@ -144,7 +124,7 @@ def finding_grid(
     """
     fig, axes = grid("One film for each finding, boxes where known", title, len(FINDINGS), 2.0)
     for ax, finding in zip(axes, FINDINGS, strict=False):
-        show_film(ax, images.get(finding), finding, boxes.get(finding, []))
+        style.show_film(ax, images.get(finding), finding, boxes.get(finding, []))
     return fig
 
 
@@ -153,7 +133,7 @@ def film_grid(images: Sequence[np.ndarray], titles: Sequence[str], title: str = 
     """Films (uint8 arrays of height, width), 5 a row, each under its title."""
     fig, axes = grid("Films", title, len(images), 2.2)
     for ax, image, name in zip(axes, images, titles, strict=False):
-        show_film(ax, image, name)
+        style.show_film(ax, image, name)
     return fig
 
 
@@ -164,7 +144,7 @@ def split_overlap(table: pd.DataFrame, title: str = "") -> Figure:
     fig, (ax,) = canvas(heading, title, 0.9 + 0.4 * len(table))
     shares = table.set_index("split")["share"]
     colours = [GREEN if share == 0 else VERMILION for share in shares]
-    bars(ax, 100 * shares, map(percent, shares), "% of the held-out films", colours)
+    style.bars(ax, 100 * shares, map(percent, shares), "% of the held-out films", colours)
     ax.set(xlim=(0, 110), xticks=range(0, 101, 25))
     return fig
 
@@ -176,20 +156,17 @@ def client_heatmap(report: pd.DataFrame, title: str = "") -> Figure:
     `report` is indexed by client with `films`, `patients` and 14 columns of shares (0..1, or
     NaN where a client has no labels).
     """
-    share = report[list(FINDINGS)].to_numpy(dtype=float)
-    known = ~np.isnan(share) * report[["films"]].to_numpy()
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.log2(share / (np.nansum(share * known, axis=0) / known.sum(axis=0)))
+    share, films = report[list(FINDINGS)].astype(float), report["films"]
+    of_all = share.mul(films, axis=0).sum() / share.notna().mul(films, axis=0).sum()
     # No film at any client: 0 of 0 is as expected. No label at this client: grey.
-    ratio = np.where(np.isnan(share), np.nan, np.nan_to_num(ratio, neginf=-9))
-    texts = np.char.mod("%.1f", 100 * share)
+    ratio = np.log2((share / of_all).fillna(1).clip(lower=2**-9)).where(share.notna())
     sizes = report[["films", "patients"]].itertuples()
-    names = [f"{name}\n{films:,} films, {some:,} patients" for name, films, some in sizes]
+    ratio.index = [f"{name}\n{films:,} films, {some:,} patients" for name, films, some in sizes]
     heading = "Films with each finding (%), coloured against all clients together"
     fig, (ax,) = canvas(heading, title, 1.9 + 0.4 * len(report))
     ticks = np.log2([1 / 3, 1 / 2, 1, 2, 3])
-    look = {"colours": [BLUE, "white", VERMILION], "vmin": ticks[0], "vmax": ticks[-1]}
     bar = {"ticks": ticks, "label": "× all clients", "pad": 0.01}
-    heat(ax, ratio, texts, names, **look, cbar_kws=bar)
+    look = {"vmin": ticks[0], "vmax": ticks[-1], "cbar_kws": bar}
+    style.heat(ax, ratio, np.char.mod("%.1f", 100 * share), [BLUE, "white", VERMILION], **look)
     ax.collections[0].colorbar.ax.set_yticklabels(["1/3", "1/2", "1", "2", "3"])
     return fig

@@ -1,6 +1,6 @@
 """Figures of scores: curves, forests and matrices of AUROC."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,92 +8,53 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..base import scores
 from ..base.findings import FINDINGS
-from ..base.scores import auroc, average_precision, pr_points, roc_points, undefined
-from ..evidence.tables import (
-    ALL_FILMS,
-    BRACKETS,
-    LEAST_POSITIVES,
-    MEAN,
-    MEAN_LOCAL,
-    SHOWN,
-    is_client,
-    mean_auroc_rows,
-    rows_of,
-    value_or_why_not,
-    with_interval,
-)
-from .style import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    LIGHT,
-    ORANGE,
-    PURPLE,
-    VERMILION,
-    at_right,
-    blank,
-    by_arm,
-    canvas,
-    grid,
-    heat,
-    in_our_style,
-    note,
-    stripe,
-)
+from ..evidence import tables
+from ..evidence.tables import BRACKETS, LEAST_POSITIVES, MEAN, is_client
+from . import style
+from .style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION, blank, canvas, in_our_style
 
 
 def _curve_panels(
-    truth: np.ndarray, probability: np.ndarray, title: str, draw: Callable[..., str], words: tuple
-) -> Figure:
-    """Let `draw` draw each finding's curve, if defined, and return what is said below its name.
+    truth: np.ndarray, probability: np.ndarray, title: str, words: tuple, metric: Callable,
+    points: Callable, diagonal: bool,
+) -> Figure:  # fmt: skip
+    """Draw each finding's curve, if defined, over that of a guess: the diagonal or the prevalence.
 
-    `words` are the heading, the names of the axes, and a note on how to read the panels.
+    `words` are the heading, the names of the axes, a note on how to read the panels, and the form
+    of a metric's value and of the prevalence.
     """
-    heading, x, y, remark = words
-    fig, axes = grid(heading, title, len(FINDINGS), 1.95, sharex=True, sharey=True)
+    heading, x, y, remark, form = words
+    fig, axes = style.grid(heading, title, len(FINDINGS), 1.95, sharex=True, sharey=True)
     fig.supxlabel(x)
     fig.supylabel(y)
     truth, probability = np.asarray(truth, dtype=float), np.asarray(probability, dtype=float)
-    for ax, finding, labels, scores in zip(axes, FINDINGS, truth.T, probability.T, strict=False):
-        ax.set_title(f"{finding}\n{draw(ax, labels, scores)}")
-        if not ax.lines:
-            why = undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
-            note(ax, why.replace(" (", "\n("))
+    for ax, finding, labels, score in zip(axes, FINDINGS, truth.T, probability.T, strict=False):
+        ax.set_title(f"{finding}\n")
+        if np.isnan(value := metric(labels, score)):
+            why = scores.undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
+            style.note(ax, why.replace(" show", "\nshow"))
+            continue
+        prevalence = np.nanmean(labels)
+        ax.plot([0, 1], [0, 1] if diagonal else [prevalence] * 2, ":", color=GREY)
+        joined = "default" if diagonal else "steps-post"
+        ax.plot(*points(labels, score), color=BLUE, drawstyle=joined)
+        ax.set_title(f"{finding}\n{form.format(value, prevalence)}")
     ticks = (0, 0.5, 1)
     axes[0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=ticks, yticks=ticks)
     axes[len(FINDINGS) - 5].tick_params(labelbottom=True)  # the panel above the blank one
-    note(axes[-1], remark)
+    style.note(axes[-1], remark)
     return fig
-
-
-def _roc(ax: Axes, labels: np.ndarray, scores: np.ndarray) -> str:
-    """Draw one ROC curve over the diagonal, which is chance."""
-    value = auroc(labels, scores)
-    if np.isnan(value):
-        return ""
-    ax.plot([0, 1], [0, 1], ":", color=GREY)
-    ax.plot(*roc_points(labels, scores), color=BLUE)
-    return f"AUROC {value:.2f}"
-
-
-def _pr(ax: Axes, labels: np.ndarray, scores: np.ndarray) -> str:
-    """Draw one precision-recall curve over the prevalence, which is chance."""
-    value = average_precision(labels, scores)
-    if np.isnan(value):
-        return ""
-    chance = np.nanmean(labels)
-    ax.plot([0, 1], [chance, chance], ":", color=GREY)
-    ax.plot(*pr_points(labels, scores), color=BLUE, drawstyle="steps-post")
-    return f"AP {value:.2f} (chance {chance:.3f})"
 
 
 @in_our_style
 def roc_curves(truth: np.ndarray, probability: np.ndarray, title: str = "") -> Figure:
     """ROC curve of each finding, for truth (n, 14) of 0, 1 or NaN and probability (n, 14)."""
-    words = ("ROC curves", "1 − specificity", "sensitivity", "dotted:\na model that\nguesses")
-    return _curve_panels(truth, probability, title, _roc, words)
+    note = "dotted:\na model that\nguesses"
+    words = ("ROC curves", "1 − specificity", "sensitivity", note, "AUROC {:.2f}")
+    metric, points = scores.auroc, scores.roc_points
+    return _curve_panels(truth, probability, title, words, metric, points, diagonal=True)
 
 
 @in_our_style
@@ -101,26 +62,9 @@ def pr_curves(truth: np.ndarray, probability: np.ndarray, title: str = "") -> Fi
     """Precision-recall curve of each finding over its prevalence; arguments as `roc_curves`."""
     note = "dotted:\nthe prevalence,\nwhich a model that\nguesses reaches"
     words = ("Precision-recall curves", "recall (sensitivity)", "precision", note)
-    return _curve_panels(truth, probability, title, _pr, words)
-
-
-def _forest_arm(
-    ax: Axes, rows: pd.DataFrame, shift: float, colour: str, name: str, all_said: bool = False
-) -> None:
-    """Draw one arm in its lane of each row (`lane`), its mean written at the right, or every value.
-
-    Models of single clients are small circles without an interval.
-    """
-    lane, single = rows["lane"] + shift, ~blank(rows["client"])
-    ax.plot(rows["value"][single], lane[single], "o", ms=4, mfc="none", mec=colour, alpha=0.7)
-    for index, row in rows[~single].iterrows():
-        few = row.get("few", False)
-        shade = LIGHT if few else colour
-        ax.hlines(lane[index], row["ci_low"], row["ci_high"], color=shade)
-        ax.plot(row["value"], lane[index], "o", ms=5.5, color=shade)
-        if all_said or row["lane"] == 0 or np.isnan(row["value"]):
-            text = f"{name} {value_or_why_not(row, **BRACKETS)}".strip()
-            at_right(ax, lane[index], text, GREY if few else colour)
+    words += ("AP {:.2f} (chance {:.3f})",)
+    metric, points = scores.average_precision, scores.pr_points
+    return _curve_panels(truth, probability, title, words, metric, points, diagonal=False)
 
 
 def _yardsticks(ax: Axes, yardsticks: dict[str, float], step: float) -> float:
@@ -145,38 +89,44 @@ def auroc_forest(
     ci_high, n, positives`. Shown are the rows of the test set `all`, of the mean over seeds
     (else of the first seed). `yardsticks` are published means, right only for that test set.
     """
-    whole = rows_of(metrics, metric="auroc", test_set=ALL_FILMS)
+    whole = tables.rows_of(metrics, metric="auroc", test_set=tables.ALL_FILMS)
     whole = whole.assign(lane=whole["finding"].map([MEAN, *FINDINGS].index))
     means = whole.loc[whole["finding"] == MEAN, "positives"]
     names = [f"mean of {means.max():.0f}" if len(means) else MEAN, *FINDINGS]
     lone = whole["arm"].nunique() == 1
-    return _forest("AUROC with 95 % interval over patients", title, whole, names, yardsticks, lone)
+    heading = "AUROC with 95 % interval over patients"
+    return _forest(heading, title, whole, names, yardsticks or {}, lone)
 
 
 def _forest(
-    heading: str,
-    title: str,
-    rows: pd.DataFrame,
-    names: Sequence[str],
-    yardsticks: dict[str, float] | None = None,
-    all_said: bool = True,
+    heading: str, title: str, rows: pd.DataFrame, names: list[str], yardsticks: dict, all_said: bool
 ) -> Figure:
     """Draw points with intervals, a row a name and a lane an arm; `rows` has the column `lane`.
 
-    Of several seeds the rows of their mean are shown, else those of the first.
+    Of several seeds the rows of their mean are shown, else those of the first; models of single
+    clients are small circles. Unless all is said, only the top row has its values at the right.
     """
-    arms = by_arm(rows.reset_index(drop=True))
+    arms = style.by_arm(rows.reset_index(drop=True))
     height, gap = 0.16, 0.2  # inches, of an arm's lane and of a yardstick's name
     pitch = max(0.26, height * len(arms) + 0.06)
-    size = len(names) * pitch + 1.0 + gap * len(yardsticks or {})
-    fig, (ax,) = canvas(heading, title, size)
+    fig, (ax,) = canvas(heading, title, len(names) * pitch + 1.0 + gap * len(yardsticks))
     for k, (arm, colour, own) in enumerate(arms):
         mean = own[blank(own["seed"])]
         own = mean if len(mean) else own[own["seed"] == own["seed"].min()]
-        shift = (k - (len(arms) - 1) / 2) * height / pitch
+        lane = own["lane"] + (k - (len(arms) - 1) / 2) * height / pitch
+        single = ~blank(own["client"])
+        ax.plot(own["value"][single], lane[single], "o", ms=4, mfc="none", mec=colour, alpha=0.7)
         name = ("mean local" if arm == "local" else arm) if len(arms) > 1 else ""
-        _forest_arm(ax, own, shift, colour, name, all_said)
-    stripe(ax, range(0, len(names), 2))
+        for index, row in own[~single].iterrows():
+            few = row.get("few", False)
+            shade = style.LIGHT if few else colour
+            ax.hlines(lane[index], row["ci_low"], row["ci_high"], color=shade)
+            ax.plot(row["value"], lane[index], "o", ms=5.5, color=shade)
+            ax.plot(row.get("beside", np.nan), lane[index], "|", ms=9, mew=1.6, color=INK)
+            if all_said or row["lane"] == 0 or np.isnan(row["value"]):
+                text = f"{name} {tables.value_or_why_not(row, **BRACKETS)}".strip()
+                style.at_right(ax, lane[index], text, GREY if few else colour)
+    style.stripe(ax, range(0, len(names), 2))
     top = _yardsticks(ax, yardsticks, gap / pitch) if yardsticks else 0.5
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.5, -top), xlabel="AUROC (0.5 is chance)")
@@ -187,7 +137,8 @@ def _forest(
 def subgroup_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
     """Mean AUROC of each subgroup with 95 % intervals, arms side by side; the rest as metrics.csv.
 
-    Subgroups with under 30 positive labels in all are grey: nothing is to be concluded from them.
+    A tick is the mean over the same findings on all films, to which its own compares. Subgroups
+    with under 30 positive labels in all are grey: nothing is to be concluded from them.
     """
     whole = metrics[(metrics["metric"] == "auroc") & blank(metrics["client"])]
     names = [name for name in whole["test_set"].unique() if not is_client(name)]
@@ -195,11 +146,13 @@ def subgroup_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
     labels = whole[whole["finding"] != MEAN].drop_duplicates(["test_set", "finding"])
     positives = labels.groupby("test_set")["positives"].sum()
     few = rows["test_set"].map(positives) < LEAST_POSITIVES
-    rows = rows.assign(lane=rows["test_set"].map(names.index), few=few)
+    lane, beside = rows["test_set"].map(names.index), rows.get("on_all_films", np.nan)
+    rows = rows.assign(lane=lane, few=few, beside=beside)
     films = rows.drop_duplicates("test_set").set_index("test_set")["n"]
     names = [f"{name} ({films[name]:,} films)" for name in names]
-    heading = f"Mean AUROC by subgroup (grey: under {LEAST_POSITIVES} positives)"
-    return _forest(heading, title, rows, names)
+    heading = "Mean AUROC by subgroup (tick: its findings on all films; grey: under"
+    heading += f" {LEAST_POSITIVES} positives)"
+    return _forest(heading, title, rows, names, {}, True)
 
 
 @in_our_style
@@ -209,18 +162,16 @@ def subgroup_heatmap(metrics: pd.DataFrame, title: str = "") -> Figure:
     arm = rows["arm"].iloc[0]
     rows = rows[(rows["arm"] == arm) & blank(rows["seed"]) & blank(rows["client"])]
     names = [name for name in rows["test_set"].unique() if not is_client(name)]
-    wide = rows.pivot(index="test_set", columns="finding", values=["value", "positives"])
-    value = wide["value"].loc[names, list(FINDINGS)].to_numpy(dtype=float)
-    count = wide["positives"].loc[names, list(FINDINGS)].to_numpy(dtype=float)
-    texts = np.where(np.isnan(value), "–", np.char.mod("%.2f", np.nan_to_num(value)))
+    wide = rows.pivot(index="test_set", columns="finding").loc[names]
+    value, positives = (wide[name][list(FINDINGS)].astype(float) for name in ("value", "positives"))
+    shown = value.where(positives >= LEAST_POSITIVES)
+    texts = value.map("{:.2f}".format).where(value.notna(), "–").to_numpy()
     heading = f"AUROC by subgroup, {arm} (grey: under {LEAST_POSITIVES} positives)"
     fig, (ax,) = canvas(heading, title, 1.9 + 0.28 * len(names))
-    shown = np.where(count < LEAST_POSITIVES, np.nan, value)
-    colours = [VERMILION, "white", BLUE]
-    heat(ax, shown, texts, names, colours=colours, vmin=0, vmax=1, cbar=False)
-    for (row, column), text in np.ndenumerate(texts):
-        if np.isnan(shown[row, column]):
-            ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", size=9, color=GREY)
+    style.heat(ax, shown, texts, [VERMILION, "white", BLUE], vmin=0, vmax=1, cbar=False)
+    for row, column in np.argwhere(shown.isna()):
+        place = {"ha": "center", "va": "center", "size": 9, "color": GREY}
+        ax.text(column + 0.5, row + 0.5, texts[row, column], **place)
     return fig
 
 
@@ -230,28 +181,25 @@ def client_matrix(metrics: pd.DataFrame, title: str = "") -> Figure:
 
     A frame marks a local model on the films of its own hospital.
     """
-    rows = mean_auroc_rows(metrics)
+    rows = tables.mean_auroc_rows(metrics)
     rows = rows.loc[blank(rows["seed"]) & rows["test_set"].map(is_client)]
     clients = list(rows["test_set"].unique())
-    arm = rows["arm"].replace("local", MEAN_LOCAL)
+    arm = rows["arm"].replace("local", tables.MEAN_LOCAL)
     rows = rows.assign(model=arm.where(blank(rows["client"]), "local " + rows["client"]))
     models = sorted(rows["model"].unique(), key=lambda name: name.startswith("local "))
-    cells = pd.MultiIndex.from_product([models, clients])
-    wide = rows.set_index(["model", "test_set"]).reindex(cells)
-    said = [value_or_why_not(row, **BRACKETS) for _, row in wide.iterrows()]
-    texts = np.array([text.replace(" ", "\n", 1) for text in said])
-    shape = len(models), len(clients)
+    said = [tables.value_or_why_not(row, **BRACKETS) for row in rows.itertuples()]
+    rows = rows.assign(said=[text.replace(" ", "\n", 1) for text in said])
+    wide = rows.pivot(index="model", columns="test_set").loc[models]
+    value, texts, films = (wide[name][clients] for name in ("value", "said", "n"))
+    value.columns = [f"{name}\n{films[name].max():,.0f} films" for name in clients]
     heading = "Mean AUROC of each model on each hospital’s films"
     fig, (ax,) = canvas(heading, title, 1.5 + 0.42 * len(models))
-    value = wide["value"].to_numpy(dtype=float).reshape(shape)
-    look = {"colours": ["white", BLUE], "cbar": False, "vmin": 0.5, "vmax": 1.1}
-    films = wide["n"].groupby(level=1).max()
-    columns = [f"{name}\n{films[name]:,.0f} films" for name in clients]
-    heat(ax, value, texts.reshape(shape), models, columns, **look)
+    look = {"cbar": False, "vmin": 0.5, "vmax": 1.1}
+    style.heat(ax, value.astype(float), texts.to_numpy(), ["white", BLUE], **look)
     for row, model in enumerate(models):
-        if model.removeprefix("local ") in clients:
-            place = clients.index(model.removeprefix("local ")), row
-            ax.add_patch(plt.Rectangle(place, 1, 1, fill=False, edgecolor=INK, linewidth=2))
+        if (home := model.removeprefix("local ")) in clients:
+            frame = {"fill": False, "edgecolor": INK, "linewidth": 2}
+            ax.add_patch(plt.Rectangle((clients.index(home), row), 1, 1, **frame))
     return fig
 
 
@@ -263,7 +211,7 @@ def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
     Filled: shown. Hollow: no difference shown. Small lines: the training seeds' smallest and
     largest value.
     """
-    rows = rows_of(differences, metric="auroc", test_set=ALL_FILMS)
+    rows = tables.rows_of(differences, metric="auroc", test_set=tables.ALL_FILMS)
     firsts = list(rows["first"].unique())
     alone, names = len(firsts) == 1, rows["first"] + " − " + rows["second"]
     rows = rows.assign(pair=rows["second"] if alone else names)
@@ -276,9 +224,16 @@ def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
     fig, (ax,) = canvas(heading, title, 0.2 * len(lanes) + 1.2)
     table = rows.set_index(["finding", "pair"])
     for lane, (finding, name, _) in enumerate(lanes):
-        _difference(ax, table.loc[(finding, name)], lane, colours.get(name, GREY), finding == MEAN)
+        row, colour = table.loc[(finding, name)], colours.get(name, GREY)
+        shown = row["verdict"] == tables.SHOWN
+        ax.hlines(lane, row["ci_low"], row["ci_high"], color=colour)
+        ax.vlines(row[["seed_low", "seed_high"]], lane - 0.3, lane + 0.3, color=colour, lw=0.9)
+        ax.plot(row["value"], lane, "o", ms=5.5, mec=colour, mfc=colour if shown else "white")
+        verdict = (" shown" if shown else " not shown") if finding == MEAN else ""
+        text = tables.with_interval(row, "+", **BRACKETS) + verdict
+        style.at_right(ax, lane, "not defined" if np.isnan(row["value"]) else text, colour)
     ax.axvline(0, color=INK, linewidth=0.8)
-    stripe(ax, range(len(pairs), len(lanes), 2 * len(main)), len(main))
+    style.stripe(ax, range(len(pairs), len(lanes), 2 * len(main)), len(main))
     middle, named = (len(main) - 1) / 2, [k for k, lane in enumerate(lanes) if lane[2]]
     ax.set_yticks([k + middle * (k >= len(pairs)) for k in named], [lanes[k][2] for k in named])
     ax.set(ylim=(len(lanes) - 0.5, -0.5), xlabel="AUROC of the first minus that of the other")
@@ -287,26 +242,14 @@ def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
     return fig
 
 
-def _difference(ax: Axes, row: pd.Series, lane: float, colour: str, said: bool) -> None:
-    """Draw one difference with its interval and the range of its seeds."""
-    shown = row["verdict"] == SHOWN
-    ax.hlines(lane, row["ci_low"], row["ci_high"], color=colour)
-    ax.vlines([row["seed_low"], row["seed_high"]], lane - 0.3, lane + 0.3, color=colour, lw=0.9)
-    ax.plot(row["value"], lane, "o", ms=5.5, mec=colour, mfc=colour if shown else "white")
-    text = "not defined"
-    if not np.isnan(row["value"]):
-        text = with_interval(row, "+", **BRACKETS)
-        text += (" shown" if shown else " not shown") if said else ""
-    at_right(ax, lane, text, colour)
-
-
 @in_our_style
 def run_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
     """Mean AUROC of several runs with 95 % intervals, arms side by side.
 
     `metrics` is that of `compare_runs`: metrics.csv with a first column `run`.
     """
-    rows = mean_auroc_rows(metrics)
+    rows = tables.mean_auroc_rows(metrics)
     runs = list(rows["run"].unique())
     rows = rows.assign(lane=rows["run"].map(runs.index))
-    return _forest("Mean AUROC by run, 95 % interval over patients", title, rows, runs)
+    heading = "Mean AUROC by run, 95 % interval over patients"
+    return _forest(heading, title, rows, runs, {}, True)

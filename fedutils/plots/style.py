@@ -19,8 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from ..base.findings import FINDINGS
-
 INK, GREY, PALE = "#222222", "#767676", "#eeeeee"
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 LIGHT = "#bbbbbb"
@@ -123,24 +121,17 @@ def whole(ax: Axes) -> None:
 
 
 def heat(
-    ax: Axes,
-    values: np.ndarray,
-    texts: np.ndarray,
-    rows: list[str],
-    columns: Sequence[str] = FINDINGS,
-    *,
-    colours: Sequence[str],
-    **style: Any,
+    ax: Axes, values: pd.DataFrame, texts: np.ndarray, colours: list[str], **look: Any
 ) -> None:
-    """Draw an annotated heat map, the findings along the x axis if not else; NaN stays grey."""
+    """Draw an annotated heat map, long lists of columns with slanted names; NaN stays grey."""
     ax.set_facecolor(PALE)
-    look = {"fmt": "", "linewidths": 1, "linecolor": PALE, "annot_kws": {"size": 9}}
-    look["cmap"] = sns.blend_palette(colours, as_cmap=True)
-    sns.heatmap(values, annot=texts, ax=ax, **look, **style)
-    few = len(columns) < 7
-    turn = {} if few else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    ax.set_xticks(np.arange(len(columns)) + 0.5, columns, **({"rotation": 0} | turn))
-    ax.set_yticks(np.arange(len(rows)) + 0.5, rows, rotation=0)
+    look |= {"fmt": "", "linewidths": 1, "linecolor": PALE, "annot_kws": {"size": 9}}
+    sns.heatmap(values, annot=texts, ax=ax, cmap=sns.blend_palette(colours, as_cmap=True), **look)
+    rows, columns = (np.arange(count) + 0.5 for count in values.shape)
+    slant = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    ax.set_xticks(columns, values.columns, **(slant if len(columns) > 6 else {"rotation": 0}))
+    ax.set_yticks(rows, values.index, rotation=0)
+    ax.set(xlabel="", ylabel="")
     ax.tick_params(length=0)
 
 
@@ -152,8 +143,8 @@ def blank(column: pd.Series) -> pd.Series:
 def by_arm(table: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
     """Each arm with its colour, the same in every figure, and its rows."""
     spare = iter([PURPLE, ORANGE, SKY] + [INK] * len(table))
-    arms = [(arm, ARMS.get(arm) or next(spare)) for arm in table["arm"].unique()]
-    return [(arm, colour, table[table["arm"] == arm]) for arm, colour in arms]
+    groups = table.groupby("arm", sort=False)
+    return [(arm, ARMS.get(arm) or next(spare), rows) for arm, rows in groups]
 
 
 def _spread(wanted: np.ndarray, gap: float) -> np.ndarray:

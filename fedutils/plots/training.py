@@ -21,40 +21,6 @@ def _runs(ax: Axes, rows: pd.DataFrame, column: str, colour: str, line: str = "-
     return mean
 
 
-def _loss_panel(ax: Axes, arms: list[tuple[str, str, pd.DataFrame]]) -> None:
-    """Training loss dashed and validation loss solid, named at the lines' ends."""
-    ends = []
-    lone = len(arms) == 1
-    for arm, colour, rows in arms:
-        training = _runs(ax, rows, "train_loss", colour, "--")
-        validation = _runs(ax, rows, "val_loss", colour)
-        named = {"training": training, "validation": validation} if lone else {arm: validation}
-        for text, mean in named.items():
-            ends += [(mean.index[-1], mean.iloc[-1], text, colour)] if len(mean) else []
-    withheld = not any(rows["train_loss"].notna().any() for *_, rows in arms)
-    ax.set_title(
-        f"Loss (solid: validation; {'training: withheld' if withheld else 'dashed: training'})"
-    )
-    end_labels(ax, ends)
-
-
-def _auroc_panel(ax: Axes, arms: list[tuple[str, str, pd.DataFrame]]) -> None:
-    """Mean AUROC on validation; a circle marks the best round."""
-    ends = []
-    for arm, colour, rows in arms:
-        mean = _runs(ax, rows, "val_auroc", colour)
-        if len(mean):
-            best = mean.idxmax()
-            ring = {"mfc": "white", "mec": colour, "mew": 2, "clip_on": False, "zorder": 3}
-            ax.plot(best, mean[best], "o", markersize=8, **ring)
-            text = f"{arm}\nbest {mean[best]:.3f}, round {best}"
-            spent = rows["epsilon"].max() if "epsilon" in rows else np.nan
-            text += "" if np.isnan(spent) else f"\nepsilon {spent:.3g} in all"
-            ends.append((mean.index[-1], mean.iloc[-1], text, colour))
-    ax.set_title("Validation AUROC (circle: best round)")
-    end_labels(ax, ends)
-
-
 @in_our_style
 def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
     """Loss by round, and validation AUROC of the aggregated model, for each arm.
@@ -72,8 +38,28 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> Figure:
     for ax in axes:
         ax.set(xlim=(first - margin, last + margin), xlabel="round")
         ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    _loss_panel(axes[0], by_arm(models))
-    _auroc_panel(axes[1], by_arm(models))
+    arms, ends = by_arm(models), []
+    for arm, colour, rows in arms:
+        training = _runs(axes[0], rows, "train_loss", colour, "--")
+        validation = _runs(axes[0], rows, "val_loss", colour)
+        lone = {"training": training, "validation": validation}
+        for text, mean in (lone if len(arms) == 1 else {arm: validation}).items():
+            ends += [(mean.index[-1], mean.iloc[-1], text, colour)] if len(mean) else []
+    said = "dashed: training" if models["train_loss"].notna().any() else "training: withheld"
+    axes[0].set_title(f"Loss (solid: validation; {said})")
+    end_labels(axes[0], ends)
+    ends = []
+    for arm, colour, rows in arms:
+        if len(mean := _runs(axes[1], rows, "val_auroc", colour)):
+            best = mean.idxmax()
+            ring = {"mfc": "white", "mec": colour, "mew": 2, "clip_on": False, "zorder": 3}
+            axes[1].plot(best, mean[best], "o", markersize=8, **ring)
+            text = f"{arm}\nbest {mean[best]:.3f}, round {best}"
+            spent = rows["epsilon"].max() if "epsilon" in rows else np.nan
+            text += "" if np.isnan(spent) else f"\nepsilon {spent:.3g} in all"
+            ends.append((mean.index[-1], mean.iloc[-1], text, colour))
+    axes[1].set_title("Validation AUROC (circle: best round)")
+    end_labels(axes[1], ends)
     return fig
 
 
@@ -91,18 +77,15 @@ def cost_curves(cost: pd.DataFrame, title: str = "") -> Figure:
         for arm, colour, rows in by_arm(cost):
             mean = rows.groupby("round")[[column, "val_auroc"]].mean().dropna()
             name = "mean local" if arm == "local" else arm
-            if mean.empty:
-                continue
-            if column == "gigabytes" and not mean[column].any():
+            if column == "gigabytes" and len(mean) and not mean[column].any():
                 best = mean["val_auroc"].max()
                 ax.axhline(best, color=colour, linestyle=":")
-                ends.append((1.0, best, f"{name}\nsends nothing", colour))
-                continue
-            ax.plot(mean[column], mean["val_auroc"], "o-", color=colour, ms=4)
-            ends.append((*mean.iloc[-1], name, colour))
+                ends.append((None, best, f"{name}\nsends nothing", colour))
+            elif len(mean):
+                ax.plot(mean[column], mean["val_auroc"], "o-", color=colour, ms=4)
+                ends.append((*mean.iloc[-1], name, colour))
         ax.set(xlabel=unit, xlim=(0, None))
-        right = ax.get_xlim()[1]
-        end_labels(ax, [(right if e[2].endswith("nothing") else e[0], *e[1:]) for e in ends])
+        end_labels(ax, [(ax.get_xlim()[1] if x is None else x, *end) for x, *end in ends])
     axes[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes[0].set_ylabel("AUROC, validation")
     return fig

@@ -7,38 +7,13 @@ import matplotlib.colors as mcolors
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..base.findings import FINDINGS
 from ..evidence.calibration import calibration_error, reliability, rescale
 from ..evidence.explain import ALL_BOXES, CENTRE, ELSEWHERE, KINDS, UPPER
-from .style import (
-    BLUE,
-    GREY,
-    INK,
-    ORANGE,
-    SKY,
-    WIDTH,
-    at_right,
-    by_arm,
-    canvas,
-    in_our_style,
-    show_film,
-    stripe,
-)
-
-
-def _reliability(ax: Axes, truth: np.ndarray, before: np.ndarray, after: np.ndarray) -> None:
-    """Draw observed shares against predictions of all findings, the area of a dot its films."""
-    ax.plot([0, 1], [0, 1], ":", color=GREY)
-    for scores, colour, face in ((before, GREY, "none"), (after, BLUE, BLUE)):
-        bins = reliability(truth, scores)
-        area = 12 + 150 * bins["films"] / max(bins["films"].sum(), 1)
-        ax.plot(bins["predicted"], bins["observed"], color=colour, linewidth=1.2)
-        ax.scatter(bins["predicted"], bins["observed"], area, face, edgecolors=colour, zorder=3)
-    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
-    ax.set(xlabel="predicted probability", ylabel="share with the finding")
+from . import style
+from .style import BLUE, GREY, INK, ORANGE, SKY, canvas, in_our_style
 
 
 @in_our_style
@@ -50,16 +25,21 @@ def reliability_diagram(
     `truth` (n, 14) holds 0, 1 or NaN, `probability` is (n, 14); `temperature` was fitted on
     validation. Grey is the model as trained, blue the model after temperature scaling.
     """
-    scaled = rescale(probability, temperature)
-    fig, axes = canvas("Calibration", title, 4.3, columns=2)
-    _reliability(axes[0], truth, probability, scaled)
-    axes[0].set_title("All findings, 15 bins (dotted: calibrated)")
-    axes[1].set_title(f"By finding (grey: as trained, blue: temperature {temperature:.2f})")
-    ax, rows = axes[1], np.arange(len(FINDINGS))
-    before, after = (
-        np.array([calibration_error(*pair) for pair in zip(truth.T, scores.T, strict=True)])
-        for scores in (np.asarray(probability), scaled)
-    )
+    both = np.asarray(probability), rescale(probability, temperature)
+    fig, (whole, ax) = canvas("Calibration", title, 4.3, columns=2)
+    whole.plot([0, 1], [0, 1], ":", color=GREY)
+    for scores, colour, face in zip(both, (GREY, BLUE), ("none", BLUE), strict=True):
+        bins = reliability(truth, scores)
+        area = 12 + 150 * bins["films"] / max(bins["films"].sum(), 1)  # of a dot, its films
+        whole.plot(bins["predicted"], bins["observed"], color=colour, linewidth=1.2)
+        whole.scatter(bins["predicted"], bins["observed"], area, face, edgecolors=colour, zorder=3)
+    whole.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+    whole.set(xlabel="predicted probability", ylabel="share with the finding")
+    whole.set_title("All findings, 15 bins (dotted: calibrated)")
+    ax.set_title(f"By finding (grey: as trained, blue: temperature {temperature:.2f})")
+    pairs = [zip(truth.T, scores.T, strict=True) for scores in both]
+    before, after = np.array([[calibration_error(*pair) for pair in of_all] for of_all in pairs])
+    rows = np.arange(len(FINDINGS))
     ax.hlines(rows, before, after, color=GREY, linewidth=1)
     ax.plot(before, rows, "o", mfc="white", mec=GREY)
     ax.plot(after, rows, "o", color=BLUE)
@@ -80,42 +60,27 @@ def pointing(table: pd.DataFrame, title: str = "") -> Figure:
     are Wilson's 95 % intervals; a tick is what one point reaches that was fitted on these boxes.
     """
     names = [ALL_BOXES, *(f for f in FINDINGS if f in set(table["finding"]))]
-    lanes = [(arm, colour, rows) for arm, colour, rows in by_arm(table.dropna(subset=["arm"]))]
-    for method, colour in ((CENTRE, INK), (ELSEWHERE, GREY)):
-        lanes.append((method, colour, table[table["method"] == method]))
+    lanes = style.by_arm(table)
+    for name, colour in ((CENTRE, INK), (ELSEWHERE, GREY)):
+        lanes.append((name, colour, table[table["method"] == name]))
     lane = 0.17  # inches
     pitch = lane * len(lanes) + 0.12
     fig, (ax,) = canvas("Pointing game, 95 % interval", title, 1.2 + pitch * len(names))
     for k, (name, colour, rows) in enumerate(lanes):
-        shift = (k - (len(lanes) - 1) / 2) * lane / pitch
-        y = rows["finding"].map(names.index) + shift
+        y = rows["finding"].map(names.index) + (k - (len(lanes) - 1) / 2) * lane / pitch
         ax.hlines(y, rows["ci_low"], rows["ci_high"], color=colour)
         ax.plot(rows["value"], y, "o", ms=5, color=colour)
         for at, row in zip(y, rows.itertuples(), strict=True):
             named = f"  {name}" if row.finding == ALL_BOXES else ""
-            at_right(ax, at, f"{row.hits:.0f} of {row.n:.0f}{named}", colour)
+            style.at_right(ax, at, f"{row.hits:.0f} of {row.n:.0f}{named}", colour)
     bound = table[table["method"] == UPPER]
     y, shift = bound["finding"].map(names.index), (len(lanes) - 1) / 2 * lane / pitch
     ax.vlines(bound["value"], y + shift - 0.1, y + shift + 0.1, color=ORANGE, linewidth=2.5)
-    stripe(ax, range(0, len(names), 2))
+    style.stripe(ax, range(0, len(names), 2))
     ax.set_yticks(range(len(names)), names)
     ax.set(xlim=(-0.02, 1.02), ylim=(len(names) - 0.5, -0.5))
     ax.set_xlabel("share of points in a box (orange tick: a fixed point fitted on these films)")
     return fig
-
-
-def _gallery_panel(ax: Axes, panel: dict[str, Any]) -> None:
-    """Show one film of the gallery with its heat map and boxes."""
-    show_film(ax, panel["film"], "", panel["boxes"])
-    if panel["heat"] is not None:
-        side = panel["film"].shape[0]
-        heat = panel["heat"] / max(panel["heat"].max(), 1e-12)
-        paint = mcolors.LinearSegmentedColormap.from_list("heat", [SKY + "00", SKY + "c8"])
-        look = {"cmap": paint, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
-        ax.imshow(heat, extent=(-0.5, side - 0.5, side - 0.5, -0.5), **look)
-    p = panel["probability"]
-    score = "" if p is None else " <0.01" if p < 0.005 else f" {p:.2f}"
-    ax.set_title(panel["kind"] + score, fontsize=9, loc="center", pad=3)
 
 
 @in_our_style
@@ -126,12 +91,21 @@ def gallery(panels: Sequence[dict[str, Any]], title: str = "") -> Figure:
     film, boxes, heat`.
     """
     count = len(panels) // len(KINDS)
-    fig = plt.figure(figsize=(WIDTH, 0.5 + 1.95 * -(-count // 2)), layout="constrained")
+    size = style.WIDTH, 0.5 + 1.95 * -(-count // 2)
+    fig = plt.figure(figsize=size, layout="constrained")
     fig.suptitle(f"Most confident, right and wrong · {title}".rstrip(" ·"), x=0.01, ha="left")
     groups = np.ravel(fig.subfigures(-(-count // 2), 2, wspace=0.03))
-    for k, group in enumerate(groups[:count]):
-        own = panels[k * len(KINDS) : (k + 1) * len(KINDS)]
-        group.suptitle(own[0]["finding"], fontsize=10.5, x=0.01, ha="left")
-        for ax, panel in zip(group.subplots(1, len(KINDS)), own, strict=True):
-            _gallery_panel(ax, panel)
+    axes = [ax for group in groups[:count] for ax in group.subplots(1, len(KINDS))]
+    for group, first in zip(groups, panels[:: len(KINDS)], strict=False):
+        group.suptitle(first["finding"], fontsize=10.5, x=0.01, ha="left")
+    paint = mcolors.LinearSegmentedColormap.from_list("heat", [SKY + "00", SKY + "c8"])
+    for ax, panel in zip(axes, panels, strict=True):
+        film, heat, p = panel["film"], panel["heat"], panel["probability"]
+        style.show_film(ax, film, "", panel["boxes"])
+        if heat is not None:
+            extent = (-0.5, len(film) - 0.5, len(film) - 0.5, -0.5)
+            look = {"cmap": paint, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+            ax.imshow(heat / max(heat.max(), 1e-12), extent=extent, **look)
+        score = "" if p is None else " <0.01" if p < 0.005 else f" {p:.2f}"
+        ax.set_title(panel["kind"] + score, fontsize=9, loc="center", pad=3)
     return fig

@@ -1,12 +1,10 @@
 """Differential privacy of patients in each hospital (extra `privacy`).
 
-DP-SGD (Abadi et al., CCS 2016) with the *patient* as its unit. A patient has up to 184 films, so a
-promise about a film is none about a person. Here each step draws patients, not films (Poisson: each
-with the same chance, on its own), takes one random film of each, clips each patient's gradient and
-adds Gaussian noise. Whoever sees all updates of all rounds can then hardly tell whether one
-patient, with all films, was there or not: neighbours differ by one patient, more or less. Patients
-are at one hospital only, so a model's epsilon is that of its worst client. Public: the settings and
-each hospital's number of patients. Not protected: patients of validation and test, in figures.
+DP-SGD (Abadi et al., CCS 2016) with the *patient* as its unit: each step draws patients (Poisson:
+each with the same chance, on its own), takes one random film of each, clips each one's gradient and
+adds Gaussian noise. Neighbours differ by one patient with all films. Patients are at one hospital
+only, so a model's epsilon is that of its worst client. Public: the settings and each hospital's
+number of patients. Not protected: patients of validation and test, in figures.
 """
 
 import math
@@ -23,16 +21,8 @@ from ..base.rng import generator
 from ..base.state import State
 from ..client import Client, Update, make_optimizer
 from ..model import ChestResNet
+from . import gradients
 from .accountant import calibrate_noise, epsilon
-from .gradients import (
-    SystemRandomness,
-    clipped_sum,
-    draw_films,
-    freeze_batchnorm,
-    gaussian,
-    names_of_batchnorm,
-    per_patient_gradients,
-)
 
 STEPS = "privacy/steps"  # in what a client keeps: the steps whose result it has sent, its budget
 
@@ -72,10 +62,8 @@ class PrivacyParameters(Parameters):
         if not self.target_epsilon and not self.noise_multiplier:
             raise InputError("dp=patient wants target_epsilon or noise_multiplier above 0")
         if self.batchnorm != "frozen":
-            raise InputError(
-                f"dp=patient wants batchnorm=frozen, not {self.batchnorm!r}: BatchNorm mixes the"
-                " patients of a batch, and its statistics would leave the hospital without noise"
-            )
+            what = f"dp=patient wants batchnorm=frozen, not {self.batchnorm!r}"
+            raise InputError(f"{what}: BatchNorm mixes the patients of a batch, and tells of them")
         if self.strategy == "scaffold":
             raise InputError("dp=patient: strategy=scaffold is not supported; choose another one")
         if not find_spec("opacus"):
@@ -85,10 +73,9 @@ class PrivacyParameters(Parameters):
 class PrivateClient(Client):
     """A hospital that trains with differential privacy for its patients.
 
-    What leaves it: the trained parameters, the number of steps, nothing else. Each client weighs 1,
-    its training loss is withheld, and no buffer travels. The noise is drawn from the seed, which
-    is a *simulation*: who knows the seed can take it off. `secure=true` draws it, and the patients,
-    from the system instead: no repeatable bits, and what a hospital would run.
+    What leaves it: the trained parameters and the number of steps; no buffer, no loss, and each
+    client weighs 1. Noise from the seed is a *simulation*: who knows the seed can take it off.
+    `secure=true` draws it, and the patients, from the system: no repeatable bits.
     """
 
     mechanism = "patient"
@@ -98,16 +85,14 @@ class PrivateClient(Client):
     def __init__(self, *about: Any, **more: Any) -> None:
         super().__init__(*about, **more)
         settings = self.settings
-        self.weight = 1
-        positions = self.films.index.groupby("patient_id", sort=True).indices
+        self.weight = 1 if self.films.weight else 0
+        positions = self.films.index.groupby("patient_id").indices
         self.patients = [positions[patient] for patient in sorted(positions)]
         self.rate = min(1.0, settings.batch_size / max(1, len(self.patients)))
         self.steps = settings.local_epochs * math.ceil(1 / self.rate)  # of a round
         if settings.delta * len(self.patients) >= 1:
-            raise InputError(
-                f"delta={settings.delta:g}: {self.name} has {len(self.patients)} patients; a delta"
-                " of one in that many would allow to publish one of them, choose less"
-            )
+            what = f"delta={settings.delta:g}: {self.name} has {len(self.patients)} patients"
+            raise InputError(f"{what}; one in that many allows to publish one of them, choose less")
 
     @property
     def noise(self) -> float:
@@ -117,12 +102,8 @@ class PrivateClient(Client):
         return s.noise_multiplier or calibrate_noise(s.target_epsilon, s.delta, *planned)
 
     def account(self, kept: State, more: int = 0) -> dict[str, Any]:
-        """Return what this client has spent, and what it takes to compute it again.
-
-        `kept` is what it kept at the last round boundary, `more` a number of rounds to come.
-        """
+        """Return what this client has spent with what it `kept`, and `more` rounds to come."""
         steps = int(kept.get(STEPS, 0)) + more * self.steps
-        spent = epsilon(self.noise, self.rate, steps, self.settings.delta)
         return {
             "hospital": self.name,
             "patients": len(self.patients),
@@ -131,7 +112,7 @@ class PrivateClient(Client):
             "steps": steps,
             "delta": self.settings.delta,
             "clip": self.settings.clip,
-            "epsilon": spent,
+            "epsilon": epsilon(self.noise, self.rate, steps, self.settings.delta),
         }
 
     def over_budget(self, kept: State) -> str:
@@ -145,12 +126,11 @@ class PrivateClient(Client):
         )
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
-        """Train as `Client.fit` does, privately; the budget that is spent is part of what is kept.
-
-        Raises InputError where BatchNorm is not frozen.
-        """
-        freeze_batchnorm(model)
+        """Train as `Client.fit` does, privately, and keep what is spent; wants frozen BatchNorm."""
+        gradients.freeze_batchnorm(model)
         update, keep = super().fit(model, sent, kept, round)
+        if update.status != "ok":
+            return update, keep
         keep[STEPS] = kept.get(STEPS, torch.tensor(0)) + self.steps
         leaves = self.returns(model, sent)
         state = {name: value for name, value in update.state.items() if name in leaves}
@@ -160,26 +140,25 @@ class PrivateClient(Client):
     @staticmethod
     def returns(model: ChestResNet, sent: State) -> set[str]:
         """Name the tensors of an update: the trained parameters, but no BatchNorm and no buffer."""
-        own = {name for name, value in model.named_parameters() if value.requires_grad}
-        return (own & sent.keys()) - names_of_batchnorm(model)
+        return gradients.freeze_batchnorm(model).keys() & sent.keys()
 
     def _train(
         self, model: ChestResNet, correct: Callable[[], None], round: int
     ) -> tuple[float, int]:
         """Take the round's steps; return no loss, which would tell of patients, and the steps."""
         model.train()
-        trained, settings = freeze_batchnorm(model), self.settings
+        trained, settings = gradients.freeze_batchnorm(model), self.settings
         optimizer = make_optimizer(list(trained.values()), settings)
         seeded = generator(self.seed, "privacy", round, self.name)
-        draw = SystemRandomness() if settings.secure else seeded
+        draw = gradients.SystemRandomness() if settings.secure else seeded
         rng = generator(self.seed, "augment", round, self.name) if settings.augment else None
         expected = self.rate * len(self.patients)
-        with per_patient_gradients(model) as hooked:
+        with gradients.per_patient_gradients(model) as hooked:
             for _ in range(self.steps):
-                films = draw_films(self.patients, self.rate, draw)
-                sums = clipped_sum(hooked, self.films, films, settings.clip, rng)
+                films = gradients.draw_films(self.patients, self.rate, draw)
+                sums = gradients.clipped_sum(hooked, self.films, films, settings.clip, rng)
                 for weight, total in zip(trained.values(), sums, strict=True):
-                    noise = gaussian(total, self.noise * settings.clip, draw)
+                    noise = gradients.gaussian(total, self.noise * settings.clip, draw)
                     weight.grad = (total + noise) / expected
                 correct()
                 optimizer.step()

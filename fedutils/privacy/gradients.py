@@ -36,21 +36,14 @@ class SystemRandomness:
 def freeze_batchnorm(model: nn.Module) -> dict[str, nn.Parameter]:
     """Freeze the affine parameters of all BatchNorm; return what is trained, by name.
 
-    BatchNorm that is not frozen mixes the patients of a batch: then no gradient belongs to one.
-    Raises InputError where a tracked layer has some.
+    Raises InputError where a tracked layer has some that is not frozen: it mixes patients.
     """
     layers = [module for module in model.modules() if is_batchnorm(module)]
     if any(layer.training for layer in layers):
         raise InputError("dp=patient wants batchnorm=frozen: BatchNorm mixes patients of a batch")
-    for parameter in (p for layer in layers for p in layer.parameters()):
-        parameter.requires_grad_(False)
+    for layer in layers:
+        layer.requires_grad_(False)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def names_of_batchnorm(model: nn.Module) -> set[str]:
-    """Name the parameters of all BatchNorm of a model."""
-    layers = [(name, module) for name, module in model.named_modules() if is_batchnorm(module)]
-    return {f"{name}.{part}" for name, module in layers for part, _ in module.named_parameters()}
 
 
 def draw_films(
@@ -68,9 +61,8 @@ def draw_films(
 
 @contextmanager
 def per_patient_gradients(model: ChestResNet) -> Iterator[nn.Module]:
-    """Let Opacus (Yousefpour et al., 2021) keep each film's gradient; take its hooks off again.
-
-    All is computed in float32: what is clipped must be the gradient, neither scaled nor rounded.
+    """Let Opacus (Yousefpour et al., 2021) keep each film's gradient in float32, neither scaled
+    nor rounded; take its hooks off again.
     """
     wanted, model.precision = model.precision, "fp32"
     hooked = opacus("grad_sample").GradSampleModule(model, loss_reduction="sum")
@@ -102,8 +94,7 @@ def clipped_sum(
 ) -> list[Tensor]:
     """Sum the gradients of one film a patient, each scaled to a norm of at most `clip`.
 
-    A tensor for each trained parameter, of its shape. Films go through the model in parts, so that
-    their gradients fit into memory. Without films the sum is zero.
+    A tensor for each trained parameter, of its shape; films go in parts that fit into memory.
     """
     trained = [p for p in hooked.parameters() if p.requires_grad]
     sums = [torch.zeros_like(p) for p in trained]
@@ -122,8 +113,7 @@ def clipped_sum(
 def patient_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Binary cross-entropy of each film (B,), mean over its own known labels; (B, 14) both.
 
-    The mean is not taken over the batch's known labels, as in other training: there, a patient
-    would change the weight of all others.
+    Over the batch's known labels, as elsewhere, a patient would change the weight of all others.
     """
     known = (~labels.isnan()).float()
     losses = F.binary_cross_entropy_with_logits(
@@ -133,16 +123,14 @@ def patient_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def clip_each(gradients: list[Tensor], clip: float) -> list[Tensor]:
-    """Scale each patient's gradients, (B, ...) a parameter, to a joint norm of `clip`, and sum.
-
-    A patient whose gradient is not finite counts as zero: that, too, would tell of the patient.
+    """Scale each patient's gradients, (B, ...) a parameter, to a joint norm of `clip`, and sum;
+    one that is not finite counts as zero: an error would tell of the patient, too.
     """
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).double().norm(dim=0)
     broken = ~norms.isfinite()
-    if broken.any():
-        norms[broken] = 0
-        for gradient in gradients:
-            gradient[broken] = 0
+    norms[broken] = 0
+    for gradient in gradients if broken.any() else ():
+        gradient[broken] = 0
     factor = (clip / norms).clamp(max=1).float()
     return [(factor @ g.flatten(1)).view(g.shape[1:]) for g in gradients]
 

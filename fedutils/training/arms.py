@@ -13,7 +13,7 @@ from ..dataset import ChestXrayDataset
 from ..fedavg import AggregationParameters, FedAvg
 from ..films.partition import PartitionParameters
 from ..privacy.client import PrivateClient
-from ..rounds import Job, RoundParameters
+from ..rounds import Job, RoundParameters, sample_clients
 from ..strategies import StrategyParameters
 
 CLIENTS = {kind.mechanism: kind for kind in (Client, PrivateClient)}
@@ -36,6 +36,12 @@ class ArmParameters(Parameters):
         0.0, "learning rate of the local arm; 0: as lr", bounds=(0.0, math.inf)
     )
 
+    def check(self) -> None:
+        """Raise InputError where a model would be trained twice."""
+        for name, values in (("arms", self.arm_list), ("seeds", self.seed_list)):
+            if len(set(values)) < len(values):
+                raise InputError(f"{name}={getattr(self, name)!r} names one twice")
+
     @property
     def arm_list(self) -> list[str]:
         """The arms to train, in order."""
@@ -49,8 +55,6 @@ class ArmParameters(Parameters):
 
 def client_class(settings: Parameters) -> type[Client]:
     """Return the class of client that the settings ask for, here and over a network."""
-    if settings.dp not in CLIENTS:
-        raise InputError(f"dp={settings.dp!r}: allowed are {', '.join(CLIENTS)}")
     return CLIENTS[settings.dp]
 
 
@@ -67,23 +71,28 @@ def arm_settings(settings: Parameters, arm: str) -> Parameters:
     """
     alone = defaults(*FEDERATED) | {"server_lr": 1.0, "rounds": settings.rounds}
     alone |= {"batchnorm": "average"} if settings.batchnorm == "local" else {}
-    changes: dict[str, dict[str, Any]] = {
-        "federated": {},
-        "local": alone | {"lr": settings.lr_local or settings.lr},
-        "centralised": alone
-        | {"lr": settings.lr_centralised or settings.lr}
-        | defaults(PartitionParameters),
-    }
-    return dataclasses.replace(settings, lr_centralised=0.0, lr_local=0.0, **changes[arm])
+    rate = {"local": settings.lr_local, "centralised": settings.lr_centralised}.get(arm)
+    alone |= {"lr": rate or settings.lr}
+    alone |= defaults(PartitionParameters) if arm == "centralised" else {}
+    changes = {} if arm == "federated" else alone
+    return dataclasses.replace(settings, lr_centralised=0.0, lr_local=0.0, **changes)
+
+
+def check_rule(job: Job) -> Job:
+    """Return a job; InputError where its rule would cut off nobody, and so bear no liar."""
+    drawn = len(sample_clients(job, job.settings, 1))
+    if drawn < job.settings.least_clients:
+        what = f"trim={job.settings.trim:g}" if job.settings.aggregation == "trimmed" else "median"
+        better = f"trim={math.ceil(100 / drawn) / 100:g} would" if drawn > 2 else "use mean"
+        what = f"aggregation={job.settings.aggregation}: {what} of {drawn} clients"
+        raise InputError(f"{what} cuts off nobody; {better}")
+    return job
 
 
 def plan(
     settings: Parameters, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
 ) -> list[Job]:
-    """List the models to train, from films whose index has the columns `client` and `split`.
-
-    `strategy` is that of the federated arm, where it is not the one that the settings name.
-    """
+    """List the models to train; `strategy` is the federated arm's, if the settings name another."""
     train, val = (films.where(films.index["split"] == split) for split in ("train", "val"))
     names = sorted(films.index["client"].unique())
     parts = {name: train.where(train.index["client"] == name) for name in names}
@@ -97,7 +106,9 @@ def plan(
             continue
         hospitals = [kind(name, part, mine, seed, used) for name, part in parts.items()]
         if arm == "federated":
-            jobs.append(Job(arm, seed, hospitals, val))
+            jobs.append(check_rule(Job(arm, seed, hospitals, val)))
         else:
+            if bare := [one.name for one in hospitals if not one.weight]:
+                raise InputError(f"arms=local: {', '.join(bare)} has no known label to learn from")
             jobs += [Job(arm, seed, [one], own[one.name], one.name) for one in hospitals]
     return jobs

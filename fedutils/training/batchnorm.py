@@ -1,21 +1,20 @@
 """BatchNorm of the aggregated model, measured: the policy `batchnorm="precise"`.
 
-The mean of the clients' running statistics is not the statistics of the mean of their weights, and
-running statistics remember the weights of steps ago. So after each aggregation every client sends
-the new model some of its training films (no labels, no gradients) and reports what BatchNorm sees;
-the server pools that exactly. Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (2021,
-arXiv:2105.07576), call it PreciseBN; pooled over clients it stands in no framework that we know.
+Means of running statistics are not those of the mean model, and remember the weights of steps ago.
+So every client shows the new model some of its training films, and the server pools what BatchNorm
+saw: PreciseBN (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, arXiv:2105.07576).
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from ..base.errors import in_a_line
 from ..base.rng import generator
-from ..base.state import State, cast_like, count_bytes, non_finite, to_cpu
+from ..base.state import State, cast_like, count_bytes, find_fault, to_cpu
 from ..client import Client
-from ..fedavg import WeightedMean
+from ..fedavg import FedAvg, WeightedMean
 from ..model import ChestResNet, calibrate_batchnorm
 from ..rounds import UNMEASURED, Executor, Job, Progress, Row
 
@@ -40,25 +39,25 @@ def measure_batchnorm(client: Client, model: ChestResNet, state: State, round: i
     return to_cpu(measured)
 
 
-class PooledBatchNorm:
-    """The statistics of all clients' films together, by the law of total variance."""
+def pool_batchnorm(
+    measured: list[tuple[State, float]], like: State, aggregator: Callable[[], WeightedMean]
+) -> State:
+    """Return the statistics of all clients' films together, in the dtypes of a state.
 
-    def __init__(self) -> None:
-        self.moments = WeightedMean()
-
-    def add(self, measured: State, films: int) -> None:
-        """Add what one client measured, weighted by its films."""
-        moments = {name: value.double() for name, value in measured.items()}
-        for name in [name for name in moments if name.endswith(RUNNING_VAR)]:
-            moments[name] += moments[name.removesuffix(RUNNING_VAR) + RUNNING_MEAN].square()
-        self.moments.add(moments, films)
-
-    def result(self, like: State) -> State:
-        """Return the pooled statistics in the dtypes of a state; nothing if nobody measured."""
-        pooled = self.moments.result() if self.moments.count else {}
-        for name in [name for name in pooled if name.endswith(RUNNING_VAR)]:
-            pooled[name] -= pooled[name.removesuffix(RUNNING_VAR) + RUNNING_MEAN].square()
-        return cast_like(pooled, like)
+    By the law of total variance, of what each client measured and what it weighs, and by the rule
+    of updates: with the mean it is exact, with the others a liar moves it no more than weights.
+    """
+    means, variances = aggregator(), aggregator()
+    for state, weight in measured:
+        means.add({k: v for k, v in state.items() if k.endswith(RUNNING_MEAN)}, weight)
+    center = means.result()
+    for state, weight in measured:
+        spread = {}
+        for mean in center:
+            var = mean.removesuffix(RUNNING_MEAN) + RUNNING_VAR
+            spread[var] = state[var].double() + (state[mean].double() - center[mean]).square()
+        variances.add(spread, weight)
+    return cast_like(center | variances.result(), like)
 
 
 def measure_safely(
@@ -69,18 +68,20 @@ def measure_safely(
         measured = measure_batchnorm(client, model, state, round)
     except Exception as error:  # named in the history, as a fault in training is
         return {}, in_a_line(error)
-    bad = non_finite(measured)
-    return ({}, f"{bad[0]} is not finite") if bad else (measured, "")
+    _, fault = find_fault(measured)
+    return ({} if fault else measured), fault
 
 
-def refresh_batchnorm(job: Job, now: Progress, executor: Executor, rows: list[Row]) -> None:
+def refresh_batchnorm(
+    job: Job, now: Progress, executor: Executor, rows: list[Row], strategy: FedAvg
+) -> None:
     """Put measured BatchNorm statistics into the new global state; note bytes and faults in `rows`.
 
-    Clients whose update counted take part. Where none can measure, the averages stay.
+    Clients whose update counted take part. Where too few can measure, the averages stay.
     """
     counted = {row["client"]: row for row in rows if row["status"] == "ok"}
     clients = [client for client in job.clients if client.name in counted]
-    pool, travels = PooledBatchNorm(), job.arm == "federated"
+    pool, travels = [], job.arm == "federated"
     for client, (measured, fault) in zip(
         clients, executor.measure(clients, now.state, now.round), strict=True
     ):
@@ -90,5 +91,6 @@ def refresh_batchnorm(job: Job, now: Progress, executor: Executor, rows: list[Ro
         if fault:
             row |= {"status": UNMEASURED, "reason": f"BatchNorm not measured: {fault}"}
         else:
-            pool.add(measured, client.weight)
-    now.state = now.state | pool.result(now.state)
+            pool.append((measured, client.weight))
+    if len(pool) >= strategy.settings.least_clients:
+        now.state = now.state | pool_batchnorm(pool, now.state, strategy.aggregator)

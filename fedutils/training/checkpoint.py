@@ -1,26 +1,22 @@
-"""Atomic, verified save and load of everything that a round boundary needs, and the run's lock.
-
-No pickle anywhere: tensors are safetensors, the rest is JSON in the file's header.
-"""
+"""Atomic, verified save and load of all that a round boundary needs, without any pickle."""
 
 import contextlib
-import hashlib
 import json
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
-from ..base.files import write_atomic
+from ..base.files import sha256, write_atomic
 from ..base.state import State, state_hash
 from ..rounds import Progress
-from ..run import Model, copy_model
+from ..run import TRUNK, Model, model_file
 
+BROKEN = KeyError, TypeError, ValueError, SafetensorError
 KEPT_ROUNDS = 2  # the last one, and the one before it should the last be damaged
 
 
@@ -28,11 +24,11 @@ def save_progress(folder: Path, progress: Progress, identity: str) -> Path:
     """Write a round boundary beside the one before, then drop older ones; return the file.
 
     The name holds the round and the checksum of the header's text, which holds those of all
-    tensors. `identity` names the run, so that a checkpoint of another one is not mistaken for this
-    one's. The state's hash is taken from the last row of the history, where it has been computed.
+    tensors and the run's `identity`. The state's hash is that of the last row of the history.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parts = _parts(progress)
+    parts = {"state": progress.state, "server": progress.server}
+    parts |= {f"client:{name}": kept for name, kept in progress.clients.items()}
     last = progress.rows[-1] if progress.rows else {}
     known = {"state": last.get("state_sha256")}
     about = {
@@ -54,10 +50,7 @@ def save_progress(folder: Path, progress: Progress, identity: str) -> Path:
 
 
 def load_progress(folder: Path, identity: str) -> Progress | None:
-    """Return the newest round boundary that is whole and of this run, or None.
-
-    A truncated or foreign file is passed over with a warning that names it.
-    """
+    """Return the newest round boundary that is whole and of this run, with a warning for others."""
     for left in folder.glob(".round-*.tmp"):
         left.unlink()
     for path in _files(folder):
@@ -79,7 +72,13 @@ def adopt_progress(run: Path, model: Model, identity: str, rounds: int) -> Progr
             continue
         now = load_progress(other / part, identity)
         if now and now.round <= rounds:
-            copy_model(other, run, model)
+            files = [model_file(other, model.name)]
+            if model.arm == "federated":  # the BatchNorm that its clients keep
+                files += other.glob(f"models/{model.name}-*.safetensors")
+            if not model_file(run, TRUNK).is_file():
+                files.append(model_file(other, TRUNK))
+            for file in files:
+                write_atomic(run / "models" / file.name, file.read_bytes())
             save_progress(run / part, now, identity)
             return now
     return None
@@ -87,33 +86,34 @@ def adopt_progress(run: Path, model: Model, identity: str, rounds: int) -> Progr
 
 def last_identity(folder: Path) -> str:
     """Return whose the newest round boundary of a folder is, by its header alone; '' for none."""
-    for path in _files(folder)[:1]:
-        with path.open("rb") as file, contextlib.suppress(ValueError, KeyError):  # truncated
-            length = file.read(8)
-            text = _header(length + file.read(int.from_bytes(length, "little")))
-            return json.loads(text)["identity"]
+    for path in _files(folder):
+        with contextlib.suppress(*BROKEN):
+            return json.loads(_header(path))["identity"]
     return ""
 
 
 def _read(path: Path) -> tuple[str, Progress | None]:
     """Return whose a checkpoint is and what it holds, None where that is not what was written."""
-    content = path.read_bytes()
     try:
-        text, tensors = _header(content), load(content)
-        if _checksum(text) != path.stem.rpartition("-")[2]:
-            return "", None
+        text, tensors = _header(path), load_file(path)
         about = json.loads(text)
         owner, sums = about.pop("identity"), about.pop("sums")
-        progress = _unflatten(tensors, about)
-    except (ValueError, KeyError, SafetensorError):
+        parts: dict[str, State] = {part: {} for part in sums}
+        for key, value in tensors.items():
+            part, _, name = key.partition("|")
+            parts[part][name] = value
+    except BROKEN:
         return "", None
-    whole = sums == {part: state_hash(state) for part, state in _parts(progress).items()}
-    return owner, progress if whole else None
+    whole = sums == {part: state_hash(state) for part, state in parts.items()}
+    if not whole or _checksum(text) != path.stem.rpartition("-")[2]:
+        return "", None
+    clients = {name: parts[f"client:{name}"] for name in about.pop("clients")}
+    return owner, Progress(parts["state"], parts["server"], clients, **about)
 
 
 def _checksum(text: str) -> str:
     """Return the part of a checkpoint's name that tells whether its header is whole."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256(text.encode())[:16]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -121,34 +121,14 @@ def _files(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*.safetensors"), reverse=True)
 
 
-def _header(content: bytes) -> str:
+def _header(path: Path) -> str:
     """Return the text that `save_progress` put into the safetensors header."""
-    length = int.from_bytes(content[:8], "little")
-    return json.loads(content[8 : 8 + length])["__metadata__"]["json"]
-
-
-def _parts(progress: Progress) -> dict[str, State]:
-    """Return all tensors by where they belong."""
-    clients = {f"client:{name}": kept for name, kept in progress.clients.items()}
-    return {"state": progress.state, "server": progress.server} | clients
-
-
-def _unflatten(tensors: State, about: dict[str, Any]) -> Progress:
-    """Put tensors, named by part and name, back where they belong."""
-    clients = {name: {} for name in about.pop("clients")}
-    parts: dict[str, State] = {"state": {}, "server": {}}
-    parts |= {f"client:{name}": kept for name, kept in clients.items()}
-    for key, value in tensors.items():
-        part, _, name = key.partition("|")
-        parts[part][name] = value
-    return Progress(parts["state"], parts["server"], clients, **about)
+    with safe_open(path, "pt") as file:
+        return file.metadata()["json"]
 
 
 class Writer:
-    """Writes while the next round trains: one thing at a time, in a thread of its own.
-
-    What goes wrong there is raised at the next `wait` or `start`.
-    """
+    """Writes in a thread of its own, one after the other; `wait` and `start` raise its errors."""
 
     def __init__(self) -> None:
         self.pool, self.last = ThreadPoolExecutor(1, "writer"), None

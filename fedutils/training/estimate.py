@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -22,36 +21,42 @@ def estimate_seconds(
     strategy: type[FedAvg],
     features: FeatureStore | None,
 ) -> float:
-    """Estimate the time for jobs and the number of rounds that each has left."""
-    settings = models.settings
-    largest = max((c for job, _ in left for c in job.clients), key=lambda c: len(c.films))
-    some = np.arange(len(largest.films)) < 3 * settings.batch_size
-    films, ahead = largest.films.where(some), 0.0
-    if features:
-        films, ahead = films.holding(features.stand_in()), features.seconds_left()
-    trial = type(largest)("trial", films, settings, 0, strategy)
+    """Estimate the time for jobs and the number of rounds that each has left.
+
+    A client's round costs something for each film and something fixed, such as to load the state:
+    on a GPU that is more than a few batches take, so few and more films are timed.
+    """
+    if not any(rounds for _, rounds in left):
+        return 0.0
+    settings, ahead = models.settings, features.seconds_left() if features else 0.0
+    largest = max((c for job, _ in left for c in job.clients), key=lambda client: client.weight)
     model = models.replicas(left[0][0]).models[0]
     sent = strategy(settings, set()).download(to_cpu(model.tracked_state()), {})
-    train = [trial.fit(model, sent, {}, round)[0].seconds for round in (1, 2)][-1]
+    films = largest.films.holding(features.stand_in()) if features else largest.films
+    sizes, took = [], []
+    for batches in (2, 2, 6):  # the first warms up
+        some = films.where(np.arange(len(films)) < batches * settings.batch_size)
+        sizes.append(len(some) * settings.local_epochs)
+        trial = type(largest)("trial", some, settings, 0, strategy)
+        took.append(trial.fit(model, sent, {}, 1)[0].seconds)
+    more = sizes[2] - sizes[1]
+    film = (took[2] - took[1]) / more if more and took[2] > took[1] else took[2] / sizes[2]
+    fixed = max(0.0, took[2] - film * sizes[2])
     began = time.perf_counter()
-    predict(model, trial.films)
-    each = np.array([train, time.perf_counter() - began, 0.0]) / len(trial.films)
-    each[2] = _boundary_seconds(settings.run / "checkpoint" / "trial", sent)
-    rounds = sum(float(each @ _films_of_a_round(job, len(models.models))) * n for job, n in left)
-    return ahead + rounds if rounds else 0.0
+    predict(model, some)
+    judge = (time.perf_counter() - began) / len(some)
+    boundary = _boundary_seconds(models, sent)
+    for job, rounds in left:
+        share = job.settings.client_fraction / min(len(job.clients), len(models.models))
+        seen = sum(len(client.films) for client in job.clients) * job.settings.local_epochs
+        train = share * (film * seen + fixed * len(job.clients))
+        ahead += rounds * (train + judge * len(job.validation) + boundary)
+    return ahead
 
 
-def _films_of_a_round(job: Job, replicas: int) -> np.ndarray:
-    """Count films to be trained on one after the other, to be validated on, and boundaries."""
-    side_by_side = min(len(job.clients), replicas)
-    films = sum(len(client.films) for client in job.clients) * job.settings.client_fraction
-    train = films * job.settings.local_epochs / side_by_side
-    return np.array([train, len(job.validation), 1.0])
-
-
-def _boundary_seconds(folder: Path, state: State) -> float:
+def _boundary_seconds(models: Models, state: State) -> float:
     """Time what each round does beside training: hash the state, and save it."""
-    began = time.perf_counter()
+    began, folder = time.perf_counter(), models.settings.run / "checkpoint" / "trial"
     save_progress(folder, Progress(state, rows=[{"state_sha256": state_hash(state)}]), "trial")
     shutil.rmtree(folder)
     return time.perf_counter() - began

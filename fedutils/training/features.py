@@ -1,11 +1,10 @@
 """What a frozen trunk makes of the films, computed once: rounds then train layer4 and fc alone.
 
-The store is a `.npy` of shape (films, h, w, 256), beside it a journal with a checksum for each
-block of films. Opening it checks every block: a killed computation goes on where it was, and what
-is damaged is computed again.
+A `.npy` of shape (films, h, w, 256), and a journal with a checksum for each block of films: what
+is missing or damaged is computed again.
 """
 
-import hashlib
+import contextlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ import torch
 
 from ..base.device import find_devices
 from ..base.errors import InputError
-from ..base.files import KAGGLE, write_atomic
+from ..base.files import KAGGLE, sha256, write_atomic
 from ..base.parameters import Parameters, parameter, split_list
 from ..base.state import state_hash
 from ..dataset import ChestXrayDataset, read_report
@@ -51,23 +50,14 @@ class FeatureParameters(Parameters):
         if not self.cache_features:
             return
         if self.augment:
-            raise InputError(
-                "cache_features=true wants augment=false: features are computed once, of films as"
-                " they are stored"
-            )
+            raise InputError("cache_features=true wants augment=false: features are computed once")
         if not set(split_list(self.tracked)) <= FEATURE_LAYERS:
-            raise InputError(
-                f"cache_features=true wants tracked=layer4,fc, not {self.tracked!r}: only a trunk"
-                " that stays frozen can be computed once"
-            )
+            what = f"cache_features=true wants tracked=layer4,fc, not {self.tracked!r}"
+            raise InputError(f"{what}: only a trunk that stays frozen can be computed once")
 
 
 class FeatureStore:
-    """The output of conv1 to layer3 for every film of a store, under one trunk.
-
-    Its name is a key of all that the values depend on: the trunk's weights, the prepared data, the
-    size of the films, the precision they are computed in and the dtype they are kept in.
-    """
+    """The output of conv1 to layer3 for every film; its name is a key of all that it depends on."""
 
     def __init__(
         self, model: ChestResNet, films: ChestXrayDataset, settings: Parameters, fingerprint: str
@@ -80,14 +70,17 @@ class FeatureStore:
         trunk = {k: v for k, v in state.items() if not k.startswith(("layer4.", "fc."))}
         about = [FEATURES_VERSION, state_hash(trunk), fingerprint, films.store.shape[1]]
         about += [settings.feature_dtype, model.computes_in()]
-        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        key = sha256(json.dumps(about).encode())[:16]
         self.path = find_scratch(settings.prepared) / f"features-{key}.npy"
         count = -(-self.shape[0] // BLOCK)
         # Blocks of even size: a single film alone may be computed with other last bits.
         self.bounds = np.linspace(0, self.shape[0], count + 1).astype(int)
-        self.is_there = self._is_there()
-        self.sums = self._read_journal() if self.is_there else {}
-        self.missing = self._check_blocks()
+        store = self._find()
+        self.is_there, self.sums = store is not None, {}
+        with contextlib.suppress(OSError, ValueError):  # killed before the first block, or damaged
+            journal = self.path.with_suffix(".json")
+            self.sums = json.loads(journal.read_text()) if self.is_there else {}
+        self.missing = [i for i in range(count) if not self._is_whole(store, i)]
 
     @property
     def gigabytes(self) -> float:
@@ -100,16 +93,18 @@ class FeatureStore:
 
     def fill(self, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
         """Compute what is missing and return all features; `progress` gets films done and all."""
-        store = self._open_for_writing() if self.missing else None
+        if not self.is_there:
+            write_atomic(self.path, self._allocate)
+            self.is_there = True
         while self.missing:
             number = self.missing[0]
             start, stop = self.bounds[number : number + 2]
-            store[start:stop] = block = self.compute(start, stop)
+            block = self.compute(start, stop)
+            np.load(self.path, mmap_mode="r+")[start:stop] = block
             self.sums[str(number)] = zlib.crc32(block)
             write_atomic(self.path.with_suffix(".json"), json.dumps(self.sums).encode())
             self.missing.pop(0)
             progress(self.shape[0] - self._films_left(), self.shape[0])
-        del store
         return self.open()
 
     @torch.no_grad()
@@ -120,10 +115,8 @@ class FeatureStore:
         output = self.model.features(films.to(next(self.model.parameters()).device))
         block = output.permute(0, 2, 3, 1).float().cpu().numpy().astype(self.dtype)
         if not np.isfinite(block).all():
-            raise InputError(
-                f"features of films {start} to {stop} do not fit into {self.dtype}: choose"
-                " feature_dtype=fp32, or look at the weights"
-            )
+            what = f"features of films {start} to {stop} do not fit into {self.dtype}"
+            raise InputError(f"{what}: choose feature_dtype=fp32, or look at the weights")
         return np.ascontiguousarray(block)
 
     def seconds_left(self) -> float:
@@ -142,8 +135,8 @@ class FeatureStore:
 
     def describe(self) -> str:
         """Say in a sentence what is stored where, and what is left to compute."""
-        left, seconds = self._films_left(), self.seconds_left()
-        todo = f"{left:,} of them will be computed first, in about {seconds / 60:.1f} minutes"
+        left, minutes = self._films_left(), self.seconds_left() / 60
+        todo = f"{left:,} of them will be computed first, in about {minutes:.1f} minutes"
         return (
             f"The trunk's output for {self.shape[0]:,} films takes {self.gigabytes:.2f} GB as"
             f" {self.dtype} in {self.path.parent.name}/: {todo if left else 'all of it is there'}."
@@ -153,38 +146,29 @@ class FeatureStore:
         """Count the films whose features are missing."""
         return int(sum(self.bounds[i + 1] - self.bounds[i] for i in self.missing))
 
-    def _is_there(self) -> bool:
-        """Tell whether a store lies there, whole or in part; warn of another file."""
+    def _find(self) -> np.ndarray | None:
+        """Return the store that lies there, whole or in part; warn of another file."""
         if not self.path.is_file():
-            return False
+            return None
         try:
             store = np.load(self.path, mmap_mode="r")
             fault = f"it holds {store.shape} {store.dtype}, not {self.shape} {self.dtype}"
             if store.shape == self.shape and store.dtype == self.dtype:
-                return True
+                return store
         except (ValueError, OSError, EOFError) as error:
             fault = str(error)
         warnings.warn(f"{self.path} cannot be used ({fault}): computed again", stacklevel=3)
-        return False
+        return None
 
-    def _read_journal(self) -> dict[str, int]:
-        """Return the checksums of the blocks that were written."""
-        try:
-            return json.loads(self.path.with_suffix(".json").read_text())
-        except (OSError, ValueError):  # killed before the first block, or damaged
-            return {}
-
-    def _check_blocks(self) -> list[int]:
-        """List the blocks that are missing, and those whose content is not what was written."""
-        store, missing = np.load(self.path, mmap_mode="r") if self.is_there else None, []
-        for i, pair in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
-            known = self.sums.get(str(i))
-            if known is None or zlib.crc32(store[slice(*pair)]) != known:
-                missing.append(i)
-                if known is not None:
-                    films = f"films {pair[0]} to {pair[1]}"
-                    warnings.warn(f"{self.path}: {films} are damaged, computed again", stacklevel=3)
-        return missing
+    def _is_whole(self, store: np.ndarray | None, number: int) -> bool:
+        """Tell whether a block is what was written; warn of one that is damaged."""
+        start, stop = self.bounds[number : number + 2]
+        known = self.sums.get(str(number))
+        damaged = known is not None and zlib.crc32(store[start:stop]) != known
+        if damaged:
+            text = f"{self.path}: films {start} to {stop} are damaged, computed again"
+            warnings.warn(text, stacklevel=3)
+        return known is not None and not damaged
 
     def check_disk(self) -> None:
         """Raise InputError where the store does not fit beside what is there."""
@@ -198,26 +182,16 @@ class FeatureStore:
                 f" free: choose cache_features=false, feature_dtype=fp16 or fewer films{hint}"
             )
 
-    def _open_for_writing(self) -> np.ndarray:
-        """Open the store; a new one gets its place on the disk at once, or fails here and now."""
-        if not self.is_there:
-            beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-            try:
-                np.lib.format.open_memmap(beside, "w+", self.dtype, self.shape)
-                if hasattr(os, "posix_fallocate"):  # not on Windows
-                    with beside.open("r+b") as file:
-                        os.posix_fallocate(file.fileno(), 0, beside.stat().st_size)
-                beside.replace(self.path)
-            finally:
-                beside.unlink(missing_ok=True)
-        return np.lib.format.open_memmap(self.path, "r+")
+    def _allocate(self, path: Path) -> None:
+        """Write an empty store, which gets its place on the disk at once, or fails here and now."""
+        np.lib.format.open_memmap(path, "w+", self.dtype, self.shape)
+        if hasattr(os, "posix_fallocate"):  # not on Windows
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def find_scratch(prepared: Path) -> Path:
-    """Return the folder for features: beside the films, on Kaggle where nothing is kept.
-
-    `/kaggle/working` is saved as output and holds 20 GB; features can be computed again.
-    """
+    """Return the folder for features: beside the films, on Kaggle where it is no output."""
     if not KAGGLE_WORKING.is_dir():
         return prepared
     return KAGGLE_TEMP if KAGGLE_TEMP.is_dir() else Path(tempfile.gettempdir())

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from ..base.device import find_devices
 from ..base.errors import in_a_line
 from ..base.parameters import Parameters, parameter
 from ..base.scores import log_loss, mean_auroc
-from ..base.state import State, non_finite, to_cpu
+from ..base.state import State, find_fault, to_cpu
 from ..client import Client, Update
 from ..films.phantom.write import draw_batch
 from ..model import ChestResNet, build_resnet34
@@ -132,6 +133,8 @@ class Replicas:
         """Return loss and mean AUROC of the aggregated model on the job's validation films."""
         labels = job.validation.labels
         logits = predict_with(self.models[0], job.validation, now.state, now.clients)
+        if not np.isfinite(logits).all():  # a model that is broken is no better than none
+            return math.nan, math.nan
         return log_loss(labels, logits), mean_auroc(labels, logits)
 
 
@@ -141,15 +144,17 @@ def fit_safely(
     """Train a client; whatever goes wrong there costs its update, with a reason, not the round."""
     try:
         update, keep = client.fit(model, sent, kept, round)
+        if update.status != "ok":
+            return update, kept
     except Exception as error:  # any fault of a client is named in the history
         return Update(client.name, 0, status="failed", reason=in_a_line(error)), kept
-    bad = non_finite(update.state)
+    status, reason = find_fault(update.state)
     limit = client.settings.client_seconds
-    if bad or not (client.withholds_loss or math.isfinite(update.train_loss)):
-        status, reason = "non-finite", f"{(bad or ['training loss'])[0]} is not finite"
-    elif limit and update.seconds > limit:
+    if not (status or client.withholds_loss or math.isfinite(update.train_loss)):
+        status, reason = "non-finite", "training loss is not finite"
+    if not status and limit and update.seconds > limit:
         status, reason = "late", f"took {update.seconds:.1f} s, client_seconds is {limit:g}"
-    else:
+    if not status:
         return update, keep
     # The server has seen an update that it leaves out: what it cost is spent.
     spent = {name: value for name, value in keep.items() if name in client.spent}

@@ -169,9 +169,9 @@ def test_unusable_input_is_one_line_and_no_notebook_starts(
 
 def test_each_notebook_gets_those_resolved_parameters_that_it_declares(project, executed):
     folder = project / "notebooks"
-    settings = run({"work_dir": "work", "profile": "demo"}, notebooks=folder)
+    settings = run({"work_dir": "work", "profile": "demo"})
     node = read_notebook(folder, "02_preprocess")
-    step = Step("02_preprocess", node, settings, folder, "", ())
+    step = Step("02_preprocess", node, settings, "", ())
     places = {"data_dir": "", "work_dir": str(project / "work"), "name": settings.name}
     assert step.parameters == places | {"seed": 0, "image_size": 64}
     assert len(settings.name) == 8
@@ -181,11 +181,11 @@ def test_each_notebook_gets_what_was_given_and_it_reads_though_its_cell_shows_it
     project, executed
 ):
     given = {"mu": "0.3", "max_films": "90", "rounds": "3", "device": "cpu"}
-    settings = run({"work_dir": "work", "profile": "demo"} | given, notebooks=project / "notebooks")
+    settings = run({"work_dir": "work", "profile": "demo"} | given)
     extra = {}
     for stem in NOTEBOOKS:
         node = read_notebook(project / "notebooks", stem)
-        step = Step(stem, node, settings, project / "notebooks", "", tuple(given))
+        step = Step(stem, node, settings, "", tuple(given))
         shown = notebook.declared(node)
         extra[stem[:2]] = {k: v for k, v in step.parameters.items() if k not in shown}
     prepared = {"max_films": 90}
@@ -430,17 +430,17 @@ def test_the_ipynb_runs_where_the_py_or_jupytext_is_missing(project, monkeypatch
         jupytext.write(jupytext.read(path), path.with_suffix(".ipynb"))
     monkeypatch.setitem(sys.modules, "jupytext", None)  # makes the import fail
     assert command("--only", "01") == 0
-    monkeypatch.undo()
+    monkeypatch.delitem(sys.modules, "jupytext")
     (project / "notebooks/01_explore.py").unlink()
-    run({"work_dir": str(project / "w"), "name": "B"}, "01", notebooks=project / "notebooks")
+    run({"work_dir": str(project / "w"), "name": "B"}, "01")
     assert (project / "w/notebooks/B/01_explore.html").is_file()
 
 
 def test_the_kernel_dies_with_a_killed_pipeline(project):
     pid = sleep_in_first_cell(project)
     program = (
-        "from pathlib import Path; from fedutils.batch.run import run;"
-        f"run({{'work_dir': 'work'}}, notebooks=Path({str(project / 'notebooks')!r}))"
+        "from pathlib import Path; from fedutils.batch import notebook, run;"
+        f"notebook.FOLDER = Path({str(project / 'notebooks')!r}); run.run({{'work_dir': 'work'}})"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
     wait_for(lambda: pid.exists() and pid.read_text(), 60)

@@ -29,7 +29,7 @@ from fedutils.evidence.tables import (
     training_cost,
     with_interval,
 )
-from fedutils.evidence.words import headline
+from fedutils.evidence.words import headline, too_small
 from fedutils.run import check_fingerprint, read_films
 from fedutils.settings import read_run
 from fedutils.training.training import Training
@@ -109,7 +109,9 @@ def test_metrics_equal_scikit_learns_on_the_written_file(run):
     settings, films, _, _, result = run
     table = pd.read_csv(settings.run / "evaluation" / "predictions.csv.gz", keep_default_na=False)
     truth = films.index.set_index("image_index")
-    columns = "arm,seed,client,test_set,finding,metric,value,ci_low,ci_high,n,positives"
+    columns = (
+        "arm,seed,client,test_set,finding,metric,value,ci_low,ci_high,n,positives,on_all_films"
+    )
     assert ",".join(result.metrics.columns) == columns
     metrics = result.metrics[
         (result.metrics["test_set"] == "all") & (result.metrics["seed"] == "0")
@@ -163,12 +165,13 @@ def test_differences_are_differences_of_the_values_and_paired(three_arms):
 
 
 def test_equal_models_differ_by_exactly_nothing():
-    predictions, films = invented(seeds=1)
+    predictions, films = invented(seeds=2)
     federated = predictions[predictions["arm"] == "federated"]
     twice = pd.concat([federated, federated.assign(arm="centralised")])
     rows = evaluate_models(twice, films, seed=0, repeats=50).differences
-    known = rows[rows["finding"] != "Hernia"]
-    assert (known[["value", "ci_low", "ci_high"]] == 0).all(axis=None)
+    known = rows[~rows["verdict"].isin(["not defined", "too few patients"])]
+    assert len(known) and (known["value"] == 0).all()
+    assert (known["ci_low"] <= 0).all() and (known["ci_high"] >= 0).all()
     assert set(known["verdict"]) == {"no difference shown"}
 
 
@@ -214,12 +217,57 @@ def test_the_primary_mean_is_over_findings_with_ten_positive_patients(three_arms
     assert (mean["positives"] == 13).all()
 
 
+def test_the_worst_hospital_is_named_only_where_it_stands_out(three_arms):
+    means = three_arms.metrics.copy()
+    row = (means["test_set"] == "client-2") & (means["finding"] == "mean")
+    means.loc[row, ["value", "ci_low", "ci_high"]] = 0.5, 0.45, 0.55
+    said = "\n".join(headline(three_arms._replace(metrics=means), "2017 data"))
+    assert "the federated model is worst on the films of client-2: mean AUROC 0.500" in said
+
+
+def test_with_one_seed_words_say_what_is_missing():
+    said = "\n".join(headline(evaluate_models(*invented(seeds=1), seed=0, repeats=50), "own"))
+    assert "with one training seed. Another may turn it around" in said
+    assert "shown to be" not in said
+
+
+def test_a_test_set_that_is_too_small_says_which_size_would_do():
+    predictions, films = invented()
+    chosen = films.index["patient_id"].isin(films.index["patient_id"].unique()[:12])
+    few = SimpleNamespace(index=films.index[chosen])
+    kept = predictions[predictions["image_index"].isin(few.index["image_index"])]
+    result = evaluate_models(kept, few, seed=0, repeats=50)
+    assert result.mean_over == [] and too_small(result, few.index).startswith("The test set is too")
+    assert "test patients would do" in too_small(result, few.index)
+    assert set(result.differences["verdict"]) <= {"too few patients", "not defined"}
+    said = "\n".join(headline(result, "own data"))
+    assert "has no mean AUROC: too few test patients" in said and "shown" not in said
+
+
+def test_a_subgroup_stands_beside_the_same_findings_on_all_films(three_arms):
+    rows = three_arms.metrics.query("metric == 'auroc' and seed == '' and arm == 'federated'")
+    mean = rows[(rows["test_set"] == "sex=F") & (rows["finding"] == "mean")].iloc[0]
+    chosen = evaluable_of(three_arms, "sex=F")
+    whole = rows[(rows["test_set"] == "all") & rows["finding"].isin(chosen)]
+    assert len(whole) == mean["positives"]
+    assert mean["on_all_films"] == pytest.approx(whole["value"].mean())
+
+
+def evaluable_of(result, test_set):
+    """The findings of a family's mean: those with an interval in each of its groups."""
+    family = test_set.partition("=")[0] + "="
+    rows = result.metrics.query("metric == 'auroc' and seed == '' and arm == 'federated'")
+    rows = rows[rows["test_set"].str.startswith(family) & (rows["finding"] != "mean")]
+    known = rows.groupby("finding")["ci_low"].apply(lambda ends: ends.notna().all())
+    return set(known[known].index)
+
+
 def test_words_say_who_wins_and_what_is_undecided(three_arms):
     said = "\n".join(headline(three_arms, "2017 data"))
     assert "federated is shown to be above the centralised model in mean AUROC: +0." in said
     assert "federated is shown to be above the mean local model in mean AUROC: +0." in said
     assert "shown to be above 3 and below 0 of 3 local models" in said
-    assert "mean of 3 seeds" in said and "the federated model is worst on the films of" in said
+    assert "mean of 3 seeds" in said and "no hospital stands out: mean AUROC 0." in said
     assert "leaves out Hernia" in said and "mined from reports by text" in said
     even = evaluate_models(*invented(gain=0.5), seed=0, repeats=200)
     said = "\n".join(headline(even, "phantom data"))
@@ -277,7 +325,7 @@ def test_tabulate_has_a_column_an_arm_and_says_what_is_not_defined(three_arms):
         f"{m}, {a}" for m in ("AUROC", "average precision") for a in arms
     ]
     assert list(table.index) == ["mean of 13", *FINDINGS]
-    assert set(table.loc["Hernia"]) == {"not defined (0 positives)"}
+    assert set(table.loc["Hernia"]) == {"no film shows it"}
     metrics = three_arms.metrics.copy()
     metrics.loc[metrics["finding"] == "Hernia", "n"] = 0
     assert set(tabulate(metrics).loc["Hernia"]) == {"not labelled"}
@@ -366,7 +414,7 @@ def test_verify_names_what_was_changed(finished, capsys):
     metrics.loc[0, "value"] += 0.01
     metrics.to_csv(finished / "evaluation/metrics.csv", index=False)
     differences = pd.read_csv(finished / "evaluation/differences.csv")
-    differences.loc[differences["second"] == "local client-2", "ci_low"] -= 0.01
+    differences.loc[differences["second"] == "local client-2", "value"] -= 0.01
     differences.to_csv(finished / "evaluation/differences.csv", index=False)
     (finished / "models/local-s0-client-1.safetensors").unlink()
     model = finished / "models/federated-s0.safetensors"
@@ -390,7 +438,7 @@ def test_verify_wants_an_evaluated_run(tmp_path):
 
 def test_too_few_films_for_an_interval_are_said_so():
     row = SimpleNamespace(value=0.5, ci_low=np.nan, ci_high=np.nan)
-    assert with_interval(row) == "0.500 (no interval: too few films)"
+    assert with_interval(row) == "0.500 (no interval: too few patients)"
 
 
 def test_verify_checks_what_was_written_after_the_summary_too(finished):

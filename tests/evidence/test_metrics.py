@@ -13,8 +13,13 @@ from fedutils.base import scores
 from fedutils.base.findings import FINDINGS
 from fedutils.base.scores import average_precision, pr_points, roc_points
 from fedutils.evidence.bootstrap import RESAMPLES_AT_ONCE, bootstrap, interval, patient_resamples
-from fedutils.evidence.differences import bootstrap_p, holm, tabulate_differences
-from fedutils.evidence.metrics import evaluable_findings, tabulate_draws, with_mean
+from fedutils.evidence.differences import holm, join_rows, pair_rows
+from fedutils.evidence.metrics import (
+    count_patients,
+    evaluable_findings,
+    tabulate_draws,
+    with_mean,
+)
 
 
 def labels_and_scores(rng, n, ties, prevalence=0.3):
@@ -45,7 +50,8 @@ def table_of(truth, score, patients, repeats):
     columns = zip(truth.T, score.T, strict=True)
     draws = np.stack([bootstrap(*column, resamples) for column in columns], axis=1)
     chosen = evaluable_findings(truth, patients)
-    return tabulate_draws(with_mean(draws, chosen), truth, chosen)
+    counts = count_patients(truth, patients)
+    return tabulate_draws(with_mean(draws, chosen), truth, *counts, chosen)
 
 
 @settings(max_examples=60, deadline=None)
@@ -179,14 +185,33 @@ def test_positive_patients_count_not_positive_films():
     truth[:10, 0] = 1  # 10 films of 10 patients
     truth[30:50, 1] = 1  # 20 films of one patient
     assert evaluable_findings(truth, patients) == ["Atelectasis"]
-    assert evaluable_findings(truth, patients, minimum=1) == [*FINDINGS[:2]]
+    assert [count[:3].tolist() for count in count_patients(truth, patients)] == [
+        [10, 1, 0],
+        [21, 31, 31],
+    ]
 
 
-def test_a_tiny_test_set_falls_back_to_what_is_defined():
+def test_negative_patients_are_wanted_too():
+    truth, patients = np.zeros((60, 14)), np.arange(60)
+    truth[:50, 0], truth[:51, 1], truth[:, 2] = 1, 1, 1
+    assert evaluable_findings(truth, patients) == ["Atelectasis"]
+
+
+def test_nothing_is_judged_from_few_patients():
+    truth = np.zeros((40, 14))
+    truth[:9, 3], truth[:10, 5] = 1, 1
+    score = truth + np.random.default_rng(0).normal(size=truth.shape)
+    table = table_of(truth, score, np.arange(40), 50).query("metric == 'auroc'")
+    table = table.set_index("finding")
+    assert table["value"].notna().sum() == 3  # and the mean, over the one that has enough
+    assert table["value"]["mean"] == table["value"][FINDINGS[5]]
+    assert table["ci_low"].notna().tolist() == [False] * 5 + [True] + [False] * 8 + [True]
+
+
+def test_of_a_tiny_test_set_there_is_no_mean():
     truth = np.zeros((6, 14))
     truth[0, 3], truth[:2, 5], truth[:, 7] = 1, 1, 1
-    assert evaluable_findings(truth, np.arange(6)) == ["Infiltration", "Nodule"]
-    assert evaluable_findings(np.zeros((6, 14)), np.arange(6)) == []
+    assert evaluable_findings(truth, np.arange(6)) == []
     table = table_of(np.zeros((6, 14)), np.zeros((6, 14)), np.arange(6), 5)
     assert table.value.isna().all() and len(table) == 30
 
@@ -221,37 +246,60 @@ def test_holm_never_lowers_a_p_and_keeps_their_order(p):
     assert (np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0).all()
 
 
-def test_p_is_small_only_where_resamples_lie_on_one_side_of_zero():
-    rng = np.random.default_rng(0)
-    assert bootstrap_p(rng.normal(0, 1, 999)) > 0.5
-    assert bootstrap_p(rng.normal(9, 1, 999)) == pytest.approx(0.002)
-    assert bootstrap_p(np.zeros(99)) == 1
-    assert np.isnan(bootstrap_p(np.full(9, np.nan)))
+ENOUGH = np.full(14, True)
 
 
-def differences(values, seeds):
-    """The rows of a difference whose resamples lie around `values` (14,), in so many seeds."""
-    noise = 0.01 * np.random.default_rng(1).normal(size=(14, 1001))
-    noise[:, 0] = 0
-    draws = with_mean(np.asarray(values)[:, None] + noise, FINDINGS)[None]
-    by_seed = np.array(seeds)[:, None, None] + draws[None, ..., 0]
-    table = tabulate_differences(draws, by_seed, ["auroc"])
-    return table.set_index("finding")
+def draws_around(values, seeds, noise=0.01):
+    """A model's draws by seed, and their mean: `values` (14,) moved by each of `seeds`."""
+    over = noise * np.random.default_rng(1).normal(size=(14, 1001))
+    over[:, 0] = 0
+    one = {
+        str(i): with_mean(np.asarray(values, float)[:, None] + over + move, FINDINGS)[None]
+        for i, move in enumerate(seeds)
+    }
+    return one | {"": np.mean(list(one.values()), axis=0)}
 
 
-def test_a_difference_is_shown_only_with_its_interval_every_seed_and_holm():
+def differences(values, seeds, enough=ENOUGH, second="centralised"):
+    """The rows of a difference from a model that has 0 in each finding, and seeds that agree."""
+    zero = draws_around([0.0] * 14, [0.0] * len(seeds), noise=0)
+    names = {"test_set": "all", "first": "federated", "second": second}
+    rows = join_rows([pair_rows(draws_around(values, seeds), zero, enough, names)])
+    return rows.set_index("finding")
+
+
+def test_a_difference_is_shown_beyond_patients_and_seeds():
     clear = differences([0.1] * 14, seeds=[0.0, 0.01, -0.01])
-    assert (clear["verdict"] == "shown").all() and (clear["seeds_agree"] == 3).all()
-    one_seed_disagrees = differences([0.1] * 14, seeds=[0.1, 0.05, -0.15])
-    assert (one_seed_disagrees["ci_low"] > 0).all()
-    assert (one_seed_disagrees["verdict"] == "no difference shown").all()
-    assert one_seed_disagrees["seed_low"]["mean"] == pytest.approx(-0.05)
-    # An interval just beside 0: shown alone, not among 14.
-    barely = differences([0.0225] + [0.0] * 13, seeds=[0.0]).iloc[0]
-    assert barely["ci_low"] > 0 and barely["p"] < 0.05 < barely["p_holm"]
-    assert barely["verdict"] == "no difference shown"
-    undefined = differences([np.nan] + [0.1] * 13, seeds=[0.0])
+    assert (clear["verdict"] == "shown").all() and (clear["seeds"] == 3).all()
+    far_apart = differences([0.1] * 14, seeds=[0.1, 0.05, -0.15])
+    assert (far_apart["ci_low"] < 0).all() and (far_apart["verdict"] == "no difference shown").all()
+    assert far_apart["seed_low"]["mean"] == pytest.approx(-0.05)
+    assert (far_apart["detectable_5"] < far_apart["detectable_3"]).all()
+    undefined = differences([np.nan] + [0.1] * 13, seeds=[0.0, 0.01])
     assert undefined["verdict"].iloc[0] == "not defined" == undefined["verdict"]["mean"]
+
+
+def test_with_one_seed_nothing_is_shown():
+    one = differences([0.5] * 14, seeds=[0.0])
+    assert set(one["verdict"]) == {"one training seed: not judged"} and one["ci_low"].isna().all()
+
+
+def test_too_few_patients_give_no_verdict():
+    few = differences([0.1] * 14, [0.0, 0.01], np.arange(14) > 0)
+    assert few["verdict"].tolist() == ["too few patients"] + ["shown"] * 14
+    assert few["p"].isna().tolist() == [True] + [False] * 14
+
+
+def test_the_primary_hypothesis_stands_apart_and_all_others_together():
+    values = [0.0225] + [0.0] * 13
+    rows = differences(values, seeds=[0.0, 0.0])
+    # An interval just beside 0: shown alone, not among 14.
+    assert rows["ci_low"].iloc[0] > 0 and rows["p"].iloc[0] < 0.05 < rows["p_holm"].iloc[0]
+    assert rows["verdict"].iloc[0] == "no difference shown"
+    assert rows["p_holm"]["mean"] == rows["p"]["mean"]
+    other = differences(values, seeds=[0.0, 0.0], second="local client-1")
+    assert other["p_holm"]["mean"] >= other["p"]["mean"]
+    assert other["p_holm"].iloc[0] == pytest.approx(15 * other["p"].iloc[0])
 
 
 def coverage(runs, level="patient", repeats=200):

@@ -105,7 +105,9 @@ def test_own_films_are_read_decoded_split_trained_and_evaluated_with_masks(tmp_p
     assert auroc.loc[KNOWN, "n"].tolist() == test[KNOWN].notna().sum().tolist()
     assert auroc.loc[KNOWN, "positives"].tolist() == test[KNOWN].sum().tolist()
     assert auroc.loc[OTHERS, "value"].isna().all() and (auroc.loc[OTHERS, "n"] == 0).all()
-    assert auroc.loc["mean", "positives"] == 6 and auroc.loc["mean", "value"] > 0
+    # Too few test patients for any verdict, and for a mean; the single values stand.
+    assert auroc.loc["mean", "positives"] == 0 and np.isnan(auroc.loc["mean", "value"])
+    assert auroc.loc[KNOWN, "value"].notna().any() and auroc["ci_low"].isna().all()
     assert set(tabulate(metrics).loc[OTHERS, "AUROC, federated"]) == {"not labelled"}
 
 

@@ -119,8 +119,8 @@ def test_killed_nodes_and_a_killed_server_cost_rounds_not_the_run(flwr, tmp_path
     assert models == list(range(1, before + 2))
 
 
-def fake(tmp_path, monkeypatch, run, status):
-    """Commands in place of Flower's: `flwr run` says `run` and ends with 0, `flwr list` a status."""
+def fake(tmp_path, run, status):
+    """A `flwr` in place of Flower's, by PATH: its `run` says that and ends with 0; `list` a status."""
     listed = {"runs": [{"status": status, "status-details": "films of another size"}]}
     tool = tmp_path / "flwr"
     tool.write_text(
@@ -129,18 +129,18 @@ def fake(tmp_path, monkeypatch, run, status):
         "time.sleep(60 if 'slow' in sys.argv[-2] else 0)\n"
     )
     tool.chmod(0o755)
-    monkeypatch.setattr(commands, "command", lambda name: str(tool))
+    return {"PATH": str(tmp_path)}
 
 
-def test_a_failed_run_is_reported_as_failed_though_the_command_ends_well(tmp_path, monkeypatch):
-    fake(tmp_path, monkeypatch, "Successfully started run 7", "finished:failed")
+def test_a_failed_run_is_reported_as_failed_though_the_command_ends_well(tmp_path):
+    there = fake(tmp_path, "Successfully started run 7", "finished:failed")
     with pytest.raises(NotebookFailed, match="run 7 finished:failed: films of another size"):
-        run_server_app({}, {})
-    fake(tmp_path, monkeypatch, "no app here", "finished:completed")
+        run_server_app({}, there)
+    there = fake(tmp_path, "no app here", "finished:completed")
     with pytest.raises(NotebookFailed, match="did not start the run: no app here"):
-        run_server_app({}, {})
-    fake(tmp_path, monkeypatch, "Successfully started run 7", "finished:completed")
-    assert run_server_app({}, {})["status"] == "finished:completed"
+        run_server_app({}, there)
+    there = fake(tmp_path, "Successfully started run 7", "finished:completed")
+    assert run_server_app({}, there)["status"] == "finished:completed"
 
 
 def test_a_command_that_hangs_is_stopped(capsys):

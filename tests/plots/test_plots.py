@@ -321,8 +321,8 @@ def test_curves_have_a_panel_a_finding_and_name_the_undefined(draw):
     truth[3, 0] = np.nan
     figure = draw(truth, np.linspace(1, 0, 20 * 14).reshape(20, 14))
     assert len([ax for ax in figure.axes if ax.get_title(loc="left")]) == 14
-    assert texts(figure).count("not defined (0 positives)") == 1
-    assert texts(figure).count("not defined (0 negatives)") == 1
+    assert texts(figure).count("no film shows it") == 1
+    assert texts(figure).count("all films show it") == 1
     name = "AUROC" if draw is roc_curves else "AP"
     assert any(text.startswith(f"Atelectasis {name} 1.00") for text in texts(figure))
 
@@ -338,7 +338,7 @@ def test_pr_panels_show_the_prevalence_as_chance():
 def test_a_lone_arms_forest_writes_every_value():
     said = texts(auroc_forest(metrics_table(["federated"])))
     assert said.count("0.700 [0.650, 0.750]") == 14
-    assert said.count("not defined (0 positives)") == 1 and "mean of 13" in said
+    assert said.count("no film shows it") == 1 and "mean of 13" in said
 
 
 @pytest.mark.parametrize("arms", [["federated"], ["federated", "centralised", "local"]])
@@ -360,6 +360,12 @@ def test_forest_shows_local_models_as_circles_and_prefers_the_mean_over_seeds():
     assert max(len(line.get_xdata()) for line in circles) == 2 * 15
     alone = pd.concat([seed, local], ignore_index=True)
     assert "federated 0.100 [0.650, 0.750]" in texts(auroc_forest(alone))
+
+
+def test_a_tick_stands_where_the_same_findings_are_on_all_films():
+    figure = subgroup_forest(three_arms().assign(on_all_films=0.42), "phantom")
+    ticks = [line for line in figure.axes[0].lines if line.get_marker() == "|"]
+    assert ticks and {line.get_xdata()[0] for line in ticks} == {0.42}
 
 
 def test_subgroups_with_few_positives_are_grey():

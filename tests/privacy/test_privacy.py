@@ -248,7 +248,7 @@ def test_with_a_huge_clip_and_no_noise_a_step_is_plain_sgd_on_the_same_batch(
         return optimizer
 
     monkeypatch.setattr(private, "make_optimizer", watched)
-    monkeypatch.setattr(private, "gaussian", lambda like, deviation, draw: torch.zeros_like(like))
+    monkeypatch.setattr(gradients, "gaussian", lambda like, deviation, draw: torch.zeros_like(like))
     client = private_client(tmp_path, films, clip=1e9, tracked=tracked, augment="false", **SGD)
     model = smooth(build(tracked))
     sent = to_cpu(model.tracked_state())

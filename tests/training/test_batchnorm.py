@@ -8,9 +8,10 @@ from tiny import ROUNDING, tiny_films, tiny_settings
 
 from fedutils.client import Client
 from fedutils.dataset import normalise
+from fedutils.fedavg import TrimmedMean, WeightedMean
 from fedutils.model import build_resnet34
 from fedutils.training import batchnorm
-from fedutils.training.batchnorm import PooledBatchNorm, measure_batchnorm
+from fedutils.training.batchnorm import measure_batchnorm, pool_batchnorm
 from fedutils.training.training import Training
 
 
@@ -34,18 +35,36 @@ def seen_by_layer1(model, films):
 def test_pooled_statistics_are_those_of_all_films_together():
     rng = np.random.default_rng(0)
     parts = [rng.normal(k, 1 + k, (n, 5)) for k, n in enumerate((10, 200, 37))]
-    pool = PooledBatchNorm()
+    measured = []
     for part in parts:
         mean, var = torch.tensor(part.mean(0)), torch.tensor(part.var(0))
-        pool.add({"bn.running_mean": mean.float(), "bn.running_var": var.float()}, len(part))
+        state = {"bn.running_mean": mean.float(), "bn.running_var": var.float()}
+        measured.append((state, len(part)))
     like = {"bn.running_mean": torch.zeros(5), "bn.running_var": torch.zeros(5)}
-    pooled, together = pool.result(like), np.concatenate(parts)
+    pooled, together = pool_batchnorm(measured, like, WeightedMean), np.concatenate(parts)
     assert np.allclose(pooled["bn.running_mean"], together.mean(0), atol=1e-6)
     assert np.allclose(pooled["bn.running_var"], together.var(0), rtol=1e-5)
 
 
-def test_nobody_measured_leaves_nothing_to_change():
-    assert PooledBatchNorm().result({}) == {}
+@pytest.mark.parametrize("trim", (0.2, 0.5))
+def test_a_liar_moves_measured_statistics_no_further_than_an_honest_client(trim):
+    measured, honest = [], [(0.0, 1.0), (0.2, 1.2), (0.1, 0.8), (0.3, 1.1)]
+    for mean, var in [*honest, (100.0, 1e4)]:
+        about = {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.tensor([var])}
+        measured.append((about, 10))
+    like = {"bn.running_mean": torch.zeros(1), "bn.running_var": torch.zeros(1)}
+    pooled = pool_batchnorm(measured, like, lambda: TrimmedMean(trim))
+    assert 0 <= pooled["bn.running_mean"] <= 0.3 and 0.8 <= pooled["bn.running_var"] <= 1.3
+
+
+def test_where_nobody_can_measure_the_averages_stay(tmp_path, monkeypatch):
+    films, states = tiny_films(tmp_path), []
+    for policy in ("average", "precise"):
+        settings = tiny_settings(tmp_path, name=policy, batchnorm=policy, rounds=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(batchnorm, "measure_batchnorm", lambda *about: 1 / 0)
+            states.append(Training(settings, films).train()["state_sha256"].iloc[-1])
+    assert states[0] == states[1]
 
 
 def test_a_client_measures_the_tracked_layers_under_the_global_state(films, tmp_path):

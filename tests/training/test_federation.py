@@ -38,7 +38,7 @@ STRATEGIES = [
     {"strategy": "fedavg", "batchnorm": "local"},
     {"strategy": "fedavg", "batchnorm": "frozen"},
     {"strategy": "fedavg", "batchnorm": "precise"},
-    {"strategy": "fedavg", "aggregation": "median", "client_fraction": 0.6},
+    {"strategy": "fedavg", "aggregation": "median"},
     {"strategy": "scaffold", "client_fraction": 0.6} | SGD,
 ]
 NAMES = ["-".join(str(v) for k, v in s.items() if k not in SGD) for s in STRATEGIES]
@@ -223,6 +223,79 @@ def test_best_rounds_without_any_auroc_go_by_the_loss():
     assert best_rounds(history)["round"].tolist() == [2]
 
 
+def test_without_validation_films_the_last_round_is_kept_and_reported(tmp_path):
+    films = tiny_films(tmp_path)
+    films.index.loc[films.index["split"] == "val", "split"] = "test"
+    history = Training(tiny_settings(tmp_path, rounds=3), films).train()
+    model = load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
+    assert state_hash(model) == hashes(history)[2]
+    assert best_rounds(history)["round"].tolist() == [3]
+
+
+def unlabelled(work, name):
+    """Films of which one client knows no label."""
+    films = tiny_films(work)
+    films.labels[(films.index["client"] == name).to_numpy()] = math.nan
+    return films
+
+
+def test_a_hospital_without_labels_weighs_nothing_and_costs_no_round(tmp_path):
+    films = unlabelled(tmp_path / "all", "client-3")
+    history = Training(tiny_settings(tmp_path / "all"), films).train()
+    rows = history[history["client"] == "client-3"]
+    assert set(rows["status"]) == {"unlabelled"} and set(rows["examples"]) == {0}
+    assert set(aggregated(history)["examples"]) == {24} and set(history["round"]) == {1, 2}
+    two = tiny_films(tmp_path / "two")
+    others = two.where(two.index["client"] != "client-3")
+    alone = Training(tiny_settings(tmp_path / "two"), others).train()
+    # Beside it the others end as without it, but for the validation films.
+    assert hashes(history) == hashes(alone)
+
+
+def test_no_local_model_of_a_hospital_without_labels(tmp_path):
+    films = unlabelled(tmp_path, "client-3")
+    with pytest.raises(InputError, match="client-3 has no known label"):
+        Training(tiny_settings(tmp_path, arms="federated,local"), films)
+
+
+def test_a_hospital_weighs_by_its_known_labels(tmp_path):
+    films = tiny_films(tmp_path)
+    films.labels[(films.index["client"] == "client-3").to_numpy(), :7] = math.nan
+    history = Training(tiny_settings(tmp_path, rounds=1), films).train()
+    assert history["examples"].tolist() == [12, 12, 6, 30]
+
+
+@pytest.mark.parametrize(
+    ("rule", "clients", "hint"),
+    [
+        ({"aggregation": "trimmed"}, 3, r"trim=0.2 of 3 clients.*trim=0.34 would"),
+        ({"aggregation": "trimmed"}, 4, r"trim=0.2 of 4 clients.*trim=0.25 would"),
+        ({"aggregation": "median"}, 2, "use mean"),
+        ({"aggregation": "median", "client_fraction": 0.4}, 5, "median of 2 clients"),
+    ],
+)
+def test_a_rule_that_cuts_off_nobody_is_refused_with_the_value_that_would(
+    tmp_path, rule, clients, hint
+):
+    films = tiny_films(tmp_path, clients=clients)
+    with pytest.raises(InputError, match=hint):
+        Training(tiny_settings(tmp_path, num_clients=clients, **rule), films)
+
+
+def test_a_round_of_too_few_for_its_rule_is_no_round(tmp_path, monkeypatch):
+    break_client(monkeypatch, "client-2", "raises")
+    with pytest.raises(FederationError, match="client-2 failed"):
+        train(tmp_path, aggregation="median")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"arms": "federated,federated"}, {"seeds": "0,0"}, {"seeds": "1,01"}]
+)
+def test_no_model_is_trained_twice(tmp_path, changes):
+    with pytest.raises(InputError, match="names one twice"):
+        tiny_settings(tmp_path, **changes)
+
+
 def break_client(monkeypatch, name, how):
     fit = Client.fit
 
@@ -236,6 +309,10 @@ def break_client(monkeypatch, name, how):
             update.state["fc.bias"][0] = math.nan
         if how == "infinity":
             update.state["layer1.0.conv1.weight"][0] = math.inf
+        if how == "variance":
+            update.state["layer1.0.bn1.running_var"][3] = -1.0
+        if how == "huge":
+            update.state["fc.weight"][0] = 1e30
         object.__setattr__(update, "seconds", 999.0 if how == "late" else update.seconds)
         return update, kept
 
@@ -248,6 +325,8 @@ def break_client(monkeypatch, name, how):
         ("raises", "failed", "RuntimeError: disk on fire"),
         ("nan", "non-finite", "fc.bias"),
         ("infinity", "non-finite", "layer1.0.conv1.weight"),
+        ("variance", "out of range", "layer1.0.bn1.running_var, a variance, holds -1"),
+        ("huge", "out of range", "fc.weight holds 1e+30"),
         ("late", "late", "took 999.0 s"),
     ],
 )
@@ -271,6 +350,12 @@ def test_a_client_without_films_is_named(tmp_path):
     history = Training(tiny_settings(tmp_path, rounds=1), films).train()
     row = history[history["client"] == "client-3"].iloc[0]
     assert row["status"] == "failed" and "no training films" in row["reason"]
+
+
+def test_a_model_that_is_broken_is_not_judged_and_ends_no_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(replicas, "predict_with", lambda *about: np.full((1, 14), np.nan))
+    history = aggregated(train(tmp_path))
+    assert len(history) == 2 and history[["val_loss", "val_auroc"]].isna().all(axis=None)
 
 
 def test_below_min_clients_the_run_stops_with_everything_saved(tmp_path, monkeypatch):

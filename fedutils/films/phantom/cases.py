@@ -1,5 +1,6 @@
 """Who is in the phantom: patients, scanners, films and findings, by quota."""
 
+from collections import namedtuple
 from typing import NamedTuple
 
 import numpy as np
@@ -13,22 +14,12 @@ DEFAULT_PATIENTS = 1200
 DEFAULT_SIZE = 192  # pixels
 
 
-class Scanner(NamedTuple):
-    """One detector type: its share of patients, its case mix and the look of its films."""
-
-    spacing: float  # mm a pixel of the original, which is how NIH's table tells scanners apart
-    width: int
-    height: int
-    patients: float  # share of patients, like the next two from NIH's own table
-    ap: float  # share of AP films
-    clear: float  # share of films without a finding
-    zoom: float
-    gamma: float
-    contrast: float
-    noise: float
-    border: float  # collimated margin, as a share of the film
-
-
+# A detector type: mm a pixel and size of the original, which is how NIH's table tells them apart;
+# shares of patients, of AP films and of films without a finding, from that table, too; then the
+# look of its films, whose border is a collimated margin as a share of the film.
+Scanner = namedtuple(
+    "Scanner", "spacing width height patients ap clear zoom gamma contrast noise border"
+)
 SCANNERS = (
     Scanner(0.143, 2992, 2991, 0.45, 0.15, 0.45, 1.00, 1.00, 1.00, 0.010, 0.00),
     Scanner(0.168, 2048, 2500, 0.23, 0.59, 0.40, 1.08, 1.25, 1.10, 0.016, 0.00),

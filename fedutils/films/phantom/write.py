@@ -6,7 +6,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +30,7 @@ BOXED = FINDINGS[:8]  # the findings that NIH's radiologists boxed
 
 
 def draw_batch(count: int, size: int = DEFAULT_SIZE, seed: int = 0) -> np.ndarray:
-    """Draw `count` films of the phantom's mix; uint8 of shape (count, size, size).
-
-    Their patient numbers lie above all others, so none of them is a film of a written phantom.
-    """
+    """Draw `count` films, uint8 (count, size, size), of patients that no written phantom has."""
     table = phantom_table(max(20, count), seed)
     table["Patient ID"] += 90_000_000
     films = to_films(table)[:count]
@@ -55,9 +51,8 @@ def write_phantom(
 ) -> Path:
     """Write the phantom in NIH's Kaggle layout, or do nothing if it is already there.
 
-    `size` is the edge of the films in pixels. The folder appears as a whole or not at all; an
-    unfinished or different phantom in its place is replaced. The same arguments give the same
-    bytes. Raises InputError if the folder holds something else, or for a size below 64.
+    `size` is the edge of the films in pixels. The folder appears as a whole or not at all; the same
+    arguments give the same bytes. InputError where it holds something else, or for a size below 64.
     """
     if size < 64:
         raise InputError(f"size={size}: the phantom's films need at least 64 pixels")
@@ -94,21 +89,18 @@ def _write(folder: Path, table: pd.DataFrame, manifest: dict) -> None:
     for part in ("images_001", "images_002"):
         (folder / part / "images").mkdir(parents=True)
     (folder / "PHANTOM.json").write_text(json.dumps(manifest | {"finished": False}))
-    films = to_films(table)
-    paths = [folder / part / "images" / film.name for part, film in zip(parts, films, strict=True)]
-    rgba = np.arange(len(films)) % 97 == 13  # NIH has 4 of them in 1,000
-    size, seed = repeat(manifest["size"]), repeat(manifest["seed"])
-    boxes = _in_threads(_write_film, paths, films, rgba, size, seed)
-    _write_tables(folder, table, boxes)
+
+    def draw(film: Film, part: str, rgba: bool) -> dict[str, tuple]:
+        """Draw one film into a PNG file and return its boxes."""
+        pixels, boxes = draw_film(film, manifest["size"], manifest["seed"])
+        image = Image.fromarray(pixels)
+        image = image.convert("RGBA") if rgba else image
+        image.save(folder / part / "images" / film.name, compress_level=1)
+        return boxes
+
+    rgba = np.arange(len(table)) % 97 == 13  # NIH has 4 of them in 1,000
+    _write_tables(folder, table, _in_threads(draw, to_films(table), parts, rgba))
     (folder / "PHANTOM.json").write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def _write_film(path: Path, film: Film, rgba: bool, size: int, seed: int) -> dict[str, tuple]:
-    """Draw one film into a PNG file and return its boxes."""
-    pixels, boxes = draw_film(film, size, seed)
-    image = Image.fromarray(pixels)
-    (image.convert("RGBA") if rgba else image).save(path, compress_level=1)
-    return boxes
 
 
 def _write_tables(folder: Path, table: pd.DataFrame, boxes: list[dict[str, tuple]]) -> None:

@@ -1,0 +1,85 @@
+"""Intervals that hold with few positive patients, and with few training seeds."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+LEVEL = 0.95
+PRIOR = 3  # patients that the model of an AUROC's variance counts for, beside the positive ones
+GRID = np.r_[np.linspace(1e-4, 0.9, 1800, endpoint=False), 1 - np.geomspace(0.1, 1e-7, 4000)]
+
+
+def auroc_interval(
+    value: float, variance: float, positive: int, negative: int
+) -> tuple[float, float]:
+    """Score interval (95 %) of an AUROC, of which `positive` and `negative` count the patients.
+
+    `variance` is that over patients, such as the bootstrap's. A percentile or Wald interval is too
+    short with few positives, since near 1 the variance vanishes with its estimate. Here the ends
+    are the AUROCs from which `value` lies 1.96 of *their* standard errors away (Newcombe, Stat.
+    Med. 2006, method 5), by the variance of Hanley and McNeil (1982) with patients as units,
+    times how much `variance` differs from it, which counts `positive` patients against PRIOR.
+    NaN without a value.
+    """
+    from scipy.stats import norm
+
+    if np.isnan(value):
+        return np.nan, np.nan
+    inside = float(np.clip(value, GRID[0], GRID[-1]))
+    corrected = variance * positive / max(1, positive - 1)
+    seen = corrected / hanley_mcneil(inside, positive, negative)
+    scale = (positive * seen + PRIOR) / (positive + PRIOR)
+    reach = norm.ppf((1 + LEVEL) / 2) * np.sqrt(scale * hanley_mcneil(GRID, positive, negative))
+    held = GRID[np.abs(GRID - inside) <= reach]
+    low, high = (held[0], held[-1]) if len(held) else (inside, inside)
+    return float(min(low, value)), float(max(high, value))
+
+
+def hanley_mcneil(auroc: ArrayLike, positive: int, negative: int) -> np.ndarray:
+    """Return the variance of an AUROC of so many independent films of each kind (their Q1, Q2)."""
+    area, half = np.asarray(auroc, dtype=float), (positive + negative) / 2 - 1
+    pairs = 1 + half * (1 - area) / (2 - area) + half * area / (1 + area)
+    return area * (1 - area) * pairs / (positive * negative)
+
+
+def seed_variance(by_seed: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the variance of the mean over seeds (seeds, ...), and its degrees of freedom."""
+    count = len(by_seed)
+    if count < 2:
+        return np.full(by_seed.shape[1:], np.nan), 0
+    return by_seed.var(axis=0, ddof=1) / count, count - 1
+
+
+def difference_interval(
+    value: np.ndarray, patients: np.ndarray, seeds: list[tuple[np.ndarray, int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the ends of the interval (95 %) of differences, and their two-sided p.
+
+    `patients` is their variance over patients, `seeds` that of each side over training seeds, with
+    its degrees of freedom, as from `seed_variance`. The components add up; the quantile is that of
+    t with Satterthwaite's degrees of freedom (1946), of which patients have as many as one likes.
+    NaN where a side has one seed: then nothing is known of how another would have ended.
+    """
+    from scipy.stats import t
+
+    total = patients + sum(variance for variance, _ in seeds)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wobble = sum(variance**2 / freedom for variance, freedom in seeds if freedom)
+        freedom = np.minimum(total**2 / wobble, 1e6)
+        error = np.sqrt(total)
+        reach = t.ppf((1 + LEVEL) / 2, freedom) * error
+        p = 2 * t.sf(np.abs(value) / error, freedom)
+    same = (total == 0) & (value == 0)  # one model, twice
+    return value - np.where(same, 0, reach), value + np.where(same, 0, reach), np.where(same, 1, p)
+
+
+def detectable(patients: float, one_seed: float, count: int) -> float:
+    """Return the difference that is shown in 80 % of all repetitions with `count` seeds a side.
+
+    `patients` is the variance over patients, `one_seed` that of a single training on either side.
+    """
+    from scipy.stats import t
+
+    seeds = one_seed / count
+    total = patients + 2 * seeds
+    freedom = min(total**2 / max(2 * seeds**2 / (count - 1), 1e-300), 1e6)
+    return float((t.ppf((1 + LEVEL) / 2, freedom) + t.ppf(0.8, freedom)) * np.sqrt(total))
