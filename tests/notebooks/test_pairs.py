@@ -67,7 +67,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "notebooks"
 
 
-@pytest.mark.xfail(strict=True, reason="the pairs hold no outputs until `make render` has run")
 def test_the_committed_notebooks_are_their_py_executed_in_order():
     assert [path.stem for path in sorted(FOLDER.glob("*.py"))] == list(NOTEBOOKS)
     assert check_pairs(FOLDER) == []
