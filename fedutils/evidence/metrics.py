@@ -53,20 +53,23 @@ def evaluate_models(
     """
     index = films.index.set_index("image_index").loc[predictions["image_index"].unique()]
     groups = test_groups(index)
-    findings = {
-        name: evaluable_findings(truth_of(index), index["patient_id"], list(family.values()))
-        for family in groups.values()
-        for name in family
-    }
-    # A mean of a part never holds a finding that the primary mean leaves out.
-    findings = {k: [f for f in fs if f in findings[ALL_FILMS]] for k, fs in findings.items()}
     masks = {name: mask for family in groups.values() for name, mask in family.items()}
-    resamples = patient_resamples(index["patient_id"], repeats, seed)
-    draws = add_means(resample_models(predictions, index, resamples, masks, findings))
-    tables, counts = [], {}
+    counts = {}
     for name, mask in masks.items():
         labels = truth_of(index[mask])
         counts[name] = labels, *count_patients(labels, index.loc[mask, "patient_id"].to_numpy())
+    enough = {name: np.minimum(*both) >= LEAST_PATIENTS for name, (_, *both) in counts.items()}
+    findings: dict[str, list[str]] = {}
+    for family in groups.values():
+        shared = evaluable_findings(truth_of(index), index["patient_id"], list(family.values()))
+        # A mean of a part never holds a finding that the primary mean leaves out.
+        shared = [finding for finding in shared if finding in findings.get(ALL_FILMS, shared)]
+        for name in family:  # nor one that the part has too few patients of: then it has no mean
+            has = [enough[name][FINDINGS.index(finding)] for finding in shared]
+            findings[name] = shared if all(has) else []
+    resamples = patient_resamples(index["patient_id"], repeats, seed)
+    draws = add_means(resample_models(predictions, index, resamples, masks, findings))
+    tables = []
     for owner, by_set in draws.items():
         for name, values in by_set.items():
             rows = tabulate_draws(values, *counts[name], findings[name])
@@ -74,9 +77,7 @@ def evaluate_models(
             whole = by_set[ALL_FILMS][0, chosen, 0].mean() if chosen else np.nan
             rows["on_all_films"] = np.where(rows["finding"] == MEAN, whole, np.nan)
             tables.append(name_model(name_rows(rows, {"test_set": name}), owner))
-    clients = list(groups["client"])
-    enough = {name: np.minimum(*both) >= LEAST_PATIENTS for name, (_, *both) in counts.items()}
-    rows = difference_rows(draws, clients, enough)
+    rows = difference_rows(draws, list(groups["client"]), enough)
     return Evaluation(pd.concat(tables, ignore_index=True), rows, findings[ALL_FILMS])
 
 

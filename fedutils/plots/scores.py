@@ -150,8 +150,9 @@ def subgroup_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
     rows = rows.assign(lane=lane, few=few, beside=beside)
     films = rows.drop_duplicates("test_set").set_index("test_set")["n"]
     names = [f"{name} ({films[name]:,} films)" for name in names]
-    heading = "Mean AUROC by subgroup (tick: its findings on all films; grey: under"
-    heading += f" {LEAST_POSITIVES} positives)"
+    heading = (
+        f"Mean AUROC by subgroup (tick: on all films; grey: under {LEAST_POSITIVES} positives)"
+    )
     return _forest(heading, title, rows, names, {}, True)
 
 

@@ -244,6 +244,17 @@ def test_a_test_set_that_is_too_small_says_which_size_would_do():
     assert "has no mean AUROC: too few test patients" in said and "shown" not in said
 
 
+def test_a_part_with_too_few_patients_has_no_mean():
+    predictions, films = invented(seeds=1)
+    films.index.loc[films.index["patient_id"].astype(int) < 6, "scanner"] = "0.199"
+    rows = evaluate_models(predictions, films, seed=0, repeats=50).metrics
+    means = rows.query("finding == 'mean' and metric == 'auroc' and arm == 'federated'")
+    means = means[means["seed"] == ""].set_index("test_set")
+    assert means.loc["scanner=0.143", "value"] > 0.5
+    few = means.loc["scanner=0.199"]
+    assert few[["value", "ci_low", "on_all_films"]].isna().all() and few["positives"] == 0
+
+
 def test_a_subgroup_stands_beside_the_same_findings_on_all_films(three_arms):
     rows = three_arms.metrics.query("metric == 'auroc' and seed == '' and arm == 'federated'")
     mean = rows[(rows["test_set"] == "sex=F") & (rows["finding"] == "mean")].iloc[0]
