@@ -15,7 +15,7 @@ from ..base.files import git_revision, sha256, write_atomic
 from ..base.parameters import Parameters
 from ..base.state import state_hash
 from ..dataset import read_report
-from ..run import read_budget, read_films
+from ..run import read_budget, read_films, read_history
 from .metrics import evaluate_models
 from .predict import read_predictions
 from .tables import ALL_FILMS, MEAN, METRICS, OWNER, Evaluation, read_table, rows_of
@@ -78,7 +78,7 @@ def verify_run(settings: Parameters) -> list[str]:
     there = _hashes(run, [run / name for name in written])
     wrong = [f"{name} is missing" for name in written if name not in there]
     wrong += [f"{name} has changed" for name in there if there[name] != written[name]]
-    history = set(pd.read_csv(run / "history.csv")["state_sha256"].dropna())
+    history = set(read_history(run)["state_sha256"].dropna())
     # Local BatchNorm is in the file of a model, but not in what travelled and was hashed.
     for name in sorted(there) if settings.batchnorm != "local" else ():
         model = name.startswith("models/") and name != "models/trunk.safetensors"

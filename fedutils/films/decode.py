@@ -14,7 +14,7 @@ import pandas as pd
 from PIL import Image
 
 from ..base.errors import InputError
-from ..base.files import sha256, write_atomic
+from ..base.files import read_written, sha256, write_atomic
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters, parameter
 from .read import NihData
@@ -89,7 +89,7 @@ def decode_films(
                 progress(min(chunk.stop, len(table)), len(table))
         del store
         _publish(work, prepared, key)
-    return pd.read_csv(films, dtype=dict.fromkeys(FILM_COLUMNS, str), keep_default_na=False)
+    return read_written(films, *FILM_COLUMNS)
 
 
 def _open_store(work: Path, films: int, image_size: int) -> tuple[np.ndarray, int]:
