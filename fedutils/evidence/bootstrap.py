@@ -98,11 +98,10 @@ def bootstrap(
     counts = [csr_matrix((weight, (segment, owner)), shape) for weight in classes]
     for count in counts:
         count.eliminate_zeros()
-    parts = [
-        resamples.times[:, part : part + RESAMPLES_AT_ONCE]
-        for part in range(0, repeats, RESAMPLES_AT_ONCE)
-    ]
-    areas = [_areas(*(count @ part for count in counts), wanted) for part in parts]
+    areas = []
+    for start in range(0, repeats, RESAMPLES_AT_ONCE):
+        times = resamples.times[:, start : start + RESAMPLES_AT_ONCE]
+        areas.append(_areas(*(count @ times for count in counts), wanted))
     return np.concatenate(areas, axis=1)
 
 

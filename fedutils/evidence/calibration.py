@@ -5,13 +5,15 @@ may be missing (NaN): the film is then left out for that finding.
 """
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..base.findings import FINDINGS
-from .tables import MEAN, OWNER, name_model
+from ..base.scores import both_classes, labelled
+from .tables import MEAN, OWNER, name_model, truth_of
 
 BINS = 15
 TEMPERATURES = (0.05, 20.0)  # what is searched: beyond them there is nothing left to calibrate
@@ -20,14 +22,12 @@ YOUDEN, SENSITIVE = "Youden", "sensitivity 0.9"
 
 def _known(truth: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Keep the known labels, flat; raise ValueError on other shapes, labels or probabilities."""
-    truth, probability = np.asarray(truth, dtype=float), np.asarray(probability, dtype=float)
-    if truth.shape != probability.shape:
-        raise ValueError(f"truth {truth.shape} and probability {probability.shape} must be alike")
-    known = ~np.isnan(truth)
-    truth, probability = truth[known], probability[known]
-    labels, chances = (truth == 0) | (truth == 1), (probability >= 0) & (probability <= 1)
-    if not (labels.all() and chances.all()):
-        raise ValueError("labels must be 0, 1 or NaN, and probabilities between 0 and 1")
+    shapes = np.shape(truth), np.shape(probability)
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"truth {shapes[0]} and probability {shapes[1]} must be alike")
+    truth, probability = labelled(np.ravel(truth), np.ravel(probability))
+    if not ((probability >= 0) & (probability <= 1)).all():
+        raise ValueError("probabilities must be between 0 and 1")
     return truth, probability
 
 
@@ -41,26 +41,26 @@ def brier(truth: np.ndarray, probability: np.ndarray) -> float:
     return float(np.mean((probability - truth) ** 2)) if len(truth) else np.nan
 
 
-def reliability(truth: np.ndarray, probability: np.ndarray, bins: int = BINS) -> pd.DataFrame:
-    """Compare predicted with observed shares in bins of equal width; arguments as in `brier`.
+def reliability(truth: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
+    """Compare predicted with observed shares in 15 bins of equal width; arguments as in `brier`.
 
     Returns the bins that hold films: `films`, `predicted` (mean probability) and `observed` (share
-    with the finding). Bin k of K holds (k - 1)/K < p <= k/K, the first one 0 as well.
+    with the finding). Bin k holds (k - 1)/15 < p <= k/15, the first one 0 as well.
     """
     truth, probability = _known(truth, probability)
-    bin = np.digitize(probability, np.linspace(0, 1, bins + 1)[1:-1], right=True)
+    bin = np.digitize(probability, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
     table = pd.DataFrame({"bin": bin, "predicted": probability, "observed": truth}).groupby("bin")
     return table.mean().assign(films=table.size()).reset_index(drop=True)
 
 
-def calibration_error(truth: np.ndarray, probability: np.ndarray, bins: int = BINS) -> float:
+def calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
     """Expected calibration error: the mean gap in `reliability`, weighted by films.
 
     Naeini et al. (AAAI 2015), with the 15 bins of equal width of Guo et al. (ICML 2017), for the
     probability of the finding. Of a rare finding nearly all films are in the first bin, so that
     it mostly compares the mean probability with the prevalence. NaN without any label.
     """
-    table = reliability(truth, probability, bins)
+    table = reliability(truth, probability)
     gap = (table["predicted"] - table["observed"]).abs()
     return float(np.average(gap, weights=table["films"])) if len(table) else np.nan
 
@@ -98,7 +98,6 @@ def _models(validation: pd.DataFrame, test: pd.DataFrame, index: pd.DataFrame) -
     A local model is given its own hospital's validation films alone: it has no others.
     """
     index = index.set_index("image_index")
-    names = list(FINDINGS)
     validation, test = (table.fillna({"client": ""}) for table in (validation, test))
     for owner, rows in test.groupby(OWNER, sort=False):
         seen = validation[(validation[OWNER] == list(owner)).all(axis=1)]
@@ -106,7 +105,7 @@ def _models(validation: pd.DataFrame, test: pd.DataFrame, index: pd.DataFrame) -
             seen = seen[(index.loc[seen["image_index"], "client"] == owner[2]).to_numpy()]
         parts = []
         for part in (seen, rows):
-            parts += [index.loc[part["image_index"], names].to_numpy(float), part[names].to_numpy()]
+            parts += [truth_of(index.loc[part["image_index"]]), truth_of(part)]
         yield owner, *parts
 
 
@@ -123,9 +122,8 @@ def calibrate(validation: pd.DataFrame, test: pd.DataFrame, index: pd.DataFrame)
         temperature = fit_temperature(val_truth, val_probability)
         table = pd.DataFrame({"finding": FINDINGS, "n": (~np.isnan(truth)).sum(axis=0)})
         table["positives"] = (truth == 1).sum(axis=0)
-        table["prevalence"] = (table["positives"] / table["n"]).where(table["n"] > 0)
-        scaled = rescale(probability, temperature)
-        for name, scores in (("", probability), ("_scaled", scaled)):
+        table["prevalence"] = table["positives"] / table["n"]
+        for name, scores in (("", probability), ("_scaled", rescale(probability, temperature))):
             pairs = list(zip(truth.T, scores.T, strict=True))
             table[f"brier{name}"] = [brier(*pair) for pair in pairs]
             table[f"ece{name}"] = [calibration_error(*pair) for pair in pairs]
@@ -146,7 +144,7 @@ def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> f
     from sklearn.metrics import roc_curve
 
     truth, probability = _known(truth, probability)
-    if not 0 < truth.sum() < len(truth):
+    if not both_classes(truth):
         return np.nan
     false, true, cuts = roc_curve(truth, probability, drop_intermediate=False)
     # The first cut is infinity, which calls nothing positive.
@@ -162,19 +160,14 @@ def rates_at(truth: np.ndarray, probability: np.ndarray, threshold: float) -> di
     prevalence PPV and NPV are others.
     """
     truth, probability = _known(truth, probability)
-    called, positive = probability >= threshold, truth == 1
+    called, positive = pd.Series(probability >= threshold), pd.Series(truth == 1)
     parts = {
         "sensitivity": called[positive], "specificity": ~called[~positive],
         "ppv": positive[called], "npv": ~positive[~called],
     }  # fmt: skip
-    defined = {k: np.nan if np.isnan(threshold) else _share(v) for k, v in parts.items()}
+    defined = {k: np.nan if np.isnan(threshold) else v.mean() for k, v in parts.items()}
     counts = {"n": len(truth), "positives": int(positive.sum())}
-    return defined | {"prevalence": _share(positive)} | counts
-
-
-def _share(hits: np.ndarray) -> float:
-    """Share of true values; NaN of none."""
-    return float(hits.mean()) if len(hits) else np.nan
+    return defined | {"prevalence": positive.mean()} | counts
 
 
 def operating_points(
@@ -186,14 +179,12 @@ def operating_points(
     finding, rule, threshold, val_positives, sensitivity, specificity, ppv, npv, prevalence, n,
     positives`.
     """
-    tables = []
+    rows = []
     for owner, val_truth, val_probability, truth, probability in _models(validation, test, index):
-        rows = []
-        for k, finding in enumerate(FINDINGS):
-            for rule in (YOUDEN, SENSITIVE):
-                cut = choose_threshold(val_truth[:, k], val_probability[:, k], rule)
-                found = {"threshold": cut, "val_positives": int((val_truth[:, k] == 1).sum())}
-                found |= rates_at(truth[:, k], probability[:, k], cut)
-                rows.append({"finding": finding, "rule": rule} | found)
-        tables.append(name_model(pd.DataFrame(rows), owner))
-    return pd.concat(tables, ignore_index=True)
+        model = dict(zip(OWNER, owner, strict=True))
+        for (k, finding), rule in product(enumerate(FINDINGS), (YOUDEN, SENSITIVE)):
+            cut = choose_threshold(val_truth[:, k], val_probability[:, k], rule)
+            found = {"threshold": cut, "val_positives": int((val_truth[:, k] == 1).sum())}
+            found |= rates_at(truth[:, k], probability[:, k], cut)
+            rows.append(model | {"finding": finding, "rule": rule} | found)
+    return pd.DataFrame(rows)

@@ -6,21 +6,10 @@ import numpy as np
 import pandas as pd
 
 from ..base.findings import FINDINGS
+from . import tables
 from .bootstrap import variance
 from .intervals import detectable, difference_interval, seed_variance
-from .tables import (
-    ALL_FILMS,
-    FEW,
-    MEAN,
-    MEAN_LOCAL,
-    METRICS,
-    NOT_SHOWN,
-    ONE_SEED,
-    SHOWN,
-    Draws,
-    Owner,
-    name_rows,
-)
+from .tables import ALL_FILMS, MEAN, MEAN_LOCAL, METRICS, Draws, Owner
 
 DIFFERENCES = [
     "test_set", "first", "second", "finding", "metric", "value", "ci_low", "ci_high", "p", "p_holm",
@@ -40,14 +29,14 @@ def difference_rows(
     """
     others = {("centralised", ""): "centralised", ("local", ""): MEAN_LOCAL}
     others |= {("local", client): f"local {client}" for client in clients}
-    tables = []
+    pairs = []
     for (arm, client), second in others.items():
         on = [ALL_FILMS, *clients] if arm == "centralised" else [ALL_FILMS, *filter(None, [client])]
         for name in on:
             pair = draws_by_seed(draws, name), draws_by_seed(draws, name, arm, client)
             names = {"test_set": name, "first": "federated", "second": second}
-            tables.append(pair_rows(*pair, enough[name], names))
-    return join_rows(tables)
+            pairs.append(pair_rows(*pair, enough[name], names))
+    return join_rows(pairs)
 
 
 def draws_by_seed(
@@ -67,27 +56,27 @@ def pair_rows(
     if not one or not two:
         return pd.DataFrame(columns=DIFFERENCES)
     sides = [np.array([draws[s][..., 0] for s in draws if s]) for draws in (one, two)]
-    return name_rows(tabulate_differences(one[""] - two[""], sides, enough), names)
+    return tables.name_rows(tabulate_differences(one[""] - two[""], sides, enough), names)
 
 
-def join_rows(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def join_rows(pairs: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Put the rows of several pairs below each other, adjust p, and judge.
 
     The primary hypotheses, which stand apart, are two: the mean AUROC on all films, federated
     against centralised and against the mean local model. All other p of the table are adjusted
     together by `holm`. A difference is `shown` where its adjusted p is below 0.05.
     """
-    tables = [table for table in tables if len(table)]
-    if not tables:
+    pairs = [rows for rows in pairs if len(rows)]
+    if not pairs:
         return pd.DataFrame(columns=DIFFERENCES)
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat(pairs, ignore_index=True)
     primary = table["second"].isin(["centralised", MEAN_LOCAL]) & (table["test_set"] == ALL_FILMS)
     primary &= (table["finding"] == MEAN) & (table["metric"] == METRICS[0])
     table["p_holm"] = table["p"].where(primary)
     table.loc[~primary, "p_holm"] = holm(table.loc[~primary, "p"].to_numpy())
-    table["verdict"] = np.where(table["p_holm"] < 0.05, SHOWN, NOT_SHOWN)
-    table.loc[table["seeds"] < 2, "verdict"] = ONE_SEED
-    table.loc[table["few"], "verdict"] = FEW
+    table["verdict"] = np.where(table["p_holm"] < 0.05, tables.SHOWN, tables.NOT_SHOWN)
+    table.loc[table["seeds"] < 2, "verdict"] = tables.ONE_SEED
+    table.loc[table["few"], "verdict"] = tables.FEW
     table.loc[table["value"].isna(), "verdict"] = "not defined"
     return table[DIFFERENCES]
 
@@ -109,18 +98,19 @@ def tabulate_differences(
     spread = (sides[0][:, None] - sides[1][None]).reshape(-1, *value.shape)
     one = sum(of_mean * len(side) for (of_mean, _), side in zip(seeds, sides, strict=True)) / 2
     few = np.r_[~enough, False]
-    tables = []
-    for k in range(len(draws)):
-        table = pd.DataFrame({"finding": [*FINDINGS, MEAN], "metric": METRICS[k], "few": few})
-        table["value"], table["seeds"] = value[k], min(map(len, sides))
-        about = {"ci_low": low[k], "ci_high": high[k], "p": p[k]}
-        table = table.assign(**{name: np.where(few, np.nan, v) for name, v in about.items()})
-        table["seed_low"], table["seed_high"] = spread[:, k].min(axis=0), spread[:, k].max(axis=0)
+    parts = []
+    for k, metric in enumerate(METRICS[: len(draws)]):
+        table = pd.DataFrame({
+            "finding": [*FINDINGS, MEAN], "metric": metric, "few": few, "value": value[k],
+            "ci_low": low[k], "ci_high": high[k], "p": p[k], "seeds": min(map(len, sides)),
+            "seed_low": spread[:, k].min(axis=0), "seed_high": spread[:, k].max(axis=0),
+        })  # fmt: skip
+        table.loc[few, ["ci_low", "ci_high", "p"]] = np.nan
         for count in (3, 5):
             pairs = zip(patients[k], one[k], strict=True)
             table[f"detectable_{count}"] = [detectable(*pair, count) for pair in pairs]
-        tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+        parts.append(table)
+    return pd.concat(parts, ignore_index=True)
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ Points and boxes are fractions of the film's sides, so that they follow any resi
 y down, as `boxes.csv` has them.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,13 +27,10 @@ LEAST_SIZE = 224  # layer4 of such a film is 7x7 cells; of a 64-pixel film 2x2, 
 NOT_MEASURABLE = "not measurable at this size"
 CELLS = 64  # a side of the grid on which the best fixed point is sought
 FOLDS = 5
-BY_MODEL, CENTRE, ELSEWHERE, UPPER = (
-    "model", "image centre", "best fixed point, other films", "best fixed point, same films",
-)  # fmt: skip
+BY_MODEL, CENTRE = "model", "image centre"
+ELSEWHERE, UPPER = "best fixed point, other films", "best fixed point, same films"
 ALL_BOXES = "all boxes"
-POINTING = [
-    "method", "arm", "seed", "client", "finding", "hits", "n", "value", "ci_low", "ci_high",
-]  # fmt: skip
+POINTING = ["method", *OWNER, "finding", "hits", "n", "value", "ci_low", "ci_high"]
 KINDS = ("true positive", "false positive", "false negative")
 
 
@@ -85,20 +81,15 @@ def heat_maps(
     positions = pd.Index(films.index["image_index"]).get_indexer(pairs["image_index"])
     outputs = torch.tensor([FINDINGS.index(finding) for finding in pairs["finding"]], device=device)
     model.eval()
-    maps = [np.empty((0, 1, 1), np.float32)]
-    for start in range(0, len(pairs), batch_size):
-        part = slice(start, start + batch_size)
+    maps = []
+    for part in torch.arange(len(pairs)).split(batch_size):
         batch, _ = films.batch(positions[part], device)
-        cam = grad_cam(model, LAYER, batch, outputs[part])
-        maps.append(cam.cpu().numpy())
-    return np.concatenate(maps[1:] or maps)
+        maps.append(grad_cam(model, LAYER, batch, outputs[part]).cpu())
+    return torch.cat(maps).numpy()
 
 
 def load_model(settings: Parameters, name: str) -> ChestResNet:
-    """Load one model of a run, such as federated-s0, to compute in float32.
-
-    Local BatchNorm is the clients' average.
-    """
+    """Load one model of a run, such as federated-s0, in float32; local BatchNorm is the average."""
     model = build_resnet34("none", settings.tracked, settings.batchnorm, precision="fp32")
     model.load(read_model(settings.run, TRUNK) | read_model(settings.run, name))
     return model.place(find_devices(settings.device)[0]).eval()
@@ -112,17 +103,11 @@ def read_boxes(settings: Parameters, films: ChestXrayDataset) -> pd.DataFrame:
 
 def box_pairs(boxes: pd.DataFrame) -> pd.DataFrame:
     """List what is played on: each film and finding with a box, however many boxes it has."""
-    return boxes.drop_duplicates(["image_index", "finding"])[
-        ["image_index", "finding", "patient_id"]
-    ].reset_index(drop=True)
+    return boxes[["image_index", "finding", "patient_id"]].drop_duplicates(ignore_index=True)
 
 
 def lies_in_box(points: np.ndarray, pairs: pd.DataFrame, boxes: pd.DataFrame) -> np.ndarray:
-    """Tell which points (N, 2) lie in a box of their pair: bool (N,).
-
-    Tolerance: none; the point lies in the box or on its edge. With several boxes of one finding on
-    one film, any of them counts.
-    """
+    """Tell which points (N, 2) lie in any box of their pair, or on its edge: bool (N,)."""
     placed = pairs[["image_index", "finding"]].assign(px=points[:, 0], py=points[:, 1])
     both = placed.reset_index().merge(boxes, on=["image_index", "finding"])
     inside = both["px"].between(both["x"], both["x"] + both["w"])
@@ -130,12 +115,11 @@ def lies_in_box(points: np.ndarray, pairs: pd.DataFrame, boxes: pd.DataFrame) ->
     return inside.groupby(both["index"]).any().to_numpy()
 
 
-def fit_point(boxes: pd.DataFrame) -> tuple[np.ndarray, float]:
+def fit_point(boxes: pd.DataFrame) -> tuple[np.ndarray, int]:
     """Find the point that most boxes share: the cell of a 64x64 grid that most of them touch.
 
-    Returns its centre (2,) and the share of boxes that touch the cell, which is an upper bound for
-    a fixed point: it was fitted on these very boxes. Of equally good cells, that nearest to
-    their middle.
+    Returns its centre (2,) and how many touch it, which no fixed point exceeds, since it was fitted
+    on these very boxes. Of equally good cells, that nearest to their middle.
     """
     counts = np.zeros((CELLS, CELLS), int)
     for x, y, w, h in boxes[["x", "y", "w", "h"]].to_numpy():
@@ -143,7 +127,7 @@ def fit_point(boxes: pd.DataFrame) -> tuple[np.ndarray, float]:
         counts[first[0] : last[0] + 1, first[1] : last[1] + 1] += 1
     best = np.argwhere(counts == counts.max())
     nearest = best[((best - best.mean(axis=0)) ** 2).sum(axis=1).argmin()]
-    return (nearest[::-1] + 0.5) / CELLS, counts.max() / len(boxes)
+    return (nearest[::-1] + 0.5) / CELLS, counts.max()
 
 
 def cross_fitted(boxes: pd.DataFrame, pairs: pd.DataFrame, seed: int) -> np.ndarray:
@@ -154,12 +138,13 @@ def cross_fitted(boxes: pd.DataFrame, pairs: pd.DataFrame, seed: int) -> np.ndar
     """
     patients = np.sort(pairs["patient_id"].unique())
     order = generator(seed, "pointing folds").permutation(len(patients))
-    fold = pd.Series(order % FOLDS, index=patients)
+    of_pair, of_box = (
+        table["patient_id"].map(pd.Series(order % FOLDS, patients)) for table in (pairs, boxes)
+    )
     points = np.full((len(pairs), 2), np.nan)
-    for k in range(FOLDS):
-        others = boxes[(boxes["patient_id"].map(fold) != k).to_numpy()]
-        if len(others):
-            points[(pairs["patient_id"].map(fold) == k).to_numpy()] = fit_point(others)[0]
+    for k in of_pair.unique():
+        if (of_box != k).any():
+            points[of_pair == k] = fit_point(boxes[of_box != k])[0]
     return points
 
 
@@ -174,31 +159,25 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def position_baselines(boxes: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Play the pointing game without looking at a film; return a row a pair and method.
+    """Play the image centre, and the best fixed point of each finding on other patients' films.
 
-    Columns: `image_index, finding, method, hit`. The image centre, and the best fixed point of
-    each finding, fitted on other patients' films.
+    Returns a row a pair and method: `image_index, finding, patient_id, method, hit`.
     """
     tables = []
     for _, own in boxes.groupby("finding", sort=False):
         pairs = box_pairs(own)
         centre = np.full((len(pairs), 2), 0.5)
         for method, points in ((CENTRE, centre), (ELSEWHERE, cross_fitted(own, pairs, seed))):
-            there = ~np.isnan(points[:, 0])  # without another patient there is no point to play
-            played = pairs[there].assign(method=method, hit=lies_in_box(points, pairs, own)[there])
-            tables.append(played)
+            played = pairs.assign(method=method, hit=lies_in_box(points, pairs, own))
+            tables.append(played[~np.isnan(points[:, 0])])  # no other patient: no point to play
     return pd.concat(tables, ignore_index=True)
 
 
 def tally(played: pd.DataFrame) -> pd.DataFrame:
     """Count hits by finding and over all: `finding, hits, n, value, ci_low, ci_high` (Wilson)."""
-    parts = [(f, played[played["finding"] == f]) for f in FINDINGS if f in set(played["finding"])]
-    rows = []
-    for finding, part in [*parts, (ALL_BOXES, played)]:
-        count, n = int(part["hit"].sum()), len(part)
-        row = {"finding": finding, "hits": count, "n": n, "value": count / n if n else np.nan}
-        rows.append(row | dict(zip(("ci_low", "ci_high"), wilson(count, n), strict=True)))
-    return pd.DataFrame(rows)
+    table = _shares(played.groupby("finding")["hit"].agg(hits="sum", n="size"))
+    table[["ci_low", "ci_high"]] = [wilson(*row) for row in table[["hits", "n"]].to_numpy()]
+    return table
 
 
 def upper_bounds(boxes: pd.DataFrame) -> pd.DataFrame:
@@ -206,31 +185,29 @@ def upper_bounds(boxes: pd.DataFrame) -> pd.DataFrame:
 
     Rows as in `tally`, of boxes in place of films; those of all boxes have a point a finding.
     """
-    rows = []
-    for finding in [f for f in FINDINGS if f in set(boxes["finding"])]:
-        own = boxes[boxes["finding"] == finding]
-        share = fit_point(own)[1]
-        count = round(share * len(own))
-        rows.append({"finding": finding, "hits": count, "n": len(own), "value": share})
-    table = pd.DataFrame(rows)
-    total = table[["hits", "n"]].sum()
-    table.loc[len(table)] = {"finding": ALL_BOXES, **total, "value": total["hits"] / total["n"]}
-    return table
+    counts = {name: (fit_point(own)[1], len(own)) for name, own in boxes.groupby("finding")}
+    return _shares(pd.DataFrame(counts, ["hits", "n"]).T)
+
+
+def _shares(counts: pd.DataFrame) -> pd.DataFrame:
+    """Add the counts of all boxes to those by finding, and the share of hits to each."""
+    table = counts.reindex([finding for finding in FINDINGS if finding in counts.index])
+    table.loc[ALL_BOXES] = table.sum()
+    return table.assign(value=table["hits"] / table["n"]).rename_axis("finding").reset_index()
 
 
 def pointing_game(settings: Parameters, films: ChestXrayDataset) -> pd.DataFrame:
     """Play the pointing game on all boxes of test films: the rows of pointing.csv.
 
-    Zhang et al. (IJCV 2018): does the hottest point of the map lie in a box? See `lies_in_box` for
-    tolerance and several boxes. Columns: `method, arm, seed, client, finding, hits, n, value,
-    ci_low, ci_high`; the model of each arm for the first seed (of local models the first client's),
-    then what a point without a look at the film reaches. Empty where a film is under 224 pixels,
-    or there is no box.
+    Zhang et al. (IJCV 2018), without a tolerance: does the hottest point of the map lie in a box?
+    Columns: POINTING. The model of each arm for the first seed (of local models the first
+    client's), then what a point without a look at the film reaches. Empty where a film is under 224
+    pixels, or there is no box.
     """
     test = films.where(films.index["split"] == "test")
-    boxes, tables = read_boxes(settings, test), [pd.DataFrame(columns=POINTING)]
+    boxes, tables = read_boxes(settings, test), []
     if settings.image_size < LEAST_SIZE or boxes.empty:
-        return tables[0]
+        return pd.DataFrame(columns=POINTING)
     pairs = box_pairs(boxes)
     models = list_models(settings, films.index["client"].unique())
     first = {model.arm: model for model in reversed(models)}
@@ -241,7 +218,7 @@ def pointing_game(settings: Parameters, films: ChestXrayDataset) -> pd.DataFrame
     played = position_baselines(boxes, settings.seed)
     tables += [tally(played[played["method"] == m]).assign(method=m) for m in (CENTRE, ELSEWHERE)]
     tables.append(upper_bounds(boxes).assign(method=UPPER))
-    return pd.concat(tables[1:], ignore_index=True)[POINTING].astype({"seed": "Int64"})
+    return pd.concat(tables, ignore_index=True)[POINTING].astype({"seed": "Int64"})
 
 
 def pick_gallery(predictions: pd.DataFrame, points: pd.DataFrame, index: pd.DataFrame) -> list:
@@ -253,14 +230,14 @@ def pick_gallery(predictions: pd.DataFrame, points: pd.DataFrame, index: pd.Data
     come from validation. Of equals the first name. Keys: `finding, kind, image_index, probability`;
     the last two are None where there is no such film, or no cut.
     """
-    truth = index.set_index("image_index").loc[predictions["image_index"]].reset_index()
+    films = predictions.merge(index, on="image_index", suffixes=("", " truth"))
+    films = films.set_index("image_index").sort_index()
     cuts = points[points["rule"] == YOUDEN].set_index("finding")["threshold"]
     panels = []
     for finding in FINDINGS:
-        p = pd.Series(predictions[finding].to_numpy(), truth["image_index"]).sort_index()
-        has = pd.Series(truth[finding].to_numpy(), truth["image_index"]).sort_index()
+        p, truth = films[finding], films[f"{finding} truth"]
         called, missed = p >= cuts[finding], p < cuts[finding]
-        masks = (has == 1) & called, (has == 0) & called, (has == 1) & missed
+        masks = (truth == 1) & called, (truth == 0) & called, (truth == 1) & missed
         for kind, mask in zip(KINDS, masks, strict=True):
             panel = {"finding": finding, "kind": kind, "image_index": None, "probability": None}
             if mask.any():
@@ -278,25 +255,19 @@ def fill_gallery(
     `owner` is one row `arm, seed, client` that names the model. `heat` is None on films under 224
     pixels.
     """
-    shown = pd.DataFrame([panel for panel in panels if panel["image_index"]])
     boxes, size = read_boxes(settings, films), settings.image_size
-    maps: dict[tuple, np.ndarray] = {}
-    if size >= LEAST_SIZE and len(shown):
+    shown = [panel for panel in panels if panel["image_index"]]
+    heats = iter(())
+    if size >= LEAST_SIZE and shown:
         model = load_model(settings, Model(*owner.iloc[0]).name)
-        found = heat_maps(model, films, shown)
-        maps = {_key(row): heat for (_, row), heat in zip(shown.iterrows(), found, strict=True)}
+        heats = iter(heat_maps(model, films, pd.DataFrame(shown)))
+    positions = pd.Series(films.index.index, films.index["image_index"])
     filled = []
     for panel in panels:
-        own = boxes[(boxes[["image_index", "finding"]] == list(_key(panel))).all(axis=1)]
-        position = films.index.index[films.index["image_index"] == panel["image_index"]]
-        filled.append(panel | {
-            "film": films[int(position[0])][0][0].numpy() if len(position) else None,
-            "boxes": (own[["x", "y", "w", "h"]].to_numpy() * size).tolist(),
-            "heat": maps.get(_key(panel)),
-        })  # fmt: skip
+        name, film, heat = panel["image_index"], None, None
+        if name:
+            film, heat = films[positions[name]][0][0].numpy(), next(heats, None)
+        own = boxes[(boxes["image_index"] == name) & (boxes["finding"] == panel["finding"])]
+        pixels = (own[["x", "y", "w", "h"]].to_numpy() * size).tolist()
+        filled.append(panel | {"film": film, "boxes": pixels, "heat": heat})
     return filled
-
-
-def _key(panel: Mapping[str, Any]) -> tuple:
-    """Name of a panel's film and finding."""
-    return panel["image_index"], panel["finding"]

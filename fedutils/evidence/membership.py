@@ -55,7 +55,7 @@ def attack_models(
         patients = _patients(index, rows[list(FINDINGS)].to_numpy())
         if owner[2]:
             patients = patients[patients["hospital"] == owner[2]]
-        tables.append(name_model(pd.DataFrame(_attack(patients, seed)), owner))
+        tables.append(name_model(_attack(patients, seed), owner))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -64,32 +64,25 @@ def _patients(index: pd.DataFrame, chances: np.ndarray) -> pd.DataFrame:
     truth = index[list(FINDINGS)].to_numpy(float)
     right = np.where(truth == 1, chances, 1 - chances).clip(1e-12)
     loss = np.nanmean(np.where(np.isnan(truth), np.nan, -np.log(right)), axis=1)
-    films = index[["patient_id"]].assign(hospital=index["client"], loss=loss)
-    films["member"] = (index["split"] == "train").astype(int)
-    return (
-        films.dropna(subset=["loss"])
-        .groupby("patient_id")
-        .agg(hospital=("hospital", "first"), member=("member", "first"), loss=("loss", "mean"))
-    )
+    member = (index["split"] == "train").astype(int)
+    films = index.assign(hospital=index["client"], member=member, loss=loss).dropna(subset=["loss"])
+    how = {"hospital": "first", "member": "first", "loss": "mean"}
+    return films.groupby("patient_id").agg(how)
 
 
-def _attack(patients: pd.DataFrame, seed: int) -> list[dict[str, float | str]]:
+def _attack(patients: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Return one row a metric of a threshold on the loss."""
     truth, score = patients["member"].to_numpy(), -patients["loss"].to_numpy()
     counts = {"members": int(truth.sum()), "non_members": int((1 - truth).sum())}
-    if not all(counts.values()):
-        nothing = dict.fromkeys(("value", "ci_low", "ci_high"), np.nan)
-        return [{"metric": name} | nothing | counts for name in ("auroc", RATE)]
-    resamples = patient_resamples(np.arange(len(truth)), 1000, seed)
-    areas = bootstrap(truth, score, resamples, wanted=["auroc"])[0]
-    rates = found_at(truth, score, resamples.times.T)
-    rates *= 1 if counts["non_members"] >= FEWEST else np.nan
-    return [
-        {"metric": name, "value": float(values[0])}
-        | dict(zip(("ci_low", "ci_high"), interval(values[1:]), strict=True))
-        | counts
-        for name, values in (("auroc", areas), (RATE, rates))
-    ]
+    values = dict.fromkeys(("auroc", RATE), np.full(2, np.nan))
+    if all(counts.values()):
+        resamples = patient_resamples(np.arange(len(truth)), 1000, seed)
+        values["auroc"] = bootstrap(truth, score, resamples, wanted=["auroc"])[0]
+        if counts["non_members"] >= FEWEST:
+            values[RATE] = found_at(truth, score, resamples.times.T)
+    table = pd.DataFrame({"metric": list(values), "value": [float(v[0]) for v in values.values()]})
+    table[["ci_low", "ci_high"]] = [interval(v[1:]) for v in values.values()]
+    return table.assign(**counts)
 
 
 def found_at(truth: np.ndarray, score: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -9,26 +9,15 @@ import pandas as pd
 
 from ..base.findings import FINDINGS
 from ..dataset import ChestXrayDataset
+from . import tables
 from .bootstrap import Resamples, bootstrap, interval, patient_resamples, variance
-from .differences import difference_rows
+from .differences import Enough, difference_rows
 from .intervals import auroc_interval
-from .tables import (
-    ALL_FILMS,
-    LEAST_PATIENTS,
-    MEAN,
-    METRICS,
-    ONE_FILM,
-    OWNER,
-    Draws,
-    Evaluation,
-    Owner,
-    name_model,
-    name_rows,
-    truth_of,
-)
+from .tables import ALL_FILMS, LEAST_PATIENTS, MEAN, METRICS, OWNER, Draws, Owner
 
 REPEATS = 1000  # resamples of the test patients; under 560 no p survives Holm over 14 findings
-AGES = {"0-39": (0, 40), "40-59": (40, 60), "60+": (60, np.inf)}  # years: from, below
+AGES = {"0-39": 0, "40-59": 40, "60+": 60}  # years: from
+Groups = Mapping[str, Mapping[str, np.ndarray]]  # by family, then name: which films (n,) are in it
 # Published mean AUROC over the 14 findings on NIH's official test split, with the 2017 labels.
 # To be shown only beside results on that very split: random patient splits score higher.
 YARDSTICKS_OFFICIAL: dict[str, float] = {
@@ -42,43 +31,52 @@ YARDSTICKS_OFFICIAL: dict[str, float] = {
 
 def evaluate_models(
     predictions: pd.DataFrame, films: ChestXrayDataset, seed: int, repeats: int = REPEATS
-) -> Evaluation:
+) -> tables.Evaluation:
     """Return the rows of `metrics.csv` and of `differences.csv`, and the findings of the mean.
 
     `predictions` is what `predict_films` returned, or the file as read back. Test sets are `all`,
-    each client, the subgroups of `test_groups`, and one film a patient; all but `all` have the
-    AUROC alone, and `on_all_films` of a mean is that over the same findings on all films. `seed` is
-    empty on the rows of the mean over seeds; `client` is empty in the arm `local` on those of the
-    mean over local models. The resamples of patients are the same for all.
+    each client, the subgroups of `test_groups`, and one film a patient; see `evaluate_parts`.
     """
     index = films.index.set_index("image_index").loc[predictions["image_index"].unique()]
     groups = test_groups(index)
+    draws, metrics, enough, mean_over = evaluate_parts(predictions, index, groups, seed, repeats)
+    rows = difference_rows(draws, list(groups["client"]), enough)
+    return tables.Evaluation(metrics, rows, mean_over)
+
+
+def evaluate_parts(
+    predictions: pd.DataFrame, index: pd.DataFrame, groups: Groups, seed: int, repeats: int
+) -> tuple[dict[Owner, Draws], pd.DataFrame, Enough, list[str]]:
+    """Return draws and metrics by model, each part's findings with patients enough, the mean's.
+
+    `index` holds the labels by `image_index`; `groups` are its parts by family, first all films.
+    All parts but `all` have the AUROC alone, and `on_all_films` of a mean is that over the same
+    findings on all films. `seed` is empty on the rows of the mean over seeds; `client` is empty in
+    the arm `local` on those of the mean over local models. All share the resamples of patients.
+    """
     masks = {name: mask for family in groups.values() for name, mask in family.items()}
-    counts = {}
-    for name, mask in masks.items():
-        labels = truth_of(index[mask])
-        counts[name] = labels, *count_patients(labels, index.loc[mask, "patient_id"].to_numpy())
-    enough = {name: np.minimum(*both) >= LEAST_PATIENTS for name, (_, *both) in counts.items()}
+    truth, patients = tables.truth_of(index), index["patient_id"].to_numpy()
+    counts = {name: count_patients(truth[mask], patients[mask]) for name, mask in masks.items()}
+    enough = {name: np.minimum(*both) >= LEAST_PATIENTS for name, both in counts.items()}
     findings: dict[str, list[str]] = {}
     for family in groups.values():
-        shared = evaluable_findings(truth_of(index), index["patient_id"], list(family.values()))
+        shared = evaluable_findings(truth, patients, list(family.values()))
         # A mean of a part never holds a finding that the primary mean leaves out.
         shared = [finding for finding in shared if finding in findings.get(ALL_FILMS, shared)]
         for name in family:  # nor one that the part has too few patients of: then it has no mean
             has = [enough[name][FINDINGS.index(finding)] for finding in shared]
             findings[name] = shared if all(has) else []
-    resamples = patient_resamples(index["patient_id"], repeats, seed)
+    resamples = patient_resamples(patients, repeats, seed)
     draws = add_means(resample_models(predictions, index, resamples, masks, findings))
-    tables = []
-    for owner, by_set in draws.items():
-        for name, values in by_set.items():
-            rows = tabulate_draws(values, *counts[name], findings[name])
+    parts = []
+    for owner, by_part in draws.items():
+        for name, values in by_part.items():
+            rows = tabulate_draws(values, truth[masks[name]], *counts[name], findings[name])
             chosen = [FINDINGS.index(finding) for finding in findings[name]]
-            whole = by_set[ALL_FILMS][0, chosen, 0].mean() if chosen else np.nan
+            whole = by_part[ALL_FILMS][0, chosen, 0].mean() if chosen else np.nan
             rows["on_all_films"] = np.where(rows["finding"] == MEAN, whole, np.nan)
-            tables.append(name_model(name_rows(rows, {"test_set": name}), owner))
-    rows = difference_rows(draws, list(groups["client"]), enough)
-    return Evaluation(pd.concat(tables, ignore_index=True), rows, findings[ALL_FILMS])
+            parts.append(tables.name_model(tables.name_rows(rows, {"test_set": name}), owner))
+    return draws, pd.concat(parts, ignore_index=True), enough, findings[ALL_FILMS]
 
 
 def test_groups(index: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
@@ -87,16 +85,16 @@ def test_groups(index: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
     The films of an unknown sex, age, view or scanner are in no subgroup of that family. One film a
     patient is the first by name.
     """
+    bands = pd.cut(index["age"], [*AGES.values(), np.inf], right=False, labels=[*AGES])
+    index = index.assign(age=bands.astype(object))
     groups = {"all": {ALL_FILMS: np.ones(len(index), dtype=bool)}}
-    for family in ("client", "sex", "view", "scanner"):
+    for family in ("client", "sex", "view", "scanner", "age"):
         column = index[family].fillna("").astype(str)
         prefix = "" if family == "client" else f"{family}="
         names = sorted(set(column) - {""})
         groups[family] = {prefix + name: (column == name).to_numpy() for name in names}
-    bands = {f"age={k}": index["age"].between(*ends, "left") for k, ends in AGES.items()}
-    groups["age"] = {name: band.to_numpy() for name, band in bands.items() if band.any()}
     first = ~index.sort_index()["patient_id"].duplicated()
-    groups["sensitivity"] = {ONE_FILM: first.reindex(index.index).to_numpy()}
+    groups["sensitivity"] = {tables.ONE_FILM: first.reindex(index.index).to_numpy()}
     return groups
 
 
@@ -115,21 +113,23 @@ def resample_models(
     `index` holds the labels, in the order of `resamples`; `masks` names its parts, `findings` those
     of each part's mean. Findings are computed side by side, in as many threads as there are cores.
     """
-    truth, result = truth_of(index), {}
-    wanted = {name: METRICS if name == ALL_FILMS else METRICS[:1] for name in masks}
+
+    def on_each_part(truth: np.ndarray, scores: np.ndarray) -> list[np.ndarray]:
+        """Resample one finding."""
+        wanted = {ALL_FILMS: METRICS}
+        return [
+            bootstrap(truth, scores, resamples, mask, wanted.get(name, METRICS[:1]))
+            for name, mask in masks.items()
+        ]
+
+    truth, result = tables.truth_of(index), {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for owner, rows in predictions.fillna({"client": ""}).groupby(OWNER, sort=False):
-            scores = rows.set_index("image_index").loc[index.index, list(FINDINGS)].to_numpy()
-
-            def one(k: int, scores: np.ndarray = scores) -> list[np.ndarray]:
-                """Resample one finding on every part."""
-                pair = truth[:, k], scores[:, k], resamples
-                return [bootstrap(*pair, masks[name], wanted[name]) for name in masks]
-
-            parts = zip(*pool.map(one, range(len(FINDINGS))), strict=True)
-            arrays = dict(zip(masks, (np.stack(part, axis=1) for part in parts), strict=True))
+            scores = tables.truth_of(rows.set_index("image_index").loc[index.index])
+            parts = zip(*pool.map(on_each_part, truth.T, scores.T), strict=True)
             result[tuple(map(str, owner))] = {
-                name: with_mean(values, findings[name]) for name, values in arrays.items()
+                name: with_mean(np.stack(part, axis=1), findings[name])
+                for name, part in zip(masks, parts, strict=True)
             }
     return result
 
@@ -156,24 +156,22 @@ def count_patients(truth: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray,
 
     `truth` is (n, 14) of 0, 1 or NaN, `patients` (n,).
     """
-    truth, patients = np.asarray(truth), np.asarray(patients)
-    counts = [[len(np.unique(patients[column == mark])) for column in truth.T] for mark in (1, 0)]
-    return np.array(counts[0]), np.array(counts[1])
+    known = pd.DataFrame(truth)
+    positive, negative = ((known == mark).groupby(patients).any().sum() for mark in (1, 0))
+    return positive.to_numpy(), negative.to_numpy()
 
 
 def evaluable_findings(
-    truth: np.ndarray, patients: np.ndarray, groups: Sequence[np.ndarray] | None = None
+    truth: np.ndarray, patients: np.ndarray, groups: Sequence[np.ndarray | slice] = (slice(None),)
 ) -> list[str]:
     """Return the findings that the macro mean is taken over, in canonical order.
 
     Those with positive films of at least LEAST_PATIENTS different patients, and negative films of
-    as many, in each of the `groups` (masks (n,); none: all films are one group), so that groups
+    as many, in each of the `groups` (masks (n,); without any all films are one), so that groups
     are compared over the same findings. A group that has no such finding is passed over. It depends
     on the labels alone, never on a model; arguments as in `count_patients`.
     """
-    truth, patients = np.asarray(truth), np.asarray(patients)
-    masks = [np.ones(len(truth), dtype=bool)] if groups is None else groups
-    counts = [np.minimum(*count_patients(truth[mask], patients[mask])) for mask in masks]
+    counts = [np.minimum(*count_patients(truth[mask], patients[mask])) for mask in groups]
     enough = [count >= LEAST_PATIENTS for count in counts if (count >= LEAST_PATIENTS).any()]
     kept = np.all(enough, axis=0) if enough else np.zeros(len(FINDINGS), dtype=bool)
     return [finding for finding, good in zip(FINDINGS, kept, strict=True) if good]
@@ -182,9 +180,9 @@ def evaluable_findings(
 def with_mean(values: np.ndarray, findings: Sequence[str]) -> np.ndarray:
     """Append the mean over some findings to values (..., 14, repeats): NaN if one is NaN."""
     chosen = [FINDINGS.index(finding) for finding in findings]
-    none = np.full_like(values[..., 0, :], np.nan)
-    mean = values[..., chosen, :].mean(axis=-2) if chosen else none
-    return np.concatenate([values, mean[..., None, :]], axis=-2)
+    none = np.full_like(values[..., :1, :], np.nan)
+    mean = values[..., chosen, :].mean(axis=-2, keepdims=True) if chosen else none
+    return np.concatenate([values, mean], axis=-2)
 
 
 def tabulate_draws(
@@ -207,20 +205,15 @@ def tabulate_draws(
         "n": [*(~np.isnan(truth)).sum(axis=0), len(truth)],
         "positives": [*(truth == 1).sum(axis=0), len(findings)],
     }
-    few = np.r_[np.minimum(positive, negative) < LEAST_PATIENTS, False]
-    tables = []
+    few = np.minimum(positive, negative) < LEAST_PATIENTS
+    parts = []
     for metric, values in zip(METRICS, draws, strict=False):
-        table = pd.DataFrame(
-            {"finding": [*FINDINGS, MEAN], "metric": metric, "value": values[:, 0]}
-        )
         ends = np.array([interval(row[1:]) for row in values])
         if metric == "auroc":
-            pairs = zip(values[:-1], positive, negative, few, strict=False)
-            ends[:-1] = [
-                (np.nan, np.nan) if none else auroc_interval(row[0], variance(row), *both)
-                for row, *both, none in pairs
-            ]
-        ends[few] = np.nan
-        table[["ci_low", "ci_high"]] = ends
-        tables.append(table.assign(**count))
-    return pd.concat(tables, ignore_index=True)
+            for k in np.flatnonzero(~few):
+                spread = variance(values[k])
+                ends[k] = auroc_interval(values[k, 0], spread, positive[k], negative[k])
+        ends[:-1][few] = np.nan
+        about = {"finding": [*FINDINGS, MEAN], "metric": metric, "value": values[:, 0]}
+        parts.append(pd.DataFrame(about | {"ci_low": ends[:, 0], "ci_high": ends[:, 1]} | count))
+    return pd.concat(parts, ignore_index=True)

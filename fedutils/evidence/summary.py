@@ -10,19 +10,18 @@ import pandas as pd
 from safetensors.torch import load_file
 
 from ..base.device import environment
-from ..base.errors import InputError
 from ..base.files import git_revision, sha256, write_atomic
 from ..base.parameters import Parameters
 from ..base.state import state_hash
 from ..dataset import read_report
 from ..run import read_budget, read_films, read_history
+from . import tables
 from .metrics import evaluate_models
 from .predict import read_predictions
-from .tables import ALL_FILMS, MEAN, METRICS, OWNER, Evaluation, read_table, rows_of
 from .words import headline
 
 
-def write_summary(settings: Parameters, result: Evaluation, source: str) -> dict[str, Any]:
+def write_summary(settings: Parameters, result: tables.Evaluation, source: str) -> dict[str, Any]:
     """Write `metrics.csv`, `differences.csv` and `summary.json`, which says how to repeat them."""
     folder = settings.run / "evaluation"
     for name, table in result._asdict().items():
@@ -30,7 +29,7 @@ def write_summary(settings: Parameters, result: Evaluation, source: str) -> dict
             write_atomic(folder / f"{name}.csv", table.to_csv(index=False).encode())
     files = [settings.run / "global_model.safetensors", folder / "predictions.csv.gz"]
     files += sorted((settings.run / "models").glob("*.safetensors"))
-    means = rows_of(result.metrics, finding=MEAN, seed="", test_set=ALL_FILMS)
+    means = tables.rows_of(tables.over_seeds(result.metrics), finding=tables.MEAN)
     summary = {
         "headline": headline(result, source),
         "mean_over": result.mean_over,
@@ -42,19 +41,15 @@ def write_summary(settings: Parameters, result: Evaluation, source: str) -> dict
         "git_revision": git_revision(),
         "sha256": _hashes(settings.run, files),
     }
-    write_atomic(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    write_atomic(settings.run / tables.SUMMARY, json.dumps(summary, indent=1).encode())
     return summary
 
 
 def record_files(settings: Parameters, *names: str) -> None:
-    """Add files of the run folder to the hashes in `summary.json`, for `verify_run` to check.
-
-    For what is written after the summary; a name that is not there is left out.
-    """
-    path = settings.run / "evaluation" / "summary.json"
-    summary = json.loads(path.read_text())
+    """Add what was written after the summary, if it is there, to its hashes for `verify_run`."""
+    summary = tables.read_summary(settings)
     summary["sha256"] |= _hashes(settings.run, [settings.run / name for name in names])
-    write_atomic(path, json.dumps(summary, indent=1).encode())
+    write_atomic(settings.run / tables.SUMMARY, json.dumps(summary, indent=1).encode())
 
 
 def _hashes(run: Path, files: Iterable[Path]) -> dict[str, str]:
@@ -70,10 +65,7 @@ def verify_run(settings: Parameters) -> list[str]:
     if there is no summary.
     """
     run = settings.run
-    path = run / "evaluation" / "summary.json"
-    if not path.is_file():
-        raise InputError(f"{path} is not there: run notebook 04_evaluate first")
-    summary = json.loads(path.read_text())
+    summary = tables.read_summary(settings)
     written = summary["sha256"]
     there = _hashes(run, [run / name for name in written])
     wrong = [f"{name} is missing" for name in written if name not in there]
@@ -95,9 +87,9 @@ def _recompute(settings: Parameters) -> list[str]:
     predictions = read_predictions(run / "evaluation" / "predictions.csv.gz")
     again = evaluate_models(predictions, read_films(settings), settings.seed)
     wrong = []
-    for name, keys in (("metrics", OWNER), ("differences", ["first", "second"])):
-        stored = read_table(run / "evaluation" / f"{name}.csv")
-        stored = stored[stored["metric"].isin(METRICS)]
+    for name, keys in (("metrics", tables.OWNER), ("differences", ["first", "second"])):
+        stored = tables.read_table(run / "evaluation" / f"{name}.csv")
+        stored = stored[stored["metric"].isin(tables.METRICS)]
         keys = [*keys, "test_set", "finding", "metric"]
         both = stored.merge(getattr(again, name), on=keys, how="outer", suffixes=("", "_again"))
         pairs = [both[[c, f"{c}_again"]].to_numpy(float).T for c in ("value", "ci_low", "ci_high")]

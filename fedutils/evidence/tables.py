@@ -1,5 +1,6 @@
 """Tables of models, findings and test sets: names, rows, and their text."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,8 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..base.errors import InputError
 from ..base.files import read_written
 from ..base.findings import FINDINGS
+from ..base.parameters import Parameters
 from ..base.scores import undefined
 
 OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
@@ -22,6 +25,7 @@ LEAST_PATIENTS = 10  # with the finding, and without, for it to be judged and to
 LEAST_POSITIVES = 30  # films of a subgroup, for anything to be concluded from it
 METRICS = ("auroc", "average_precision")
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
+SUMMARY = "evaluation/summary.json"  # below the run folder
 BRACKETS = {"form": " [{}, {}]", "without": ""}  # an interval in a figure, where room is scarce
 
 
@@ -45,9 +49,7 @@ def truth_of(index: pd.DataFrame) -> np.ndarray:
 
 def name_rows(rows: pd.DataFrame, names: Mapping[str, object]) -> pd.DataFrame:
     """Put constant columns before a table, in the order given."""
-    for name in reversed(names):
-        rows.insert(0, name, names[name])
-    return rows
+    return rows.assign(**names)[[*names, *rows.columns]]
 
 
 def name_model(rows: pd.DataFrame, owner: Sequence[object]) -> pd.DataFrame:
@@ -65,9 +67,9 @@ def mean_auroc_rows(table: pd.DataFrame, **wanted: str) -> pd.DataFrame:
     return rows_of(table, finding=MEAN, metric="auroc", **wanted)
 
 
-def over_seeds(metrics: pd.DataFrame, test_set: str = ALL_FILMS) -> pd.DataFrame:
-    """Keep the rows of the means over seeds on one test set."""
-    return rows_of(metrics, seed="", test_set=test_set)
+def over_seeds(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Keep the rows of the means over seeds on all test films."""
+    return rows_of(metrics, seed="", test_set=ALL_FILMS)
 
 
 def hospitals(metrics: pd.DataFrame, arm: str) -> pd.DataFrame:
@@ -84,23 +86,29 @@ def read_table(path: Path) -> pd.DataFrame:
     return table
 
 
+def read_summary(settings: Parameters) -> dict[str, Any]:
+    """Read the `summary.json` of a run; raise InputError where notebook 04 has not run."""
+    path = settings.run / SUMMARY
+    if not path.is_file():
+        raise InputError(f"{path} is not there: run notebook 04_evaluate on {settings.name} first")
+    return json.loads(path.read_text())
+
+
 def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
     """Lay the table out for reading: a row a finding, a column an arm and metric, with intervals.
 
     Shown are the test set `all` and the means over seeds; of the local models their mean.
     """
-    rows = over_seeds(metrics)
-    rows = rows[(rows["client"] == "") & rows["metric"].isin(METRICS)]
-    texts = [value_or_why_not(row) for row in rows.itertuples()]
-    wide = rows.assign(text=texts, arm=rows["arm"].replace("local", MEAN_LOCAL))
-    wide = wide.pivot(index="finding", columns=["metric", "arm"], values="text")
-    order = list(dict.fromkeys(zip(rows["metric"], rows["arm"], strict=True)))
-    columns = [(metric, MEAN_LOCAL if arm == "local" else arm) for metric, arm in order]
-    wide = wide.loc[[MEAN, *FINDINGS], sorted(columns, key=lambda c: METRICS.index(c[0]))]
-    words = {"auroc": "AUROC", "average_precision": "average precision"}
-    wide.columns = [f"{words[metric]}, {arm}" for metric, arm in wide.columns]
-    means = rows.loc[rows["finding"] == MEAN, "positives"]
-    return wide.rename({MEAN: f"mean of {means.max()}"}).rename_axis(index=None)
+    rows = rows_of(metrics, seed="", client="", test_set=ALL_FILMS)
+    columns = {}
+    for metric, word in zip(METRICS, ("AUROC", "average precision"), strict=True):
+        for arm, own in rows_of(rows, metric=metric).groupby("arm", sort=False):
+            texts = [value_or_why_not(row) for row in own.itertuples()]
+            name = f"{word}, {MEAN_LOCAL if arm == 'local' else arm}"
+            columns[name] = pd.Series(texts, own["finding"])
+    most = rows.loc[rows["finding"] == MEAN, "positives"].max()
+    table = pd.DataFrame(columns).loc[[MEAN, *FINDINGS]]
+    return table.rename({MEAN: f"mean of {most}"}).rename_axis(index=None)
 
 
 def tabulate_differences_text(differences: pd.DataFrame) -> pd.DataFrame:
@@ -158,8 +166,7 @@ def with_interval(
 
 def span(low: float, high: float, sign: str = "+") -> str:
     """Write the smallest and the largest of several values, once if they look the same."""
-    ends = dict.fromkeys([f"{low:{sign}.3f}", f"{high:{sign}.3f}"])
-    return " to ".join(ends)
+    return " to ".join(dict.fromkeys([f"{low:{sign}.3f}", f"{high:{sign}.3f}"]))
 
 
 def main_model(table: pd.DataFrame) -> pd.DataFrame:
@@ -170,16 +177,13 @@ def main_model(table: pd.DataFrame) -> pd.DataFrame:
 
 def tabulate_points(points: pd.DataFrame) -> pd.DataFrame:
     """Lay one model's operating points out for reading: a row a finding, rates by rule."""
-    parts = {"test films": points.drop_duplicates("finding").set_index("finding")}
-    whole = parts["test films"]
-    parts["test films"] = pd.DataFrame({
-        "positive": whole["positives"].map("{:,}".format),
-        "prevalence": whole["prevalence"].map("{:.3f}".format),
-    })  # fmt: skip
+    points = points.set_index("finding")
+    whole = points[~points.index.duplicated()]
+    prevalence = whole["prevalence"].map("{:.3f}".format)
+    positive = whole["positives"].map("{:,}".format)
+    parts = {"test films": pd.DataFrame({"positive": positive, "prevalence": prevalence})}
     for rule, rows in points.groupby("rule", sort=False):
-        rows = rows.set_index("finding")
-        rates = rows[list(RATES)]
-        text = rates.map("{:.2f}".format).where(rates.notna(), "–")
+        text = rows[list(RATES)].map(lambda share: "–" if np.isnan(share) else f"{share:.2f}")
         text.loc[rows["threshold"].isna(), "sensitivity"] = "no cut"  # then nothing is defined
         parts[rule] = text.rename(columns=RATES)
     return pd.concat(parts, axis=1).rename_axis(index=None)

@@ -7,34 +7,16 @@ from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
 from ..base.scores import undefined
 from ..run import read_budget
-from .explain import ALL_BOXES, BY_MODEL, CENTRE, ELSEWHERE, LAYER, LEAST_SIZE, NOT_MEASURABLE
-from .membership import FEWEST, RATE
-from .tables import (
-    ALL_FILMS,
-    LEAST_PATIENTS,
-    MEAN,
-    MEAN_LOCAL,
-    NOT_SHOWN,
-    ONE_SEED,
-    OWNER,
-    SHOWN,
-    Evaluation,
-    hospitals,
-    mean_auroc_rows,
-    over_seeds,
-    rows_of,
-    span,
-    tally_words,
-    with_interval,
-)
+from . import explain, membership, tables
+from .tables import ALL_FILMS, LEAST_PATIENTS, MEAN, MEAN_LOCAL, SHOWN, with_interval
 
 NAMED = " (95 % interval {} to {})"
-VERDICTS = [SHOWN, NOT_SHOWN]
+VERDICTS = [SHOWN, tables.NOT_SHOWN]
 
 
-def headline(result: Evaluation, source: str) -> list[str]:
+def headline(result: tables.Evaluation, source: str) -> list[str]:
     """Say in plain sentences what the tables show; each begins with the source of the films."""
-    means = mean_auroc_rows(result.metrics)
+    means = tables.mean_auroc_rows(result.metrics)
     lines = [
         *_arms_in_words(means),
         *_differences_in_words(result.differences, list(means["arm"].unique())),
@@ -46,16 +28,16 @@ def headline(result: Evaluation, source: str) -> list[str]:
 
 def _arms_in_words(means: pd.DataFrame) -> list[str]:
     """Say the mean AUROC of each arm on all test films, and how far the seeds lie apart."""
-    lines, rows = [], over_seeds(means)
-    for row in rows[rows["client"] == ""].itertuples():
-        same = rows_of(means, arm=row.arm, client="", test_set=ALL_FILMS)
-        seeds = same[same["seed"] != ""]["value"]
-        spread = span(seeds.min(), seeds.max(), "")
-        of = f"mean of {len(seeds)} seeds, {spread}" if len(seeds) > 1 else "one training seed"
+    lines = []
+    for row in tables.rows_of(means, seed="", client="", test_set=ALL_FILMS).itertuples():
         name = f"the {MEAN_LOCAL}" if row.arm == "local" else row.arm
         if np.isnan(row.value):
             lines.append(f"{name} has no mean AUROC: too few test patients.")
             continue
+        same = tables.rows_of(means, arm=row.arm, client="", test_set=ALL_FILMS)
+        seeds = same[same["seed"] != ""]["value"]
+        spread = tables.span(seeds.min(), seeds.max(), "")
+        of = f"mean of {len(seeds)} seeds, {spread}" if len(seeds) > 1 else "one training seed"
         lines.append(
             f"{name} reaches a mean AUROC of {with_interval(row, form=NAMED)} over"
             f" {row.positives} findings on {row.n:,} test films ({of})."
@@ -68,25 +50,20 @@ def _differences_in_words(differences: pd.DataFrame, arms: list[str]) -> list[st
     if differences.empty:
         alone = f"only one arm was trained ({arms[0]})"
         return [f"{alone if len(arms) == 1 else 'federated is missing'}: no difference to compute."]
-    whole = rows_of(differences, test_set=ALL_FILMS, metric="auroc")
-    lines = []
-    for second, rows in whole.groupby("second", sort=False):
-        if second in ("centralised", MEAN_LOCAL):
-            lines.append(_one_difference(second, rows.set_index("finding")))
-    means = whole[(whole["finding"] == MEAN) & ~whole["second"].isin(["centralised", MEAN_LOCAL])]
-    means = means[means["verdict"].isin(VERDICTS)]
-    better, worse = (means[(means["verdict"] == SHOWN) & sign] for sign in _signs(means))
+    whole = tables.rows_of(differences, test_set=ALL_FILMS, metric="auroc")
+    single = ~whole["second"].isin(["centralised", MEAN_LOCAL])
+    lines = [
+        _one_difference(second, rows.set_index("finding"))
+        for second, rows in whole[~single].groupby("second", sort=False)
+    ]
+    means = whole[single & (whole["finding"] == MEAN) & whole["verdict"].isin(VERDICTS)]
+    shown = means.loc[means["verdict"] == SHOWN, "value"]
     if len(means):
         lines.append(
-            f"on all test films federated is shown to be above {len(better)} and below"
-            f" {len(worse)} of {len(means)} local models."
+            f"on all test films federated is shown to be above {(shown > 0).sum()} and below"
+            f" {(shown < 0).sum()} of {len(means)} local models."
         )
     return lines
-
-
-def _signs(rows: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Tell which differences are above, and which below 0."""
-    return rows["value"] > 0, rows["value"] < 0
 
 
 def _one_difference(second: str, rows: pd.DataFrame) -> str:
@@ -94,7 +71,7 @@ def _one_difference(second: str, rows: pd.DataFrame) -> str:
     mean, second = rows.loc[MEAN], "the " + second.removesuffix(" model") + " model"
     if np.isnan(mean["value"]):
         return f"federated against {second}: not defined, for want of test patients."
-    if mean["verdict"] == ONE_SEED:
+    if mean["verdict"] == tables.ONE_SEED:
         return (
             f"federated against {second}: {mean['value']:+.3f} in mean AUROC with one training"
             " seed. Another may turn it around, so nothing is judged: train at least two, better"
@@ -108,12 +85,12 @@ def _one_difference(second: str, rows: pd.DataFrame) -> str:
     shown = mean["verdict"] == SHOWN
     verdict = f"is shown to be {side}" if shown else "is not shown to differ from"
     single = rows.drop(MEAN).query("verdict in @VERDICTS")
-    shown = single[single["verdict"] == SHOWN]
-    every = len(shown) == len(single)
+    value = single.loc[single["verdict"] == SHOWN, "value"]
+    signs = {"above": value.index[value > 0], "below": value.index[value < 0]}
     parts = [
-        f"{word} for {'all' if every and sign.all() else ', '.join(shown.index[sign])}"
-        for word, sign in zip(("above", "below"), _signs(shown), strict=True)
-        if sign.any()
+        f"{word} for {'all' if len(names) == len(single) else ', '.join(names)}"
+        for word, names in signs.items()
+        if len(names)
     ]
     return (
         f"federated {verdict} {second} in mean AUROC: {size}. Of {len(single)} findings, after"
@@ -123,7 +100,7 @@ def _one_difference(second: str, rows: pd.DataFrame) -> str:
 
 def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
     """Name the hospital on whose test films the first arm is worst, if it stands out."""
-    rows = hospitals(means, means["arm"].iloc[0]).dropna(subset=["value", "ci_low"])
+    rows = tables.hospitals(means, means["arm"].iloc[0]).dropna(subset=["value", "ci_low"])
     if len(rows) < 2:
         return []
     worst, best = rows.loc[rows["value"].idxmin()], rows.loc[rows["value"].idxmax()]
@@ -137,7 +114,7 @@ def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
     ]
 
 
-def _limits_in_words(result: Evaluation, means: pd.DataFrame, source: str) -> str:
+def _limits_in_words(result: tables.Evaluation, means: pd.DataFrame, source: str) -> str:
     """Say what limits all this: where the labels come from, and how few films there are."""
     known = {
         "phantom": "these films are drawn, not taken: nothing here is evidence about patients",
@@ -145,29 +122,19 @@ def _limits_in_words(result: Evaluation, means: pd.DataFrame, source: str) -> st
     }
     mined = "labels were mined from reports by text, and chest drains give Pneumothorax away"
     labels = known.get(source.split()[0], mined)
-    rows = over_seeds(result.metrics).drop_duplicates("finding").set_index("finding")
-    without = [
-        f"{finding} ({_why_left_out(rows.loc[finding])})"
-        for finding in FINDINGS
-        if finding not in result.mean_over
-    ]
+    rows = tables.over_seeds(result.metrics).drop_duplicates("finding").set_index("finding")
+    without = []
+    for row in rows.loc[[name for name in FINDINGS if name not in result.mean_over]].itertuples():
+        why = f"fewer than {LEAST_PATIENTS} test patients with it, or without"
+        few = 0 < row.positives < row.n
+        without.append(f"{row.Index} ({why if few else undefined(row.positives, row.n)})")
     few = f"the mean leaves out {', '.join(without)}"
-    films = f"{over_seeds(means)['n'].max():,} test films"
+    films = f"{tables.over_seeds(means)['n'].max():,} test films"
     return f"limits: {labels}; {films}; {few if without else 'the mean is over all findings'}."
 
 
-def _why_left_out(row: pd.Series) -> str:
-    """Say why a finding is not in the mean."""
-    if 0 < row["positives"] < row["n"]:
-        return f"fewer than {LEAST_PATIENTS} test patients with it, or without"
-    return undefined(row["positives"], row["n"])
-
-
-def too_small(result: Evaluation, labels: pd.DataFrame) -> str:
-    """Say that the test set is too small, and which size would do; empty where it is not.
-
-    `labels` is the index of the test films.
-    """
+def too_small(result: tables.Evaluation, labels: pd.DataFrame) -> str:
+    """Say that the test films of this index are too few, and how many would do; else nothing."""
     if result.mean_over:
         return ""
     by_patient = labels.groupby("patient_id")[list(FINDINGS)].max()
@@ -188,7 +155,7 @@ def privacy_words(settings: Parameters) -> list[str]:
     table = read_budget(settings.run)
     if not len(table):
         return ["No differential privacy: films stayed with their client, but updates can leak."]
-    worst = table.loc[table.groupby(OWNER, sort=False)["epsilon"].idxmax()]
+    worst = table.loc[table.groupby(tables.OWNER, sort=False)["epsilon"].idxmax()]
     models = [
         f"{_name(row.arm, row.seed, row.client)}: epsilon {row.epsilon:.2f} at delta {row.delta:g}"
         f" after {row.steps} steps of {row.hospital} ({row.patients:,} patients, sampling rate"
@@ -201,12 +168,12 @@ def privacy_words(settings: Parameters) -> list[str]:
         " every update of every round (DP-SGD in each hospital, Rényi accountant, neighbours differ"
         " by one patient). Patients of the validation and test splits are not protected."
     )
-    noise = (
-        "The noise came from the system's randomness."
-        if settings.secure
-        else "The noise was drawn from a seed: a simulation, since who knows the seed can take it"
-        " off. A hospital would run secure=true."
-    )
+    noise = "The noise came from the system's randomness."
+    if not settings.secure:
+        noise = (
+            "The noise was drawn from a seed: a simulation, since who knows the seed can take it"
+            " off. A hospital would run secure=true."
+        )
     return [promise, *models, noise]
 
 
@@ -217,49 +184,50 @@ def _name(arm: str, seed: object, client: str) -> str:
 
 def pointing_words(table: pd.DataFrame, image_size: int) -> str:
     """Say in plain sentences what pointing.csv shows, or why there is nothing to show."""
-    if image_size < LEAST_SIZE:
+    if image_size < explain.LEAST_SIZE:
         grid = -(-image_size // 32)
         return (
-            f"Where the model looks: {NOT_MEASURABLE}. A film of {image_size} pixels has {grid} x"
-            f" {grid} cells in {LAYER}; {LEAST_SIZE} pixels are the least."
+            f"Where the model looks: {explain.NOT_MEASURABLE}. A film of {image_size} pixels has"
+            f" {grid} x {grid} cells in {explain.LAYER}; {explain.LEAST_SIZE} pixels are the least."
         )
     if table.empty:
         return "Where the model looks: no film of the test set has a box."
-    rows = table[table["finding"] == ALL_BOXES].set_index("method")
-    fixed = rows.loc[[CENTRE, ELSEWHERE]]
+    rows = table[table["finding"] == explain.ALL_BOXES].set_index("method")
+    fixed = rows.loc[[explain.CENTRE, explain.ELSEWHERE]]
     best = fixed.loc[fixed["value"].idxmax()]
     lines = []
-    for row in rows.loc[[BY_MODEL]].itertuples():
+    for row in rows.loc[[explain.BY_MODEL]].itertuples():
         where = "above" if row.ci_low > best["ci_high"] else "not clear of"
         where = "below" if row.ci_high < best["ci_low"] else where
         lines.append(
-            f"The hottest point of {row.arm} lies in a box in {tally_words(row)}: {where} the"
-            " better of the two."
+            f"The hottest point of {row.arm} lies in a box in {tables.tally_words(row)}:"
+            f" {where} the better of the two."
         )
-    centre, elsewhere = (tally_words(row) for row in fixed.itertuples())
-    positions = f"the {CENTRE} lies in a box in {centre}, the {ELSEWHERE}, in {elsewhere}"
-    return f"Without a look at any film, {positions}. {' '.join(lines)}"
+    centre, elsewhere = (tables.tally_words(row) for row in fixed.itertuples())
+    return (
+        f"Without a look at any film, the {explain.CENTRE} lies in a box in {centre}, the"
+        f" {explain.ELSEWHERE}, in {elsewhere}. {' '.join(lines)}"
+    )
 
 
 def membership_words(table: pd.DataFrame) -> list[str]:
     """Say of each model, in a sentence, what the attack found."""
-    wide = table.pivot(index=OWNER, columns="metric")
-    return [_attack_sentence(owner, row) for owner, row in wide.iterrows()]
-
-
-def _attack_sentence(owner: tuple, row: pd.Series) -> str:
-    """Say what the attack found of one model."""
-    name, area, rate = _name(*owner), row.xs("auroc", level=1), row.xs(RATE, level=1)
-    members, others = int(area.members), int(area.non_members)
-    if np.isnan(area.ci_low):
-        return f"{name}: not judged, {members} members and {others} others are too few."
-    found = "members even have the higher loss" if area.ci_high < 0.5 else "no better than guessing"
-    found = "members have the lower loss" if area.ci_low > 0.5 else found
-    low, high = f"{rate.ci_low:.1%}", f"{rate.ci_high:.1%}"
-    stated = f"finds {rate.value:.1%} ({low} to {high}) of them at 1 % false positives"
-    if np.isnan(rate.value):
-        stated = f"a rate at 1 % false positives needs {FEWEST} others"
-    return (
-        f"{name}: AUC {with_interval(area)}, {found}; {stated} ({members:,} members, {others:,}"
-        " others)."
-    )
+    lines = []
+    for owner, rows in table.groupby(tables.OWNER):
+        rows, name = rows.set_index("metric"), _name(*owner)
+        area, rate = rows.loc["auroc"], rows.loc[membership.RATE]
+        members, others = area.members, area.non_members
+        if np.isnan(area.ci_low):
+            lines.append(f"{name}: not judged, {members} members and {others} others are too few.")
+            continue
+        found = "members have the lower loss" if area.ci_low > 0.5 else "no better than guessing"
+        found = "members even have the higher loss" if area.ci_high < 0.5 else found
+        stated = f"a rate at 1 % false positives needs {membership.FEWEST} others"
+        if not np.isnan(rate.value):
+            ends = f"{rate.ci_low:.1%} to {rate.ci_high:.1%}"
+            stated = f"finds {rate.value:.1%} ({ends}) of them at 1 % false positives"
+        lines.append(
+            f"{name}: AUC {with_interval(area)}, {found}; {stated} ({members:,} members,"
+            f" {others:,} others)."
+        )
+    return lines
