@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from .base.errors import InputError
 from .base.parameters import Parameters, parameter
 from .base.rng import generator
 from .base.state import State, is_beside, to_cpu
-from .dataset import ChestXrayDataset
+from .dataset import ChestXrayDataset, draw_motion
 from .fedavg import FedAvg
 from .model import ChestResNet
 from .strategies import STRATEGIES
@@ -97,6 +98,9 @@ class Client:
         keep = {k: v for k, v in final.items() if k in local} | keep
         return Update(self.name, self.weight, update, loss, time.perf_counter() - began), keep
 
+    def keep_ledger(self, work: Path, model: str, always: bool = False) -> None:
+        """Let what this client releases of a model be written down; here nothing is measured."""
+
     def account(self, kept: State) -> dict[str, Any]:
         """Return what this client's patients have been exposed to, by `kept`; here not measured."""
         return {}
@@ -124,7 +128,8 @@ class Client:
         total, steps = torch.zeros((), device=device), 0
         for positions in self._batches(round):
             films, labels = self.films.batch(positions, device)
-            loss = masked_loss(model(films, rng), labels)
+            motion = draw_motion(rng, len(films)) if rng else None
+            loss = masked_loss(model(films, motion), labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)

@@ -92,24 +92,31 @@ class ChestXrayDataset(torch.utils.data.Dataset):
         return part
 
 
-def normalise(films: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+def draw_motion(rng: np.random.Generator, films: int) -> np.ndarray:
+    """Draw how far each film is turned (up to 7 degrees) and shifted (up to 5 % of its side).
+
+    Returns (3, films): the angle in radians and two shifts, where the side of a film is 2.
+    """
+    angle = np.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE, films))
+    return np.vstack([angle, rng.uniform(-2 * MAX_SHIFT, 2 * MAX_SHIFT, (2, films))])
+
+
+def normalise(films: Tensor, motion: np.ndarray | None = None) -> Tensor:
     """Turn uint8 films (B, 1, H, W) into the network's input, float32 (B, 3, H, W), channels last.
 
-    With a generator each film is first turned by up to 7 degrees and shifted by up to 5 % of its
-    side; never flipped, since hearts are on the left. ImageNet's mean and deviation are used.
+    First each film is turned and shifted by its `motion`, (3, B) of `draw_motion`, if there is one;
+    never flipped, since hearts are on the left. ImageNet's mean and deviation are used.
     """
     grey = films.float().div_(255)
-    if rng is not None:
-        grey = _turn_and_shift(grey, rng)
+    if motion is not None:
+        grey = _turn_and_shift(grey, *motion)
     # With plain numbers, since a tensor made here would make a GPU wait for the CPU in every step.
     channels = [(grey - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True)]
     return torch.cat(channels, dim=1).contiguous(memory_format=torch.channels_last)
 
 
-def _turn_and_shift(grey: Tensor, rng: np.random.Generator) -> Tensor:
-    """Rotate and shift each film of a batch by its own draw."""
-    angle = np.radians(rng.uniform(-MAX_ANGLE, MAX_ANGLE, len(grey)))
-    shift = rng.uniform(-2 * MAX_SHIFT, 2 * MAX_SHIFT, (2, len(grey)))  # the grid spans -1 to 1
+def _turn_and_shift(grey: Tensor, angle: np.ndarray, *shift: np.ndarray) -> Tensor:
+    """Rotate and shift each film of a batch."""
     rows = [[np.cos(angle), -np.sin(angle), shift[0]], [np.sin(angle), np.cos(angle), shift[1]]]
     theta = torch.from_numpy(np.array(rows, np.float32).transpose(2, 0, 1))
     theta = theta.to(grey.device, non_blocking=True)

@@ -75,19 +75,19 @@ class ChestResNet(ResNet):
                 module.training = False
         return self
 
-    def forward(self, films: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+    def forward(self, films: Tensor, motion: np.ndarray | None = None) -> Tensor:
         """Turn films, or what `features` made of them, into logits (B, outputs).
 
-        With a generator, films are augmented. Features (B, 256, h, w) go straight to layer4.
+        With a `motion`, films are augmented. Features (B, 256, h, w) go straight to layer4.
         """
-        x = films.float() if films.shape[1] == 256 else self.features(films, rng)
+        x = films.float() if films.shape[1] == 256 else self.features(films, motion)
         x = x.contiguous() if x.device.type == "cpu" else x  # as `place` lays layer4 out
         with autocast(films.device, self.precision):
             return self.fc(self.avgpool(self.layer4(x)).flatten(1))
 
-    def features(self, films: Tensor, rng: np.random.Generator | None = None) -> Tensor:
+    def features(self, films: Tensor, motion: np.ndarray | None = None) -> Tensor:
         """Run conv1 to layer3: uint8 (B, 1, H, W) or normalised (B, 3, H, W) to (B, 256, h, w)."""
-        x = normalise(films, rng) if films.dtype == torch.uint8 else films  # always in float32
+        x = normalise(films, motion) if films.dtype == torch.uint8 else films  # always in float32
         with autocast(films.device, self.precision):
             x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
             return self.layer3(self.layer2(self.layer1(x)))

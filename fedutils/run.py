@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 from safetensors.torch import load_file, save_file
 
-from .base.device import find_devices
 from .base.errors import InputError
 from .base.files import KAGGLE, read_written, search_files, write_atomic
 from .base.parameters import Parameters, parameter
@@ -24,6 +22,7 @@ HISTORY = [
     "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
     "bytes_down", "seconds", "status", "reason", "epsilon", "state_sha256",
 ]  # fmt: skip
+ADOPTED = "adopted from run "  # the reason in the history of a model that another run trained
 TRUNK = "trunk"  # the frozen layers, which all models of a run share
 
 
@@ -109,6 +108,14 @@ def read_history(run: Path) -> pd.DataFrame:
     return read_written(run / "history.csv", "client", "status", "reason")
 
 
+def adopted_models(run: Path) -> dict[str, str]:
+    """Return which models were not trained in this run, and from which they were adopted."""
+    rows = best_rounds(read_history(run))
+    rows = rows[rows["reason"].str.startswith(ADOPTED)]
+    names = [Model(row.arm, row.seed, row.client).name for row in rows.itertuples()]
+    return dict(zip(names, rows["reason"].str.removeprefix(ADOPTED), strict=True))
+
+
 def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
     """Return the row of each model's best validation round, which is the one that is kept.
 
@@ -121,30 +128,6 @@ def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
     order = score.sort_values(["score", "val_loss", "turn"], ascending=[False, True, True])
     best = order.groupby(["arm", "seed", "client"]).head(1)
     return best.drop(columns=["score", "turn"]).sort_index()
-
-
-def open_run(settings: Parameters, server: str, fingerprint: str) -> dict[str, Any]:
-    """Write `config.json` for a new run, or check that the one there is the same; return it.
-
-    Threads a replica belong to a run: where the settings leave them open, a run that goes on keeps
-    those it began with. `server` names the strategy's class. Raises InputError on what differs.
-    """
-    path = settings.run / "config.json"
-    old = json.loads(path.read_text()) if path.is_file() else {}
-    share = max(1, (os.cpu_count() or 1) // len(find_devices(settings.device)))
-    config = settings.identity() | {
-        "threads": settings.threads or old.get("threads") or share,
-        "server": server,
-        "fingerprint": fingerprint,
-    }
-    for key in [key for key in config if old and old.get(key) != config[key]]:
-        raise InputError(
-            f"{settings.run} is a run with {key}={old.get(key)!r}, not {config[key]!r}: choose"
-            " another name, or delete that folder"
-        )
-    (settings.run / "models").mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(config, indent=1).encode())
-    return config
 
 
 def check_fingerprint(settings: RunParameters, report: dict[str, Any]) -> None:

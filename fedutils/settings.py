@@ -17,6 +17,7 @@ from .base.parameters import (
     convert,
     parameter,
 )
+from .base.provenance import provenance
 from .base.weights import find_profile
 from .client import ClientParameters
 from .evidence.compare import CompareParameters
@@ -69,6 +70,8 @@ class Settings(*reversed(ROOMS)):
         # Noise that is chosen so that all rounds stay within a budget depends on their number.
         calibrated = self.dp != "off" and not self.noise_multiplier
         values |= {"rounds": self.rounds} if calibrated else {}
+        # A share of the clients is at least `min_clients`.
+        values |= {"min_clients": self.min_clients} if self.client_fraction < 1 else {}
         return values | {"data_dir": Path(self.data_dir).name or "phantom"}
 
 
@@ -88,7 +91,8 @@ def read_parameters(values: Mapping[str, Any]) -> Settings:
     given = {name: convert(FIELDS[name], values[name]) for name in FIELDS if name in values}
     filled = fill(Settings(**given))
     filled.check()
-    about = json.dumps(filled.identity(), sort_keys=True)
+    beside = provenance(filled.device, filled.precision, filled.weights)
+    about = json.dumps(filled.identity() | beside, sort_keys=True)
     return dataclasses.replace(filled, name=filled.name or sha256(about.encode())[:8])
 
 

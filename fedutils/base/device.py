@@ -98,7 +98,7 @@ def environment() -> dict[str, Any]:
         "torchvision": torchvision.__version__,
         "device": ", ".join(gpus) or "CPU",
         "cores": os.cpu_count(),
-        "machine": platform.machine(),
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
 
 

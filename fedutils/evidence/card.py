@@ -10,7 +10,7 @@ from ..base.files import write_atomic
 from ..base.findings import FINDINGS, SPLITS
 from ..base.parameters import Parameters
 from ..dataset import read_report
-from ..run import best_rounds, read_films, read_history
+from ..run import adopted_models, best_rounds, read_films, read_history
 from . import tables, words
 
 PHANTOM = (
@@ -59,6 +59,12 @@ def _model(settings: Parameters) -> list[str]:
             f"`global_model.safetensors`, of round {best.loc[['federated']].iloc[0]}; loads with"
             " `torchvision.models.resnet34(num_classes=14)` and `load_state_dict`"
         )
+    starts = dict.fromkeys(
+        f"fedutils {start['fedutils']} ({start['git_revision'][:12] or 'revision unknown'}), torch"
+        f" {start['torch']}, on {start['device']} ({start['machine']})"
+        for start in config["starts"]
+    )  # fmt: skip
+    adopted = adopted_models(settings.run).items()
     return [
         "## Model", "",
         f"- ResNet-34, 14 outputs (one a finding); input one grey film of {settings.image_size}"
@@ -69,7 +75,10 @@ def _model(settings: Parameters) -> list[str]:
         f" {settings.optimizer} (lr {settings.lr:g}); trained and sent: {settings.tracked};"
         f" BatchNorm {settings.batchnorm}; start: {settings.weights}",
         f"- File: {file}",
-        f"- Chosen by validation AUROC; threads {config['threads']}", "",
+        f"- Chosen by validation AUROC; threads {config['threads']}",
+        *[f"- Trained by {start}" for start in starts],
+        *[f"- {name} was adopted from run {run}, which trained the same" for name, run in adopted],
+        "",
     ]  # fmt: skip
 
 

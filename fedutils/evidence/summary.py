@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 from safetensors.torch import load_file
 
-from ..base.device import environment
-from ..base.files import git_revision, sha256, write_atomic
+from ..base.files import sha256, write_atomic
 from ..base.parameters import Parameters
+from ..base.provenance import this_machine
 from ..base.state import state_hash
 from ..dataset import read_report
-from ..run import read_budget, read_films, read_history
+from ..run import adopted_models, read_budget, read_films, read_history
 from . import tables
 from .metrics import evaluate_models
 from .predict import read_predictions
@@ -30,15 +30,17 @@ def write_summary(settings: Parameters, result: tables.Evaluation, source: str) 
     files = [settings.run / "global_model.safetensors", folder / "predictions.csv.gz"]
     files += sorted((settings.run / "models").glob("*.safetensors"))
     means = tables.rows_of(tables.over_seeds(result.metrics), finding=tables.MEAN)
+    config = json.loads((settings.run / "config.json").read_text())
     summary = {
         "headline": headline(result, source),
         "mean_over": result.mean_over,
         "means": means.astype(object).where(means.notna(), None).to_dict("records"),
-        "settings": json.loads((settings.run / "config.json").read_text()),
+        "settings": config,
+        "trained": config.pop("starts"),
+        "adopted": adopted_models(settings.run),
         "privacy": read_budget(settings.run).to_dict("records"),
         "fingerprint": read_report(settings.prepared)["fingerprint"],
-        "environment": environment(),
-        "git_revision": git_revision(),
+        "evaluated": this_machine(),
         "sha256": _hashes(settings.run, files),
     }
     write_atomic(settings.run / tables.SUMMARY, json.dumps(summary, indent=1).encode())

@@ -163,10 +163,19 @@ def privacy_words(settings: Parameters) -> list[str]:
         f" {row.clip:g})."
         for row in worst.itertuples()
     ]
+    last = table.groupby("hospital", sort=False)["total_epsilon"].max()
+    models.append(
+        "Over all that this work folder had released of their patients when the run ended (its"
+        " ledger adds arms, seeds, sweeps and searches up), epsilon was "
+        + ", ".join(f"{total:.2f} at {hospital}" for hospital, total in last.items())
+        + ". Later runs in the same folder, and releases elsewhere, come on top."
+    )
     promise = (
         "Differential privacy of each training patient, all films together, against anyone who sees"
         " every update of every round (DP-SGD in each hospital, Rényi accountant, neighbours differ"
-        " by one patient). Patients of the validation and test splits are not protected."
+        " by one patient). Not protected: patients of the validation and test splits, whatever was"
+        " chosen by their films (the round that is kept, a learning rate), and how many patients"
+        " each hospital has."
     )
     noise = "The noise came from the system's randomness."
     if not settings.secure:

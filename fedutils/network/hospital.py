@@ -13,21 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file, save
 
 from ..base.device import find_devices, set_up
 from ..base.errors import InputError
-from ..base.files import write_atomic
+from ..base.files import sha256, write_atomic
 from ..base.scores import auroc, log_loss
 from ..base.state import State
 from ..client import Client, predict
 from ..dataset import ChestXrayDataset, read_report
 from ..model import ChestResNet
-from ..privacy.ledger import read_ledger, write_ledger
-from ..run import Model
 from ..settings import FIELDS, Settings
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
@@ -115,15 +112,13 @@ def fit(here: Hospital, sent: State) -> Answer:
     What was kept beside a lost update is never used; what that spent is, by the ledger.
     """
     seed, round, before = (here.order[key] for key in ("seed", "round", "kept"))
-    path, client, model = here.kept(before), here.client(), Model("federated", seed).name
-    ledger = here.settings.run / "ledger.json"
-    spent = {name: torch.tensor(n) for name, n in read_ledger(ledger).get(model, {}).items()}
-    kept = (load_file(path) if path.is_file() else {}) | spent
+    path, client = here.kept(before), here.client()
+    about = f"{here.settings.name} s{seed} {sha256(here.order['config'].encode())[:16]}"
+    client.keep_ledger(Path(here.settings.work_dir), about, always=True)
+    kept = load_file(path) if path.is_file() else {}
     if stop := client.over_budget(kept):
         return {"status": "stopped", "reason": stop}, {}, {}
     update, keep = fit_safely(client, here.model(), sent, kept, round)
-    if client.spent:
-        write_ledger(ledger, model, {k: keep[k] for k in client.spent if k in keep})
     if update.status != "ok":
         print(f"{here.name}, round {round}: {update.reason}", flush=True)
         return {"status": update.status, "reason": update.reason.partition(":")[0]}, {}, {}

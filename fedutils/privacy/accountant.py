@@ -4,6 +4,7 @@ import functools
 import logging
 import math
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
@@ -38,11 +39,17 @@ def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
     Mironov, Talwar and Zhang, 2019 (arXiv:1908.10530); neighbours differ by one patient. It equals
     RDPAccountant.get_epsilon, but computes what steps have in common once.
     """
-    if not steps or not noise:
-        return math.inf if steps else 0.0
+    return compose([(noise, rate, steps)], delta)
+
+
+def compose(parts: Iterable[tuple[float, float, int]], delta: float) -> float:
+    """Return the epsilon at `delta` of (noise, rate, steps) one after the other, as `epsilon`."""
+    taken = [part for part in parts if part[2]]
+    if not taken or not all(noise for noise, _, _ in taken):
+        return math.inf if taken else 0.0
     orders = opacus("accountants").RDPAccountant.DEFAULT_ALPHAS
     analysis = opacus("accountants.analysis.rdp")
-    rdp = steps * _rdp(noise, rate)
+    rdp = sum(steps * _rdp(noise, rate) for noise, rate, steps in taken)
     return float(analysis.get_privacy_spent(orders=orders, rdp=rdp, delta=delta)[0])
 
 

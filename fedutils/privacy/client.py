@@ -4,15 +4,18 @@ DP-SGD (Abadi et al., CCS 2016) with the *patient* as its unit: each step draws 
 each with the same chance, on its own), takes one random film of each, clips each one's gradient and
 adds Gaussian noise. Neighbours differ by one patient with all films. Patients are at one hospital
 only, so a model's epsilon is that of its worst client. Public: the settings and each hospital's
-number of patients. Not protected: patients of validation and test, in figures.
+number of patients. Not protected: patients of validation and test, and so all that is chosen or
+shown by their films, such as the best round, or a learning rate.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..base.errors import InputError
@@ -20,9 +23,11 @@ from ..base.parameters import Parameters, parameter
 from ..base.rng import generator
 from ..base.state import State
 from ..client import Client, Update, make_optimizer
+from ..dataset import draw_motion
 from ..model import ChestResNet
 from . import gradients
 from .accountant import calibrate_noise, epsilon
+from .ledger import Ledger, Release
 
 STEPS = "privacy/steps"  # in what a client keeps: the steps whose result it has sent, its budget
 
@@ -47,15 +52,20 @@ class PrivacyParameters(Parameters):
         1e-5, "chance that the promise of epsilon fails; well below one in the patients",
         bounds=(1e-15, 0.01),
     )  # fmt: skip
+    total_epsilon: float = parameter(
+        0.0, "refuse a run that would take a hospital's patients beyond this, over all that was"
+        " released of them in the work folder; 0: no limit", bounds=(0.0, math.inf), identity=False,
+    )  # fmt: skip
     clip: float = parameter(1.0, "largest norm of a patient's gradient", bounds=(1e-12, math.inf))
     secure: bool = parameter(
-        False, "noise from the system, not from the seed: what a hospital runs; not repeatable"
-    )
+        False, "patients, augmentation and noise from the system, not from the seed: what a"
+        " hospital runs; not repeatable",
+    )  # fmt: skip
 
     def check(self) -> None:
         """Raise InputError where a run would be less private than it says, or cannot be private."""
         if self.dp == "off":
-            asked = ("target_epsilon", "noise_multiplier", "secure")
+            asked = ("target_epsilon", "noise_multiplier", "total_epsilon", "secure")
             for name in [name for name in asked if getattr(self, name)]:
                 raise InputError(f"{name}={getattr(self, name)!r} means nothing without dp=patient")
             return
@@ -74,8 +84,9 @@ class PrivateClient(Client):
     """A hospital that trains with differential privacy for its patients.
 
     What leaves it: the trained parameters and the number of steps; no buffer, no loss, and each
-    client weighs 1. Noise from the seed is a *simulation*: who knows the seed can take it off.
-    `secure=true` draws it, and the patients, from the system: no repeatable bits.
+    client weighs 1. Randomness from the seed is a *simulation*: who knows the seed can take the
+    noise off, and the same round again is the same release. `secure=true` draws all of it from the
+    system: no repeatable bits, and each time that a round is tried is paid for.
     """
 
     mechanism = "patient"
@@ -86,8 +97,11 @@ class PrivateClient(Client):
         super().__init__(*about, **more)
         settings = self.settings
         self.weight = 1 if self.films.weight else 0
-        positions = self.films.index.groupby("patient_id").indices
-        self.patients = [positions[patient] for patient in sorted(positions)]
+        films = self.films.index["patient_id"]
+        self.names, self.owners = np.unique(films.to_numpy(), return_inverse=True)  # by film
+        positions = films.groupby(films).indices
+        self.patients = [positions[name] for name in self.names]
+        self.ledger: Ledger | None = None
         self.rate = min(1.0, settings.batch_size / max(1, len(self.patients)))
         self.steps = settings.local_epochs * math.ceil(1 / self.rate)  # of a round
         if settings.delta * len(self.patients) >= 1:
@@ -101,28 +115,69 @@ class PrivateClient(Client):
         planned = self.rate, s.rounds * self.steps
         return s.noise_multiplier or calibrate_noise(s.target_epsilon, s.delta, *planned)
 
-    def account(self, kept: State, more: int = 0) -> dict[str, Any]:
-        """Return what this client has spent with what it `kept`, and `more` rounds to come."""
-        steps = int(kept.get(STEPS, 0)) + more * self.steps
+    def keep_ledger(self, work: Path, model: str, always: bool = False) -> None:
+        """Write what is released of a model, named by all that it depends on, into a ledger.
+
+        A round that is tried again counts again if `always`, or if it is not repeatable.
+        """
+        self.ledger, self.key = Ledger(work), f"{model} {self.name}"
+        self.recounts = always or self.settings.secure
+        self.registered = self.ledger.register(self.names.tolist())
+        self.ledger.read()  # damaged, it is found now
+
+    def release(self, steps: int) -> dict[str, Release]:
+        """Return this client's entry in the ledger after so many steps."""
+        return {self.key: Release(self.noise, self.rate, self.registered, steps)}
+
+    def released(self, kept: State) -> int:
+        """Count the steps whose result has left, by what is `kept` and by the ledger."""
+        steps = int(kept.get(STEPS, 0))
+        before = self.ledger.read().get(self.key) if self.ledger and self.recounts else None
+        return max(steps, before.steps) if before else steps
+
+    def planned(self) -> dict[str, Release]:
+        """Return the entry after all rounds, or as many as `target_epsilon` allows."""
+        limit, steps = self.settings.target_epsilon, self.settings.rounds * self.steps
+        while limit and epsilon(self.noise, self.rate, steps, self.settings.delta) > limit:
+            steps -= self.steps
+        return self.release(steps)
+
+    def account(self, kept: State) -> dict[str, Any]:
+        """Return what this client has spent with what it `kept`; `total_epsilon` by the ledger."""
+        steps, delta = self.released(kept), self.settings.delta
+        spent = epsilon(self.noise, self.rate, steps, delta)
+        of_all = self.ledger.total(self.names, delta, self.release(steps)) if self.ledger else spent
         return {
             "hospital": self.name,
             "patients": len(self.patients),
             "sampling_rate": self.rate,
             "noise_multiplier": self.noise,
             "steps": steps,
-            "delta": self.settings.delta,
+            "delta": delta,
             "clip": self.settings.clip,
-            "epsilon": epsilon(self.noise, self.rate, steps, self.settings.delta),
+            "epsilon": spent,
+            "total_epsilon": of_all,
         }
 
     def over_budget(self, kept: State) -> str:
         """Say why another round is not possible; empty where it is."""
-        limit, after = self.settings.target_epsilon, self.account(kept, more=1)
-        if not limit or after["epsilon"] <= limit:
+        limit, after = self.settings.target_epsilon, self.released(kept) + self.steps
+        spent = epsilon(self.noise, self.rate, after, self.settings.delta)
+        if limit and spent > limit:
+            return (
+                f"stopped: the next round would take {self.name} to epsilon {spent:.3f}, beyond"
+                f" target_epsilon={limit:g}"
+            )
+        return self.over_total(self.release(after)) if self.ledger else ""
+
+    def over_total(self, planned: Mapping[str, Release]) -> str:
+        """Say by how much these releases would exceed `total_epsilon`; empty where they do not."""
+        limit, delta = self.settings.total_epsilon, self.settings.delta
+        if not limit or (spent := self.ledger.total(self.names, delta, planned)) <= limit:
             return ""
         return (
-            f"stopped: the next round would take {self.name} to epsilon {after['epsilon']:.3f},"
-            f" beyond target_epsilon={limit:g}"
+            f"would take the patients of {self.name} to epsilon {spent:.3f} over all that"
+            f" {self.ledger.file} holds, beyond total_epsilon={limit:g}"
         )
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
@@ -131,10 +186,12 @@ class PrivateClient(Client):
         update, keep = super().fit(model, sent, kept, round)
         if update.status != "ok":
             return update, keep
-        keep[STEPS] = kept.get(STEPS, torch.tensor(0)) + self.steps
+        keep[STEPS] = torch.tensor(self.released(kept) + self.steps)
+        if self.ledger:  # before anything leaves
+            self.ledger.write(self.release(int(keep[STEPS])))
         leaves = self.returns(model, sent)
         state = {name: value for name, value in update.state.items() if name in leaves}
-        spent = self.account(keep)["epsilon"]
+        spent = epsilon(self.noise, self.rate, int(keep[STEPS]), self.settings.delta)
         return replace(update, state=state, epsilon=spent), keep
 
     @staticmethod
@@ -149,17 +206,28 @@ class PrivateClient(Client):
         model.train()
         trained, settings = gradients.freeze_batchnorm(model), self.settings
         optimizer = make_optimizer(list(trained.values()), settings)
-        seeded = generator(self.seed, "privacy", round, self.name)
-        draw = gradients.SystemRandomness() if settings.secure else seeded
-        rng = generator(self.seed, "augment", round, self.name) if settings.augment else None
+        draw = gradients.SystemRandomness()
+        if not settings.secure:
+            draw = generator(self.seed, "privacy", round, self.name)
         expected = self.rate * len(self.patients)
         with gradients.per_patient_gradients(model) as hooked:
             for _ in range(self.steps):
                 films = gradients.draw_films(self.patients, self.rate, draw)
-                sums = gradients.clipped_sum(hooked, self.films, films, settings.clip, rng)
+                motion = None
+                if settings.augment:  # drawn for each patient, as the films are
+                    motion = draw_motion(draw, len(self.patients))[:, self.owners[films]]
+                sums = gradients.clipped_sum(hooked, self.films, films, settings.clip, motion)
                 for weight, total in zip(trained.values(), sums, strict=True):
-                    noise = gradients.gaussian(total, self.noise * settings.clip, draw)
-                    weight.grad = (total + noise) / expected
+                    noisy = gradients.add_noise(total, self.noise * settings.clip, draw)
+                    weight.grad = noisy / expected
                 correct()
                 optimizer.step()
         return math.nan, self.steps
+
+
+def refuse_beyond_total(clients: Iterable[Client]) -> None:
+    """Raise InputError where all that these clients plan would exceed `total_epsilon`."""
+    private = [client for client in clients if isinstance(client, PrivateClient)]
+    planned = {key: entry for client in private for key, entry in client.planned().items()}
+    for reason in filter(None, (client.over_total(planned) for client in private)):
+        raise InputError(f"this run {reason}")

@@ -1,5 +1,6 @@
 """Patients drawn, their gradients clipped and summed, noise."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,14 +19,18 @@ GRADIENT_BYTES = 2 << 30  # of gradients by patient at a time; twice that in wor
 
 
 class SystemRandomness:
-    """The system's randomness in the two calls of a NumPy generator that are used here."""
+    """The system's randomness in the calls of a NumPy generator that are used here."""
 
     def random(self, size: int) -> np.ndarray:
         """Draw `size` numbers between 0 and 1."""
         return (np.frombuffer(os.urandom(8 * size), np.uint64) >> 11) * 2.0**-53
 
+    def uniform(self, low: float, high: float, size: int | tuple[int, ...]) -> np.ndarray:
+        """Draw numbers between two ends, in any shape."""
+        return low + (high - low) * self.random(int(np.prod(size))).reshape(size)
+
     def standard_normal(self, size: int) -> np.ndarray:
-        """Draw `size` normal numbers, of four each, so that a float's gaps tell nothing.
+        """Draw `size` normal numbers, of four each, which fill the gaps of one's double precision.
 
         Holohan and Braghin, ESORICS 2021 (arXiv:2107.10138), section 5.1, with n = 2.
         """
@@ -90,11 +95,13 @@ def clipped_sum(
     films: ChestXrayDataset,
     positions: np.ndarray,
     clip: float,
-    rng: np.random.Generator | None = None,
+    motion: np.ndarray | None = None,
 ) -> list[Tensor]:
     """Sum the gradients of one film a patient, each scaled to a norm of at most `clip`.
 
     A tensor for each trained parameter, of its shape; films go in parts that fit into memory.
+    `motion`, (3, films), is each film's own: augmentation by the place in the batch would let one
+    patient change the gradients of all.
     """
     trained = [p for p in hooked.parameters() if p.requires_grad]
     sums = [torch.zeros_like(p) for p in trained]
@@ -102,7 +109,8 @@ def clipped_sum(
     for start in range(0, len(positions), size):
         chosen = positions[start : start + size]
         batch, labels = films.batch(chosen, sums[0].device)
-        patient_losses(hooked(batch, rng), labels).sum().backward()
+        moved = None if motion is None else motion[:, start : start + size]
+        patient_losses(hooked(batch, moved), labels).sum().backward()
         parts = clip_each([p.grad_sample for p in trained], clip)
         sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)]
         for parameter in trained:
@@ -135,9 +143,20 @@ def clip_each(gradients: list[Tensor], clip: float) -> list[Tensor]:
     return [(factor @ g.flatten(1)).view(g.shape[1:]) for g in gradients]
 
 
-def gaussian(
-    like: Tensor, deviation: float, draw: np.random.Generator | SystemRandomness
+def add_noise(
+    total: Tensor, deviation: float, draw: np.random.Generator | SystemRandomness
 ) -> Tensor:
-    """Draw Gaussian noise of a tensor's shape, dtype and device."""
-    noise = torch.from_numpy(draw.standard_normal(like.numel()) * deviation)
-    return noise.view(like.shape).to(like)
+    """Add Gaussian noise to a sum, in double precision, then round to a grid; shape and dtype stay.
+
+    A float32 sum with float32 noise has gaps that tell of the sum (Mironov, CCS 2012). Here both
+    are added in double precision, where a value comes of either of two sums, and what is released
+    is the nearest multiple of the power of two below deviation / 65,536, whatever the sum: rounding
+    afterwards costs nothing. This is no discrete Gaussian: the gaps of doubles, 2^-36 of a step of
+    the grid or less, remain.
+    """
+    if not deviation:
+        return total
+    step = 2.0 ** math.floor(math.log2(deviation) - 16)
+    noise = torch.from_numpy(draw.standard_normal(total.numel()) * deviation).view(total.shape)
+    released = total.to("cpu", torch.float64) + noise
+    return released.div_(step).round_().mul_(step).to(total)

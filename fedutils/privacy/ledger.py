@@ -1,19 +1,74 @@
-"""What a hospital has released of each model, also in a round that is asked for again."""
+"""The ledger of a work folder: what was released of each patient, and what it costs in all."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from ..base.files import write_atomic
-from ..base.state import State
+from filelock import FileLock
+
+from ..base.errors import InputError
+from ..base.files import sha256, write_atomic
+from .accountant import compose
 
 
-def read_ledger(path: Path) -> dict[str, dict[str, int]]:
-    """Return what was spent on each model so far; ValueError if damaged: release nothing then."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+class Release(NamedTuple):
+    """Some steps of one model on the patients of one hospital, who are `patients` of a ledger."""
+
+    noise: float
+    rate: float
+    patients: str
+    steps: int
 
 
-def write_ledger(path: Path, model: str, spent: State) -> None:
-    """Write down what has been spent on a model in all, this release included."""
-    entry = {name: int(count) for name, count in spent.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(read_ledger(path) | {model: entry}, indent=1).encode())
+class Ledger:
+    """What left a work folder, in `privacy/`: all arms, seeds, sweeps and searches in it.
+
+    A release is one model at one hospital; the same model, trained again from the same seed or
+    adopted by another run, has the same bits and is the same release. It is written before an
+    update leaves. It knows nothing of what was released elsewhere about the same patients.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.folder, self.file = work / "privacy", work / "privacy" / "ledger.json"
+
+    def register(self, patients: Sequence[str]) -> str:
+        """Write down who the patients of a hospital are; return the hash that names them."""
+        names = json.dumps(sorted(patients)).encode()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (path := self._names(sha256(names))).is_file():
+            write_atomic(path, names)
+        return sha256(names)
+
+    def read(self) -> dict[str, Release]:
+        """Return the releases by their key; InputError if damaged: then nothing is released."""
+        text = self.file.read_text() if self.file.is_file() else "{}"
+        try:
+            return {key: Release(**entry) for key, entry in json.loads(text).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.file} cannot be read ({error}): nothing is released") from error
+
+    def write(self, releases: Mapping[str, Release]) -> None:
+        """Write down what has been released in all of some models at a hospital, by their key."""
+        with FileLock(self.folder / "ledger.lock"):
+            entries = {k: entry._asdict() for k, entry in (self.read() | dict(releases)).items()}
+            write_atomic(self.file, json.dumps(entries, indent=1).encode())
+
+    def total(
+        self, patients: Iterable[str], delta: float, planned: Mapping[str, Release] | None = None
+    ) -> float:
+        """Return the epsilon at `delta` of all releases, for that patient who is in most of them.
+
+        `planned` ones replace or join what is written. Rényi divergences add up over the releases
+        that hold a patient (Mironov, CSF 2017, proposition 1).
+        """
+        releases = (self.read() | dict(planned or {})).values()
+        holders = {
+            r.patients: set(json.loads(self._names(r.patients).read_text())) for r in releases
+        }
+        kinds = {frozenset(h for h, names in holders.items() if p in names) for p in patients}
+        sums = [[(r.noise, r.rate, r.steps) for r in releases if r.patients in k] for k in kinds]
+        return max((compose(parts, delta) for parts in sums), default=0.0)
+
+    def _names(self, patients: str) -> Path:
+        return self.folder / f"patients-{patients[:16]}.json"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from ..base.files import sha256, write_atomic
 from ..base.state import State, state_hash
 from ..rounds import Progress
-from ..run import TRUNK, Model, model_file
+from ..run import ADOPTED, TRUNK, Model, model_file
 
 BROKEN = KeyError, TypeError, ValueError, SafetensorError
 KEPT_ROUNDS = 2  # the last one, and the one before it should the last be damaged
@@ -65,7 +65,10 @@ def load_progress(folder: Path, identity: str) -> Progress | None:
 
 
 def adopt_progress(run: Path, model: Model, identity: str, rounds: int) -> Progress | None:
-    """Copy an equal model and its checkpoint from a finished run beside `run`, if there is one."""
+    """Copy an equal model and its checkpoint from a finished run beside `run`, if there is one.
+
+    The history's `reason` says from where.
+    """
     part = f"checkpoint/{model.name}"
     for other in (path.parent for path in sorted(run.parent.glob("*/finished.json"))):
         if other == run or last_identity(other / part) != identity:
@@ -79,7 +82,10 @@ def adopt_progress(run: Path, model: Model, identity: str, rounds: int) -> Progr
                 files.append(model_file(other, TRUNK))
             for file in files:
                 write_atomic(run / "models" / file.name, file.read_bytes())
+            for row in now.rows:
+                row["reason"] = row["reason"] or f"{ADOPTED}{other.name}"
             save_progress(run / part, now, identity)
+            print(f"{model.name}: {now.rows[-1]['reason']}, which trained the same", flush=True)
             return now
     return None
 

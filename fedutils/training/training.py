@@ -5,24 +5,27 @@ import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 
 from .. import rounds
 from ..base.device import set_up
 from ..base.errors import InputError
-from ..base.files import run_lock, sha256, write_atomic
+from ..base.files import run_lock, write_atomic
 from ..base.parameters import Parameters
 from ..base.state import to_cpu
 from ..dataset import ChestXrayDataset, read_report
 from ..fedavg import FedAvg
-from ..run import HISTORY, open_run, write_global_model, write_model
+from ..privacy.client import refuse_beyond_total
+from ..run import HISTORY, write_global_model, write_model
 from ..strategies import STRATEGIES
 from .arms import plan
 from .batchnorm import refresh_batchnorm
 from .checkpoint import Writer, adopt_progress, load_progress, save_progress
 from .estimate import estimate_seconds
 from .features import FeatureStore
+from .identity import model_identity, name_class, note_start, open_run
 from .replicas import Models
 
 OnRound = Callable[[rounds.Row, pd.DataFrame], None]
@@ -41,7 +44,7 @@ class Training:
         self.settings, self.run, self.films = settings, settings.run, films
         self.writer = Writer()
         self.strategy = strategy or STRATEGIES[settings.strategy]
-        self.config = open_run(settings, self.strategy.__name__, self._fingerprint())
+        self.config = open_run(settings, name_class(self.strategy), self._fingerprint())
         # Before a model is built, whose calibration depends on the threads in its last bits.
         set_up(self.config["threads"], settings.precision)
         self.models = Models(settings, self.config["threads"])
@@ -70,6 +73,8 @@ class Training:
         began = time.perf_counter()
         with run_lock(self.run):
             (self.run / "finished.json").unlink(missing_ok=True)
+            if any(self._rounds_left()):
+                note_start(self.settings)
             deadline = time.monotonic() + (self.settings.max_hours or math.inf) * 3600
             if self.features:
                 self._compute_features(on_features)
@@ -87,10 +92,13 @@ class Training:
 
     def estimate_seconds(self) -> float:
         """Estimate the time for the rounds that are left, from a few batches on this device."""
-        done = [self.rows.get(job.name, [{"round": 0}])[-1]["round"] for job in self.jobs]
-        rounds_left = [max(0, self.settings.rounds - number) for number in done]
-        left = list(zip(self.jobs, rounds_left, strict=True))
+        left = list(zip(self.jobs, self._rounds_left(), strict=True))
         return estimate_seconds(left, self.models, self.strategy, self.features)
+
+    def _rounds_left(self) -> list[int]:
+        """Count the rounds that each model still has to train."""
+        done = [self.rows.get(job.name, [{"round": 0}])[-1]["round"] for job in self.jobs]
+        return [max(0, self.settings.rounds - number) for number in done]
 
     def _compute_features(self, progress: OnFeatures) -> None:
         """Let the frozen trunk run once, where its output is not there yet, and train from that."""
@@ -101,7 +109,13 @@ class Training:
         self.jobs = self._plan(self.films.holding(self.features.fill(progress)))
 
     def _plan(self, films: ChestXrayDataset) -> list[rounds.Job]:
-        return plan(self.settings, films, self.strategy)
+        jobs = plan(self.settings, films, self.strategy)
+        for job in jobs:
+            what = f"{job.name} {self._identity(job)[:16]}"
+            for client in job.clients:
+                client.keep_ledger(Path(self.settings.work_dir), what)
+        refuse_beyond_total(client for job in jobs for client in job.clients)
+        return jobs
 
     def _executor(self, job: rounds.Job) -> rounds.Executor:
         """Return where the clients of a job train."""
@@ -119,15 +133,7 @@ class Training:
         return report["fingerprint"]
 
     def _identity(self, job: rounds.Job) -> str:
-        """Return a hash of all that a job's model depends on, and of nothing else."""
-        own = {"trunk": self.settings.seed_list[0]} | {
-            name: value
-            for name, value in job.settings.identity().items()
-            if name not in ("data_dir", "arms", "seeds", "lr_centralised", "lr_local")
-        }
-        server = self.config["server"] if job.arm == "federated" else FedAvg.__name__
-        own |= {"server": server} | {k: self.config[k] for k in ("threads", "fingerprint")}
-        return sha256(json.dumps(own, sort_keys=True).encode())
+        return model_identity(job, self.config)
 
     def _load(self, job: rounds.Job) -> rounds.Progress | None:
         """Load how far a job has come, here or in a finished run that shares its model."""

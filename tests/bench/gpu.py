@@ -33,7 +33,7 @@ from fedutils.base.device import set_up
 from fedutils.base.rng import generator
 from fedutils.base.state import state_hash, to_cpu
 from fedutils.client import Client, make_optimizer, masked_loss
-from fedutils.dataset import ChestXrayDataset, normalise
+from fedutils.dataset import ChestXrayDataset, draw_motion, normalise
 from fedutils.fedavg import WeightedMean
 from fedutils.model import ChestResNet
 from fedutils.privacy.client import PrivateClient
@@ -327,7 +327,7 @@ def steps(bench: Bench) -> Measured:
 
     tasks = {
         "read and upload": lambda: films.batch(range(size), bench.device),
-        "augment and normalise": lambda: normalise(pixels, rng),
+        "augment and normalise": lambda: normalise(pixels, draw_motion(rng, len(pixels))),
         "normalise": lambda: normalise(pixels),
         "step": step,
         "load the state": lambda: model.load(state),

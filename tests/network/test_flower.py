@@ -27,6 +27,7 @@ from fedutils.network import hospital, server
 from fedutils.network.hospital import Hospital, client_app
 from fedutils.network.messages import pack, read_update, unpack
 from fedutils.network.server import REFUSED, NetworkTraining
+from fedutils.privacy.ledger import Ledger
 from fedutils.rounds import FederationError
 from fedutils.settings import FIELDS
 from fedutils.training import replicas, training
@@ -309,8 +310,9 @@ def test_each_hospital_has_written_down_what_it_released(private):
     *_, work = private
     budget = pd.read_csv(work / "runs/run/privacy.csv").set_index("hospital")
     for name in budget.index:
-        ledger = json.loads((work / SECRET / name / "runs/run/ledger.json").read_text())
-        assert ledger == {"federated-s0": {"privacy/steps": budget["steps"][name]}}
+        (release,) = Ledger(work / SECRET / name).read().values()
+        assert release.steps == budget["steps"][name]
+        assert budget["total_epsilon"][name] == budget["epsilon"][name]
 
 
 def test_nothing_but_noised_parameters_and_counts_leaves_a_private_hospital(private):
@@ -320,7 +322,7 @@ def test_nothing_but_noised_parameters_and_counts_leaves_a_private_hospital(priv
     shapes = {k: v.shape for k, v in model.named_parameters() if k.startswith(("layer1", "fc"))}
     shapes = {name: shape for name, shape in shapes.items() if ".bn" not in name}
     budget = {"hospital", "patients", "sampling_rate", "noise_multiplier", "steps", "delta",
-              "clip", "epsilon"}  # fmt: skip
+              "clip", "epsilon", "total_epsilon"}  # fmt: skip
     updates = 0
     for name, reply, _ in [one for one in grid.wire if one[0] != "down"]:
         words, numbers, state = (

@@ -15,7 +15,7 @@ from fedutils.base.errors import InputError
 from fedutils.base.rng import generator
 from fedutils.base.state import to_cpu
 from fedutils.client import Client, make_optimizer
-from fedutils.dataset import normalise
+from fedutils.dataset import draw_motion, normalise
 from fedutils.films.phantom.write import draw_batch
 from fedutils.model import build_resnet34
 from fedutils.privacy import client as private
@@ -24,13 +24,16 @@ from fedutils.privacy.accountant import _rdp, calibrate_noise, epsilon
 from fedutils.privacy.client import STEPS, PrivateClient
 from fedutils.privacy.gradients import (
     SystemRandomness,
+    add_noise,
     clip_each,
     clipped_sum,
     draw_films,
     freeze_batchnorm,
-    gaussian,
     per_patient_gradients,
 )
+from fedutils.privacy.ledger import Ledger
+from fedutils.rounds import FederationError
+from fedutils.run import adopted_models
 from fedutils.training.training import Training
 
 pytest.importorskip("opacus", reason="differential privacy needs Opacus")
@@ -42,6 +45,7 @@ def many_films(work, films=60):
     """Random films of which two follow each other belong to one patient."""
     dataset = tiny_films(work, films)
     dataset.index["patient_id"] = [f"p{i // 2}" for i in range(films)]
+    dataset.index["client"] = [f"client-{i // 8 % 3 + 1}" for i in range(films)]
     dataset.index["split"] = np.array(["train", "train", "val", "test"])[np.arange(films) // 2 % 4]
     return dataset
 
@@ -62,9 +66,9 @@ def build(tracked="fc"):
     return model
 
 
-def sum_of(model, films, positions, clip):
+def sum_of(model, films, positions, clip, motion=None):
     with per_patient_gradients(model) as hooked:
-        return torch.cat([s.flatten() for s in clipped_sum(hooked, films, positions, clip)])
+        return torch.cat([s.flatten() for s in clipped_sum(hooked, films, positions, clip, motion)])
 
 
 # The accountant.
@@ -150,10 +154,18 @@ def test_removing_any_patient_moves_the_clipped_sum_by_at_most_clip(films, track
     model, everyone = smooth(build(tracked)), np.arange(0, len(films), 2)[:6]
     with torch.no_grad():
         model.fc.weight[0] *= 1e4
-    alone = [sum_of(model, films, everyone[i : i + 1], math.inf).norm().item() for i in range(6)]
+    motion = draw_motion(generator(0, "test"), 6)  # each patient's own, whoever else is there
+    alone = [
+        sum_of(model, films, everyone[i : i + 1], math.inf, motion[:, i : i + 1]).norm().item()
+        for i in range(6)
+    ]
     clip = np.median(alone)  # half of the patients are clipped, half keep their gradient
-    whole = sum_of(model, films, everyone, clip)
-    moved = [(whole - sum_of(model, films, np.delete(everyone, i), clip)).norm() for i in range(6)]
+    whole = sum_of(model, films, everyone, clip, motion)
+    without = [
+        sum_of(model, films, np.delete(everyone, i), clip, np.delete(motion, i, axis=1))
+        for i in range(6)
+    ]
+    moved = [(whole - part).norm() for part in without]
     others = 5 * clip * ROUNDING  # in a batch of another size they may be rounded otherwise
     assert max(moved) <= clip * (1 + 1e-5) + others
     assert max(moved) > 0.98 * clip and max(alone) > 2 * clip  # the bound is reached
@@ -220,7 +232,7 @@ def test_a_patient_with_many_films_counts_like_one_with_one_film():
 
 @pytest.mark.parametrize("draw", [generator(0, "noise"), SystemRandomness()])
 def test_noise_is_normal_and_has_the_stated_scale(draw):
-    noise = gaussian(torch.zeros(200, 100), 1.7, draw).flatten().numpy() / 1.7
+    noise = add_noise(torch.zeros(200, 100), 1.7, draw).flatten().numpy() / 1.7
     assert stats.kstest(noise, "norm").pvalue > 1e-6
     assert noise.std() == pytest.approx(1, abs=5 / math.sqrt(2 * noise.size))
 
@@ -248,7 +260,7 @@ def test_with_a_huge_clip_and_no_noise_a_step_is_plain_sgd_on_the_same_batch(
         return optimizer
 
     monkeypatch.setattr(private, "make_optimizer", watched)
-    monkeypatch.setattr(gradients, "gaussian", lambda like, deviation, draw: torch.zeros_like(like))
+    monkeypatch.setattr(gradients, "add_noise", lambda total, deviation, draw: total)
     client = private_client(tmp_path, films, clip=1e9, tracked=tracked, augment="false", **SGD)
     model = smooth(build(tracked))
     sent = to_cpu(model.tracked_state())
@@ -285,6 +297,49 @@ def test_seeded_noise_repeats_and_secure_noise_does_not(tmp_path, films):
 
     assert torch.equal(weights(), weights())
     assert not torch.equal(weights(secure="true"), weights(secure="true"))
+
+
+def test_with_secure_nothing_private_comes_from_the_seed(tmp_path, films, monkeypatch):
+    """Patients, films, augmentation and noise: all from the system, augmentation by patient."""
+    client, model = private_client(tmp_path, films, secure="true", augment="true"), build()
+    drawn, used = [], []
+
+    def refuse(*about):
+        raise AssertionError(f"the public seed decides about {about[1:]}")
+
+    def watched(rng, count):
+        drawn.append((type(rng), draw_motion(rng, count)))
+        return drawn[-1][1]
+
+    def summed(hooked, films, positions, clip, motion):
+        used.append((positions, motion))
+        return clipped_sum(hooked, films, positions, clip, motion)
+
+    for module in (private, gradients):
+        monkeypatch.setattr(module, "generator", refuse, raising=False)
+    monkeypatch.setattr("fedutils.client.generator", refuse)
+    monkeypatch.setattr(private, "draw_motion", watched)
+    monkeypatch.setattr(gradients, "clipped_sum", summed)
+    update, _ = client.fit(model, to_cpu(model.tracked_state()), {}, 1)
+    assert update.status == "ok" and len(drawn) == client.steps
+    names = films.index["patient_id"].tolist()
+    for (kind, motion), (positions, moved) in zip(drawn, used, strict=True):
+        assert kind is SystemRandomness and motion.shape == (3, len(client.patients))
+        owners = [sorted(set(names)).index(names[k]) for k in positions]
+        assert np.array_equal(moved, motion[:, owners])
+
+
+@pytest.mark.parametrize("deviation", [1.7, 1e-3, 64.0])
+def test_what_is_released_lies_on_one_grid_whatever_the_sum(deviation):
+    """In float32 3.8 to 15.5 % of what one sum gives cannot come of another: the gaps tell."""
+    sums = torch.randn(2, 20_000, generator=torch.Generator().manual_seed(0)) * deviation
+    step = 2.0 ** math.floor(math.log2(deviation) - 16)
+    for total in sums:
+        released = add_noise(total, deviation, SystemRandomness()).double()
+        assert torch.equal((released / step).round() * step, released)
+        assert not torch.equal((total.double() / step).round() * step, total.double())
+        noise = (released - total.double()) / deviation
+        assert stats.kstest(noise.numpy(), "norm").pvalue > 1e-6
 
 
 # What leaves the hospital, and what stays.
@@ -456,3 +511,82 @@ def test_an_update_that_is_left_out_is_paid_for_all_the_same(tmp_path, monkeypat
 def test_a_run_that_would_be_less_private_than_it_says_is_refused(tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
         tiny_settings(tmp_path, **DP | changes)
+
+
+# The ledger.
+
+
+def totals(work, name):
+    return pd.read_csv(work / f"runs/{name}/privacy.csv").groupby("hospital")["total_epsilon"].max()
+
+
+def test_several_releases_cost_what_the_accountant_says_of_them_together(tmp_path):
+    """As Opacus composes them: one model, three seeds, three arms of three seeds."""
+    from opacus.accountants import RDPAccountant
+
+    found = {}
+    for name, more in {
+        "one": {}, "seeds": {"seeds": "0,1,2"},
+        "arms": {"seeds": "0,1,2", "arms": "federated,centralised,local"},
+    }.items():  # fmt: skip
+        work = tmp_path / name
+        train(work, rounds=1, name="run", **more)
+        table, found[name] = pd.read_csv(work / "runs/run/privacy.csv"), totals(work, "run")
+        mine = table[table["hospital"].isin(["client-1", "all"])]
+        accountant = RDPAccountant()
+        accountant.history = [
+            (r.noise_multiplier, r.sampling_rate, r.steps) for r in mine.itertuples()
+        ]
+        assert found[name]["client-1"] == pytest.approx(accountant.get_epsilon(1e-5), rel=1e-9)
+    assert found["one"]["client-1"] < found["seeds"]["client-1"] < found["arms"]["client-1"]
+
+
+def test_an_adopted_model_is_paid_for_once_and_named_as_adopted(tmp_path, capsys):
+    first = train(tmp_path, rounds=1, name="first")
+    second = train(tmp_path, rounds=1, name="second", arms="federated,centralised")
+    assert "federated-s0: adopted from run first" in capsys.readouterr().out
+    assert (second[second["arm"] == "federated"]["reason"] == "adopted from run first").all()
+    assert (first["reason"] == "").all() and len(Ledger(tmp_path).read()) == 3 + 1
+    assert adopted_models(tmp_path / "runs/second") == {"federated-s0": "first"}
+
+
+@pytest.mark.parametrize("secure", ["true", "false"])
+def test_a_round_that_failed_below_min_clients_is_paid_for(tmp_path, monkeypatch, secure):
+    """With noise from the system each try is a release; from the seed it is the same one again."""
+    settings = {"rounds": 2, "name": "run", "secure": secure, "min_clients": 3}
+    fit = PrivateClient.fit
+
+    def broken(self, *about):
+        if self.name == "client-3":
+            raise OSError("no power")
+        return fit(self, *about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateClient, "fit", broken)
+        for _ in range(3):
+            with pytest.raises(FederationError):
+                train(tmp_path, **settings)
+    train(tmp_path, **settings)
+    table = pd.read_csv(tmp_path / "runs/run/privacy.csv").set_index("hospital")
+    tries = 3 if secure == "true" else 0
+    expected = {"client-1": 2 + tries, "client-2": 2 + tries, "client-3": 2}  # one step a round
+    assert table["steps"].to_dict() == expected
+    again = epsilon(1.0, table["sampling_rate"]["client-1"], 2 + tries, 1e-5)
+    assert table["epsilon"]["client-1"] == table["total_epsilon"]["client-1"] == again
+
+
+def test_a_run_that_would_exceed_the_total_is_refused_before_it_starts(tmp_path, monkeypatch):
+    train(tmp_path, rounds=1, name="first")
+    spent = totals(tmp_path, "first").max()
+    monkeypatch.setattr(PrivateClient, "fit", lambda *_: pytest.fail("it has begun"))
+    limit = {"total_epsilon": 1.05 * spent, "rounds": 1}
+    with pytest.raises(InputError, match=r"client-\d to epsilon .* beyond total_epsilon"):
+        train(tmp_path, name="second", seeds="1", **limit)
+    train(tmp_path, name="same", **limit)  # the same model is no new release
+
+
+def test_a_ledger_that_cannot_be_read_stops_all_releases(tmp_path):
+    train(tmp_path, rounds=1, name="first")
+    (tmp_path / "privacy/ledger.json").write_text("{")
+    with pytest.raises(InputError, match="ledger.json cannot be read"):
+        train(tmp_path, rounds=1, name="second", seeds="1")
