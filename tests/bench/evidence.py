@@ -4,7 +4,9 @@ On the phantom a trunk is first trained on public films (another phantom: other 
 film), as ImageNet weights are elsewhere; then layer4 and fc are trained in every arm. On `nih64`,
 where NIH_TEST_DATA names real films, all layers are trained from scratch. Each arm's learning rate
 comes from the same search on validation films. The seeds were fixed before the first run; what
-comes out is reported whatever it says. Tables and figures go to work/evidence/.
+comes out is reported whatever it says. At last, models of one arm that differ by their seed alone
+are compared in groups: how often is a difference shown that is none? Tables and figures go to
+work/evidence/.
 """
 
 import argparse
@@ -12,19 +14,24 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from fedutils import write_phantom
 from fedutils.base.files import find_root
 from fedutils.batch.run import run
 from fedutils.batch.sweep import sweep
-from fedutils.evidence.tables import mean_auroc_rows, read_table
-from fedutils.run import best_rounds, read_history
+from fedutils.evidence.differences import draws_by_seed, join_rows, pair_rows
+from fedutils.evidence.metrics import REPEATS, evaluate_parts
+from fedutils.evidence.predict import predict_films
+from fedutils.evidence.tables import ALL_FILMS, MEAN, SHOWN, mean_auroc_rows, read_table
+from fedutils.run import best_rounds, read_films, read_history
 from fedutils.settings import FIELDS, Settings
 
 ARMS = FIELDS["arms"].metadata["parts"]
 # The search has a seed of its own: with the trunk's, 0, its first head would fit the trunk already.
-SEEDS, SEARCH_SEED = "11,12,13", "10"
+SEEDS, SEARCH_SEED = "11,12,13,14,15", "10"
+NULL_SEEDS, GROUPINGS = range(21, 41), 400
 PARTITIONS = ["iid", "dirichlet", "scanner"]
 RATES = ["0.0003", "0.001", "0.003"]
 ARM_NAMES = {"federated": "federated", "centralised": "centralised", "local": "mean local model"}
@@ -93,26 +100,61 @@ def evidence(name: str, title: str, values: dict[str, str], root: Path) -> str:
     return report(f"{title}; learning rates {rates}, seeds {SEEDS}", runs)
 
 
+def null_rates(values: dict[str, str], root: Path) -> str:
+    """Train one arm from scratch with many seeds; tabulate how often groups of them differ."""
+    values = values | {"work_dir": str(root / "null"), "name": "null", "num_clients": "3"}
+    values |= {"seeds": ",".join(map(str, NULL_SEEDS)), "image_size": "32", "rounds": "6"}
+    settings = run(values, only="02,03")
+    films = read_films(settings)
+    predictions = predict_films(settings, films, "test")
+    index = films.index.set_index("image_index").loc[predictions["image_index"].unique()]
+    groups = {"all": {ALL_FILMS: np.ones(len(index), dtype=bool)}}
+    draws, metrics, enough, _ = evaluate_parts(predictions, index, groups, settings.seed, REPEATS)
+    by_seed = draws_by_seed(draws, ALL_FILMS)
+    means = mean_auroc_rows(metrics)
+    means = means[means["seed"] != ""]["value"]
+    lines = [
+        f"### {len(means)} models of one arm, mean AUROC {means.min():.3f} to {means.max():.3f}",
+        "", "| seeds a side | mean shown | any finding shown |", "|---" * 3 + "|",
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 3, 5):
+        shown = np.zeros((GROUPINGS, 2), dtype=bool)
+        for number in range(GROUPINGS):
+            chosen = rng.choice([seed for seed in by_seed if seed], 2 * count, replace=False)
+            sides = [{seed: by_seed[seed] for seed in part} for part in np.split(chosen, 2)]
+            sides = [side | {"": np.mean(list(side.values()), axis=0)} for side in sides]
+            names = {"test_set": ALL_FILMS, "first": "federated", "second": "centralised"}
+            rows = join_rows([pair_rows(*sides, enough[ALL_FILMS], names)])
+            rows = rows[rows["metric"] == "auroc"].set_index("finding")["verdict"] == SHOWN
+            shown[number] = rows[MEAN], rows.drop(MEAN).any()
+        lines.append(f"| {count} | {shown[:, 0].mean():.1%} | {shown[:, 1].mean():.1%} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Run everything, resuming where it was; write work/evidence/evidence.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="auto", help="auto, or bf16 where the CPU has it")
     parser.add_argument("--threads", default="0", help="of a run; 0: all cores")
-    parser.add_argument("--only", choices=("phantom", "nih64"), help="one data set")
+    parser.add_argument("--only", choices=("phantom", "nih64", "null"), help="one part")
     options = parser.parse_args()
     root = find_root() / "work" / "evidence"
     common = {"profile": "demo", "precision": options.precision, "threads": options.threads}
-    parts = []
-    if options.only != "nih64":
+    parts, only = [], options.only
+    if only in (None, "phantom"):
         tuned = {"weights": train_trunk(root, common), "tracked": "layer4,fc", "rounds": "6"}
         tuned |= {"cache_features": "true", "augment": "false"}
         parts.append(evidence("phantom", "Phantom, layer4 and fc", common | tuned, root))
     real = os.environ.get("NIH_TEST_DATA")
-    if real and options.only != "phantom":
+    if real and only in (None, "nih64"):
         scratch = {"data_dir": str(Path(real).resolve() / "nih64"), "rounds": "8"}
         parts.append(evidence("nih64", "nih64, from scratch", common | scratch, root))
-    (root / "evidence.md").write_text("\n".join(parts))
-    print((root / "evidence.md").read_text())
+    if only in (None, "null"):
+        parts.append(null_rates(common, root))
+    file = root / f"{only or 'evidence'}.md"
+    file.write_text("\n".join(parts))
+    print(file.read_text())
 
 
 if __name__ == "__main__":

@@ -588,5 +588,5 @@ def test_a_run_that_would_exceed_the_total_is_refused_before_it_starts(tmp_path,
 def test_a_ledger_that_cannot_be_read_stops_all_releases(tmp_path):
     train(tmp_path, rounds=1, name="first")
     (tmp_path / "privacy/ledger.json").write_text("{")
-    with pytest.raises(InputError, match="ledger.json cannot be read"):
+    with pytest.raises(InputError, match=r"ledger\.json cannot be read"):
         train(tmp_path, rounds=1, name="second", seeds="1")
