@@ -20,8 +20,8 @@ NAMES = {
     "evidence.metrics": "YARDSTICKS_OFFICIAL evaluate_models",
     "evidence.predict": "predict_films write_predictions",
     "evidence.summary": "record_files write_summary",
-    "evidence.tables": "hospitals main_model tabulate tabulate_differences_text tabulate_points"
-    " training_cost",
+    "evidence.tables": "hospitals main_model tabulate tabulate_calibration"
+    " tabulate_differences_text tabulate_homes tabulate_points training_cost",
     "evidence.words": "membership_words pointing_words privacy_words too_small",
     "fedavg": "FedAvg",
     "films.check": "check_table summary",

@@ -192,6 +192,15 @@ shown = ["arm", "test_set", "value", "ci_low", "ci_high", "n"]
 HTML(at_hospitals[shown].to_html(index=False, float_format="{:.3f}".format))
 
 # %% [markdown]
+# What does each hospital gain by taking part? *At home* are its own test films: the federated model minus
+# the hospital's own, on the same draws of patients. *Outside* are the test films of all others: what its
+# own model would be worth elsewhere.
+
+# %%
+homes = fedutils.tabulate_homes(result)
+HTML(homes.to_html(index=False)) if len(homes) else Markdown("That wants the arms `federated` and `local`.")
+
+# %% [markdown]
 # ## Subgroups
 #
 # Mean AUROC by sex, age, view position and scanner, each family over the findings that all its groups
@@ -249,36 +258,41 @@ if beside is not None:
 # %% [markdown]
 # ## Calibration
 #
-# Is a finding there in 20 % of the films that are given 0.20? Temperature scaling divides all logits
-# of a model by one number, fitted on validation films (Guo et al. 2017); the order of films, and so
-# AUROC, stays. A local model is given its own hospital's validation films only.
+# Is a finding there in 20 % of the films that are given 0.20? Brier: mean squared error of the
+# probability. ECE: the gap between predicted and observed in 15 bins of equal width, weighted by films.
+# Slope under 1: the model is too sure; intercept above 0: it says too little. Always giving the
+# prevalence is perfectly calibrated and worthless: read them beside AUROC. In brackets, 95 % intervals
+# over patients.
 
 # %%
-seen = fedutils.predict_films(settings, stored, "val")
-validation = fedutils.write_predictions(seen, folder / "validation.csv.gz")
-calibration = fedutils.calibrate(validation, predictions, films.index)
+calibration = fedutils.calibrate(predictions, films.index, settings.seed)
 calibration.to_csv(folder / "calibration.csv", index=False)
 
 # %% [markdown]
-# Means over the findings, before and after (`scaled`). Brier: mean squared error of the probability.
-# ECE: the gap between predicted and observed in 15 bins of equal width, weighted by films. Always
-# giving the prevalence is perfectly calibrated and worthless: read them beside AUROC.
-
-# %%
-means = calibration[calibration["finding"] == "mean"].set_index("arm")
-means[["seed", "client", "temperature", "brier", "brier_scaled", "ece", "ece_scaled"]].round(4)
-
-# %% [markdown]
-# As a picture, for the federated model of the first seed (without that arm: the first model). Left,
-# on the dotted line a prediction means what it says; the larger the dot, the more films. Of rare
-# findings nearly all films are in the first bin, so few films make the dots at the right.
+# The federated model of the first seed (without that arm: the first model), on all films by finding.
 
 # %%
 main = fedutils.main_model(calibration)
+own = calibration.merge(main)
+whole = fedutils.tabulate_calibration(own[own["hospital"] == ""])
+HTML(whole.drop(columns="hospital").to_html(index=False))
+
+# %% [markdown]
+# Its means over the findings by hospital. A model may be calibrated on average and nowhere at home.
+
+# %%
+of_means = fedutils.tabulate_calibration(own[own["finding"] == "mean"])
+HTML(of_means[["hospital", "n", "Brier", "ECE"]].to_html(index=False))
+
+# %% [markdown]
+# As a picture. Left, on the dotted line a prediction means what it says; the larger the dot, the more
+# films. Of rare findings nearly all films are in the first bin, so few films make the dots at the right.
+
+# %%
 mine, test = predictions.merge(main), films.where(films.index["split"] == "test")
 chances = mine[list(fedutils.FINDINGS)].to_numpy()
-heat = calibration.merge(main)["temperature"].iloc[0]
-plots.save(plots.reliability_diagram(test.labels, chances, heat, title), folder / "calibration.png")
+figure = plots.reliability_diagram(test.labels, chances, own[own["hospital"] == ""], title)
+plots.save(figure, folder / "calibration.png")
 
 # %% [markdown]
 # ## Operating points
@@ -288,13 +302,15 @@ plots.save(plots.reliability_diagram(test.labels, chances, heat, title), folder 
 # validation films with the finding; on test films that can be more or less.
 
 # %%
+seen = fedutils.predict_films(settings, stored, "val")
+validation = fedutils.write_predictions(seen, folder / "validation.csv.gz")
 points = fedutils.operating_points(validation, predictions, films.index)
 points.to_csv(folder / "operating_points.csv", index=False)
 
 # %% [markdown]
-# The same model's. PPV, the share of alarms that are right, and NPV hold **at the prevalence that
-# stands beside them**: where a finding is rarer, more alarms are false. *No cut*: validation lacks
-# films with the finding, or without it.
+# The same model's, with 95 % intervals over patients. PPV, the share of alarms that are right, and NPV
+# hold **at the prevalence that stands beside them**: where a finding is rarer, more alarms are false. *No
+# cut*: validation lacks films with the finding, or without it.
 
 # %%
 HTML(fedutils.tabulate_points(points.merge(main)).to_html())
@@ -314,7 +330,7 @@ pointing.to_csv(folder / "pointing.csv", index=False)
 display(Markdown(fedutils.pointing_words(pointing, settings.image_size)))
 
 # %% [markdown]
-# As a picture, where it could be played. Bars are Wilson's 95 % intervals; the orange tick is the
+# As a picture, where it could be played. Bars are 95 % intervals over patients; the orange tick is the
 # upper bound of a fixed point, since it was fitted on these very boxes.
 
 # %%

@@ -1,11 +1,12 @@
 """What a probability is worth, and where to cut it: calibration and operating points.
 
-Temperatures and thresholds come from validation films, their figures from test films. A label
-may be missing (NaN): the film is then left out for that finding.
+Cuts come from validation films, all figures from test films. A label may be missing (NaN): the film
+is then left out for that finding. Probabilities are those of the model as trained: rescaling them
+by what validation films say brought nothing that test films confirmed.
 """
 
-from collections.abc import Iterator
 from itertools import product
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,14 @@ import pandas as pd
 
 from ..base.findings import FINDINGS
 from ..base.scores import both_classes, labelled
-from .tables import MEAN, OWNER, name_model, truth_of
+from .bootstrap import Resamples, patient_resamples
+from .intervals import share_interval
+from .tables import LEAST_PATIENTS, MEAN, OWNER, name_model, truth_of
 
 BINS = 15
-TEMPERATURES = (0.05, 20.0)  # what is searched: beyond them there is nothing left to calibrate
 YOUDEN, SENSITIVE = "Youden", "sensitivity 0.9"
+ENDS = ("", "_low", "_high")
+Z = NormalDist().inv_cdf(0.975)
 
 
 def _known(truth: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -48,9 +52,13 @@ def reliability(truth: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
     with the finding). Bin k holds (k - 1)/15 < p <= k/15, the first one 0 as well.
     """
     truth, probability = _known(truth, probability)
-    bin = np.digitize(probability, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
-    table = pd.DataFrame({"bin": bin, "predicted": probability, "observed": truth}).groupby("bin")
+    films = {"bin": _bin(probability), "predicted": probability, "observed": truth}
+    table = pd.DataFrame(films).groupby("bin")
     return table.mean().assign(films=table.size()).reset_index(drop=True)
+
+
+def _bin(probability: np.ndarray) -> np.ndarray:
+    return np.digitize(probability, np.linspace(0, 1, BINS + 1)[1:-1], right=True)
 
 
 def calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
@@ -65,73 +73,120 @@ def calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
     return float(np.average(gap, weights=table["films"])) if len(table) else np.nan
 
 
-def rescale(probability: np.ndarray, temperature: float) -> np.ndarray:
-    """Divide the logits of probabilities by a temperature; those of 0 and 1 are cut at 1e-9."""
-    p = np.clip(np.asarray(probability, dtype=float), 1e-9, 1 - 1e-9)
-    return 1 / (1 + np.exp(-np.log(p / (1 - p)) / temperature))
+def recalibrate(truth: np.ndarray, probability: np.ndarray, owners: np.ndarray) -> dict[str, float]:
+    """Return slope and intercept of a logistic recalibration of films (n,), with their intervals.
 
-
-def fit_temperature(truth: np.ndarray, probability: np.ndarray) -> float:
-    """Find the temperature of least cross-entropy (Guo et al., ICML 2017): one for all findings.
-
-    `truth` (n, 14) holds 0, 1 or NaN. One number cannot change any order, so AUROC stays. It is
-    searched between 0.05 and 20; without any label there is nothing to fit, and it is 1.
+    Slope: of the logit; under 1 the model is too sure. Intercept: with the slope held at 1; above 0
+    it says too little (Van Calster et al., BMC Medicine 2019). Standard errors are over patients,
+    `owners` (n,). NaN with too few of them, or where all positives lie above all negatives.
     """
-    from scipy.optimize import minimize_scalar  # takes a second to import
-
-    truth, probability = _known(truth, probability)
-    if not len(truth):
-        return 1.0
-
-    def loss(log_temperature: float) -> float:
-        """Cross-entropy of the known labels."""
-        p = rescale(probability, np.exp(log_temperature))
-        return -np.log(np.maximum(np.where(truth == 1, p, 1 - p), 1e-300)).mean()
-
-    # Convex in 1 / temperature, so the one minimum is found.
-    return float(np.exp(minimize_scalar(loss, bounds=np.log(TEMPERATURES), method="bounded").x))
+    p = np.clip(probability, 1e-9, 1 - 1e-9)
+    logit = np.log(p / (1 - p))
+    ones, found = np.ones((len(p), 1)), {}
+    for name, design, offset in (
+        ("slope", np.c_[logit, ones], 0.0), ("intercept", ones, logit),
+    ):  # fmt: skip
+        value, error = _logistic(design, offset, truth, owners)
+        found |= {name: value, f"{name}_low": value - Z * error, f"{name}_high": value + Z * error}
+    return found
 
 
-def _models(validation: pd.DataFrame, test: pd.DataFrame, index: pd.DataFrame) -> Iterator[tuple]:
-    """Yield each model's owner, then its labels and probabilities: validation's, then test's.
+def _logistic(
+    design: np.ndarray, offset: np.ndarray | float, truth: np.ndarray, owners: np.ndarray
+) -> tuple[float, float]:
+    """Fit a logistic regression by Newton's steps; return its first coefficient and that's error.
 
-    A local model is given its own hospital's validation films alone: it has no others.
+    The error is a sandwich over patients (Liang and Zeger 1986). NaN where it does not converge.
     """
-    index = index.set_index("image_index")
-    validation, test = (table.fillna({"client": ""}) for table in (validation, test))
-    for owner, rows in test.groupby(OWNER, sort=False):
-        seen = validation[(validation[OWNER] == list(owner)).all(axis=1)]
-        if owner[2]:
-            seen = seen[(index.loc[seen["image_index"], "client"] == owner[2]).to_numpy()]
-        parts = []
-        for part in (seen, rows):
-            parts += [truth_of(index.loc[part["image_index"]]), truth_of(part)]
-        yield owner, *parts
+    weights = np.zeros(design.shape[1])
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-np.clip(offset + design @ weights, -30, 30)))
+        slopes = design.T @ (design * (p * (1 - p))[:, None])
+        if np.linalg.cond(slopes) > 1e12:
+            break
+        step = np.linalg.solve(slopes, design.T @ (truth - p))
+        weights += step
+        if np.abs(step).max() < 1e-9:
+            place = np.unique(owners, return_inverse=True)[1]
+            scores = np.stack([np.bincount(place, c * (truth - p)) for c in design.T])
+            inverse = np.linalg.inv(slopes)
+            errors = np.sqrt(np.diag(inverse @ scores @ scores.T @ inverse))
+            return float(weights[0]), float(errors[0])
+    return np.nan, np.nan
 
 
-def calibrate(validation: pd.DataFrame, test: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
-    """Tabulate calibration on test films, before and after temperature scaling: calibration.csv.
+def calibrate(
+    predictions: pd.DataFrame, index: pd.DataFrame, seed: int, repeats: int = 1000
+) -> pd.DataFrame:
+    """Tabulate calibration on test films, all and by hospital, with intervals: calibration.csv.
 
-    `validation` and `test` are predictions (`arm, seed, client, image_index`, 14 probabilities),
-    `index` has `image_index, client` and the 14 labels. Returns a row for each model and finding,
-    and its macro mean over the findings with labels: `arm, seed, client, temperature, finding, n,
-    positives, prevalence, brier, brier_scaled, ece, ece_scaled`.
+    `predictions` are `arm, seed, client, image_index` and 14 probabilities, `index` has
+    `image_index, patient_id, client` and the 14 labels. Returns a row for each model, hospital
+    (empty: all films) and finding, and the mean over the findings with patients enough: `arm, seed,
+    client, hospital, finding, n, positives, prevalence`, then `brier, ece, slope, intercept`, each
+    with `_low` and `_high`. No interval, slope or mean with fewer than LEAST_PATIENTS of a kind.
     """
+    index = index.set_index("image_index").loc[predictions["image_index"].unique()]
+    hospitals = index["client"].to_numpy()
+    resamples = patient_resamples(index["patient_id"].to_numpy(), repeats, seed)
     tables = []
-    for owner, val_truth, val_probability, truth, probability in _models(validation, test, index):
-        temperature = fit_temperature(val_truth, val_probability)
-        table = pd.DataFrame({"finding": FINDINGS, "n": (~np.isnan(truth)).sum(axis=0)})
-        table["positives"] = (truth == 1).sum(axis=0)
-        table["prevalence"] = table["positives"] / table["n"]
-        for name, scores in (("", probability), ("_scaled", rescale(probability, temperature))):
-            pairs = list(zip(truth.T, scores.T, strict=True))
-            table[f"brier{name}"] = [brier(*pair) for pair in pairs]
-            table[f"ece{name}"] = [calibration_error(*pair) for pair in pairs]
-        mean = {"finding": MEAN, "n": len(truth), "positives": int(table["brier"].notna().sum())}
-        table.loc[len(table)] = table.drop(columns="finding").mean().to_dict() | mean
-        table.insert(0, "temperature", temperature)
-        tables.append(name_model(table, owner))
-    return pd.concat(tables, ignore_index=True)
+    for owner, rows in predictions.fillna({"client": ""}).groupby(OWNER, sort=False):
+        probability = truth_of(rows.set_index("image_index").loc[index.index])
+        for name in ("", *sorted(set(hospitals))):
+            films = np.flatnonzero(hospitals == name) if name else np.arange(len(index))
+            table = _calibrate(truth_of(index)[films], probability[films], films, resamples)
+            tables.append(name_model(table.assign(hospital=name), owner))
+    order = [*OWNER, "hospital"]
+    table = pd.concat(tables, ignore_index=True)
+    return table[[*order, *(name for name in table if name not in order)]]
+
+
+def _calibrate(
+    truth: np.ndarray, probability: np.ndarray, films: np.ndarray, resamples: Resamples
+) -> pd.DataFrame:
+    """Tabulate the calibration of one model on some films: a row a finding, then their mean."""
+    owners, rows, draws = resamples.owner[films], [], {"brier": [], "ece": []}
+    for finding, y, p in zip(FINDINGS, truth.T, probability.T, strict=True):
+        known = ~np.isnan(y)
+        y, p, who = y[known], p[known], owners[known]
+        few = min(len(np.unique(who[y == mark])) for mark in (0, 1)) < LEAST_PATIENTS
+        row = {"finding": finding, "n": len(y), "positives": int(y.sum())}
+        row |= {"prevalence": y.mean() if len(y) else np.nan}
+        row |= {"brier": brier(y, p), "ece": calibration_error(y, p)}
+        if not few:
+            for name, values in zip(draws, _draw_errors(y, p, who, resamples), strict=True):
+                draws[name].append(values)
+                row |= _ends(name, values)
+            row |= recalibrate(y, p, who)
+        rows.append(row)
+    mean = {"finding": MEAN, "n": len(truth), "positives": len(draws["brier"])}
+    for name, values in draws.items():
+        if values:
+            of_all = np.mean(values, axis=0)
+            mean |= {name: of_all[0]} | _ends(name, of_all)
+    columns = [f"{c}{end}" for c in ("brier", "ece", "slope", "intercept") for end in ENDS]
+    return pd.DataFrame([*rows, mean]).reindex(
+        columns=["finding", "n", "positives", "prevalence", *columns]
+    )
+
+
+def _draw_errors(
+    truth: np.ndarray, probability: np.ndarray, owners: np.ndarray, resamples: Resamples
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return Brier score and calibration error in every resample of patients, (1 + repeats,)."""
+    count, gap = len(resamples.times), probability - truth
+    sums = np.zeros((BINS, count))
+    np.add.at(sums, (_bin(probability), owners), gap)
+    films, squares = (np.bincount(owners, w, count) for w in (np.ones(len(gap)), gap**2))
+    drawn = np.maximum(films @ resamples.times, 1)
+    return squares @ resamples.times / drawn, np.abs(sums @ resamples.times).sum(axis=0) / drawn
+
+
+def _ends(name: str, draws: np.ndarray) -> dict[str, float]:
+    """Return the percentile interval, moved by the draws' bias: resampled, a gap is larger."""
+    moved = draws[1:] - draws[1:].mean() + draws[0]
+    low, high = np.percentile(moved, (2.5, 97.5))
+    return {f"{name}_low": max(0.0, float(low)), f"{name}_high": float(high)}
 
 
 def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> float:
@@ -153,21 +208,30 @@ def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> f
     return float(cuts[1:][best])
 
 
-def rates_at(truth: np.ndarray, probability: np.ndarray, threshold: float) -> dict[str, Any]:
+def rates_at(
+    truth: np.ndarray, probability: np.ndarray, threshold: float, owners: np.ndarray
+) -> dict[str, Any]:
     """Sensitivity, specificity, PPV, NPV of films (n,) at a cut, and the prevalence they hold at.
 
-    NaN where there is nothing to divide by, and everywhere if there is no cut. With another
-    prevalence PPV and NPV are others.
+    Each with `_low` and `_high`, its 95 % interval over patients, `owners` (n,). NaN where there is
+    nothing to divide by, and everywhere if there is no cut. With another prevalence PPV and NPV are
+    others.
     """
+    owners = np.asarray(owners)[~np.isnan(np.asarray(truth, dtype=float))]
     truth, probability = _known(truth, probability)
-    called, positive = pd.Series(probability >= threshold), pd.Series(truth == 1)
+    called, positive = probability >= threshold, truth == 1
     parts = {
-        "sensitivity": called[positive], "specificity": ~called[~positive],
-        "ppv": positive[called], "npv": ~positive[~called],
+        "sensitivity": (called, positive), "specificity": (~called, ~positive),
+        "ppv": (positive, called), "npv": (~positive, ~called),
     }  # fmt: skip
-    defined = {k: np.nan if np.isnan(threshold) else v.mean() for k, v in parts.items()}
-    counts = {"n": len(truth), "positives": int(positive.sum())}
-    return defined | {"prevalence": positive.mean()} | counts
+    found = {}
+    for name, (hits, films) in parts.items():
+        hits = hits[films] if not np.isnan(threshold) else hits[:0]
+        ends = share_interval(hits, owners[films][: len(hits)])
+        found |= {name: hits.mean() if len(hits) else np.nan}
+        found |= {f"{name}_low": ends[0], f"{name}_high": ends[1]}
+    share = positive.mean() if len(positive) else np.nan
+    return found | {"prevalence": share, "n": len(truth), "positives": int(positive.sum())}
 
 
 def operating_points(
@@ -175,16 +239,23 @@ def operating_points(
 ) -> pd.DataFrame:
     """Choose cuts on validation, and tabulate what they do on test: operating_points.csv.
 
-    Arguments as in `calibrate`. Returns a row for each model, finding and rule: `arm, seed, client,
-    finding, rule, threshold, val_positives, sensitivity, specificity, ppv, npv, prevalence, n,
-    positives`.
+    `validation` and `test` are predictions, `index` as in `calibrate`. A local model is cut by its
+    own hospital's validation films alone: it has no others. Returns a row for each model, finding
+    and rule: `arm, seed, client, finding, rule, threshold, val_positives`, then as `rates_at`.
     """
-    rows = []
-    for owner, val_truth, val_probability, truth, probability in _models(validation, test, index):
-        model = dict(zip(OWNER, owner, strict=True))
-        for (k, finding), rule in product(enumerate(FINDINGS), (YOUDEN, SENSITIVE)):
-            cut = choose_threshold(val_truth[:, k], val_probability[:, k], rule)
-            found = {"threshold": cut, "val_positives": int((val_truth[:, k] == 1).sum())}
-            found |= rates_at(truth[:, k], probability[:, k], cut)
-            rows.append(model | {"finding": finding, "rule": rule} | found)
+    index = index.set_index("image_index")
+    validation, rows = validation.fillna({"client": ""}), []
+    for owner, tested in test.fillna({"client": ""}).groupby(OWNER, sort=False):
+        seen = validation[(validation[OWNER] == list(owner)).all(axis=1)]
+        if owner[2]:
+            seen = seen[(index.loc[seen["image_index"], "client"] == owner[2]).to_numpy()]
+        films = index.loc[tested["image_index"]]
+        for finding, rule in product(FINDINGS, (YOUDEN, SENSITIVE)):
+            truth = index.loc[seen["image_index"], finding].to_numpy(float)
+            cut = choose_threshold(truth, seen[finding].to_numpy(), rule)
+            row = {"finding": finding, "rule": rule, "threshold": cut}
+            row |= {"val_positives": int((truth == 1).sum())}
+            about = films[finding].to_numpy(float), tested[finding].to_numpy(), cut
+            row |= rates_at(*about, films["patient_id"].to_numpy())
+            rows.append(dict(zip(OWNER, owner, strict=True)) | row)
     return pd.DataFrame(rows)

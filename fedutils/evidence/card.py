@@ -112,17 +112,19 @@ def _figures(metrics: pd.DataFrame, calibration: pd.DataFrame) -> list[str]:
         lines.append(f"{names}| {_interval(row)} | {row.positives} |")
     main = tables.main_model(calibration)
     arm, seed, client = main.iloc[0]
+    calibration = tables.rows_of(calibration, hospital="")
     own, area = (table.merge(main).set_index("finding") for table in (calibration, whole))
     lines += [
-        "", f"By finding, of {arm}, seed {seed}{client and ', '}{client}. Calibration is that after"
-        f" temperature {own['temperature'].iloc[0]:.2f}, fitted on validation films.", "",
-        "| finding | prevalence | AUROC | Brier | calibration error |", "|---|---|---|---|---|",
+        "", f"By finding, of {arm}, seed {seed}{client and ', '}{client}. Slope under 1: too sure;"
+        " intercept above 0: the model says too little.", "",
+        "| finding | prevalence | AUROC | Brier | calibration error | slope | intercept |",
+        "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for finding in FINDINGS:
-        parts = own.loc[finding, ["prevalence", "brier_scaled", "ece_scaled"]]
-        share, brier, error = ("–" if np.isnan(part) else f"{part:.3f}" for part in parts)
+        parts = own.loc[finding, ["prevalence", "brier", "ece", "slope", "intercept"]]
+        share, *errors = ("–" if np.isnan(part) else f"{part:.3f}" for part in parts)
         auroc = _interval(area.loc[finding])
-        lines.append(f"| {finding} | {share} | {auroc} | {brier} | {error} |")
+        lines.append(f"| {finding} | {share} | {auroc} | {' | '.join(errors)} |")
     return [*lines, "", "Operating points: `evaluation/operating_points.csv`.", ""]
 
 

@@ -20,6 +20,7 @@ from ..dataset import ChestXrayDataset
 from ..model import ChestResNet, build_resnet34
 from ..run import TRUNK, Model, list_models, read_model
 from .calibration import YOUDEN
+from .intervals import share_interval
 from .tables import OWNER
 
 LAYER = "layer4"
@@ -148,16 +149,6 @@ def cross_fitted(boxes: pd.DataFrame, pairs: pd.DataFrame, seed: int) -> np.ndar
     return points
 
 
-def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (Wilson 1927); NaN of nothing."""
-    from scipy.stats import binomtest  # takes a second to import
-
-    if not n:
-        return np.nan, np.nan
-    found = binomtest(int(successes), int(n)).proportion_ci(0.95, "wilson")
-    return float(found.low), float(found.high)
-
-
 def position_baselines(boxes: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Play the image centre, and the best fixed point of each finding on other patients' films.
 
@@ -174,10 +165,12 @@ def position_baselines(boxes: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def tally(played: pd.DataFrame) -> pd.DataFrame:
-    """Count hits by finding and over all: `finding, hits, n, value, ci_low, ci_high` (Wilson)."""
+    """Count hits by finding and over all: `finding, hits, n, value, ci_low, ci_high` (patients)."""
     table = _shares(played.groupby("finding")["hit"].agg(hits="sum", n="size"))
-    table[["ci_low", "ci_high"]] = [wilson(*row) for row in table[["hits", "n"]].to_numpy()]
-    return table
+    own = {name: played[played["finding"] == name] for name in table["finding"]}
+    own[ALL_BOXES] = played
+    ends = [share_interval(own[k]["hit"], own[k]["patient_id"]) for k in table["finding"]]
+    return table.assign(ci_low=[e[0] for e in ends], ci_high=[e[1] for e in ends])
 
 
 def upper_bounds(boxes: pd.DataFrame) -> pd.DataFrame:

@@ -1,7 +1,11 @@
 """Intervals that hold with few positive patients, and with few training seeds."""
 
+from statistics import NormalDist
+
 import numpy as np
 from numpy.typing import ArrayLike
+
+from .tables import LEAST_PATIENTS
 
 LEVEL = 0.95
 PRIOR = 3  # patients that the model of an AUROC's variance counts for, beside the positive ones
@@ -39,6 +43,41 @@ def hanley_mcneil(auroc: ArrayLike, positive: int, negative: int) -> np.ndarray:
     area, half = np.asarray(auroc, dtype=float), (positive + negative) / 2 - 1
     pairs = 1 + half * (1 - area) / (2 - area) + half * area / (1 + area)
     return area * (1 - area) * pairs / (positive * negative)
+
+
+def cluster_mean(values: np.ndarray, owners: np.ndarray) -> tuple[float, float, int]:
+    """Return the mean of values (n,) by film, its variance over patients, and their number.
+
+    `owners` (n,) names each film's patient. The variance is that of a ratio of sums over patients,
+    linearised (Liang and Zeger 1986); NaN with fewer than two.
+    """
+    patients, place = np.unique(owners, return_inverse=True)
+    if len(patients) < 2:
+        return float(np.mean(values)) if len(values) else np.nan, np.nan, len(patients)
+    mean = float(np.mean(values))
+    sums = np.bincount(place, values - mean)
+    variance = (sums**2).sum() / len(values) ** 2 * len(patients) / (len(patients) - 1)
+    return mean, float(variance), len(patients)
+
+
+def share_interval(hits: np.ndarray, owners: np.ndarray) -> tuple[float, float]:
+    """Wilson's interval (95 %, 1927) of the share of hits (n,), over patients; NaN with few.
+
+    It counts patients, times how much their variance (`cluster_mean`) is below that of one film a
+    patient, shrunk as in `auroc_interval`: a share of 1 gets an interval, too.
+    """
+    share, variance, patients = cluster_mean(np.asarray(hits, dtype=float), owners)
+    if patients < LEAST_PATIENTS:
+        return np.nan, np.nan
+    alone = share * (1 - share) / patients
+    seen = variance / alone if alone else 1.0
+    count = patients / ((patients * seen + PRIOR) / (patients + PRIOR))
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    middle, half = (
+        share + z**2 / (2 * count),
+        z * np.sqrt(share * (1 - share) / count + (z / count) ** 2 / 4),
+    )
+    return float((middle - half) / (1 + z**2 / count)), float((middle + half) / (1 + z**2 / count))
 
 
 def seed_variance(by_seed: np.ndarray) -> tuple[np.ndarray, int]:

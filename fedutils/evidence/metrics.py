@@ -80,7 +80,8 @@ def evaluate_parts(
 
 
 def test_groups(index: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
-    """Return the parts of the test films by family: a mask (n,) for each client and subgroup.
+    """Return the parts of the test films by family: a mask (n,) for each client, the films of all
+    others than a client, and each subgroup.
 
     The films of an unknown sex, age, view or scanner are in no subgroup of that family. One film a
     patient is the first by name.
@@ -93,6 +94,9 @@ def test_groups(index: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
         prefix = "" if family == "client" else f"{family}="
         names = sorted(set(column) - {""})
         groups[family] = {prefix + name: (column == name).to_numpy() for name in names}
+        if family == "client" and len(names) > 1:
+            homes = groups[family].items()
+            groups["outside"] = {f"{tables.OUTSIDE}{name}": ~own for name, own in homes}
     first = ~index.sort_index()["patient_id"].duplicated()
     groups["sensitivity"] = {tables.ONE_FILM: first.reindex(index.index).to_numpy()}
     return groups

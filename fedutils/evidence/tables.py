@@ -19,11 +19,13 @@ Owner = tuple[str, str, str]  # arm, seed, client
 Draws = dict[str, np.ndarray]  # by test set: (metrics, 15, 1 + repeats)
 MEAN, MEAN_LOCAL = "mean", "mean local model"
 ALL_FILMS, ONE_FILM = "all", "one film a patient"  # test sets beside the clients and the subgroups
+OUTSIDE = "outside="  # then a client: the test films of all others
 SHOWN, NOT_SHOWN = "shown", "no difference shown"
 FEW, ONE_SEED = "too few patients", "one training seed: not judged"
 LEAST_PATIENTS = 10  # with the finding, and without, for it to be judged and to count in the mean
 LEAST_POSITIVES = 30  # films of a subgroup, for anything to be concluded from it
 METRICS = ("auroc", "average_precision")
+TEXT_COLUMNS = "test_set", "hospital", "first", "second", "finding", "verdict"  # columns of text
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
 SUMMARY = "evaluation/summary.json"  # below the run folder
 BRACKETS = {"form": " [{}, {}]", "without": ""}  # an interval in a figure, where room is scarce
@@ -40,6 +42,11 @@ class Evaluation(NamedTuple):
 def is_client(test_set: str) -> bool:
     """Tell whether a test set is that of a client, neither all films nor a subgroup."""
     return test_set not in (ALL_FILMS, ONE_FILM) and "=" not in test_set
+
+
+def is_subgroup(test_set: str) -> bool:
+    """Tell whether a test set is all films, a subgroup, or one film a patient: no hospital's."""
+    return not is_client(test_set) and not test_set.startswith(OUTSIDE)
 
 
 def truth_of(index: pd.DataFrame) -> np.ndarray:
@@ -80,7 +87,7 @@ def hospitals(metrics: pd.DataFrame, arm: str) -> pd.DataFrame:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a table of the evaluation; an empty name stays empty text, and a seed is text too."""
-    table = read_written(path, *OWNER, "test_set", "first", "second", "finding", "verdict")
+    table = read_written(path, *OWNER, *TEXT_COLUMNS)
     if "seed" in table:  # beside an empty seed pandas writes 0 as 0.0
         table["seed"] = table["seed"].str.removesuffix(".0")
     return table
@@ -109,6 +116,30 @@ def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
     most = rows.loc[rows["finding"] == MEAN, "positives"].max()
     table = pd.DataFrame(columns).loc[[MEAN, *FINDINGS]]
     return table.rename({MEAN: f"mean of {most}"}).rename_axis(index=None)
+
+
+def tabulate_homes(result: Evaluation) -> pd.DataFrame:
+    """Lay out what each hospital gains by taking part: a row a hospital with a local model.
+
+    At home are its own test films, outside those of all others, each family over the findings that
+    all of it have patients enough of. The gain is that at home, paired; empty without both arms.
+    """
+    rows = mean_auroc_rows(result.metrics, seed="").set_index(["arm", "client", "test_set"])
+    gains = mean_auroc_rows(result.differences).set_index(["second", "test_set"])
+    table = []
+    for name in dict.fromkeys(client for arm, client, _ in rows.index if arm == "local" and client):
+        cells = {"hospital": name}
+        for where, place in (("at home", name), ("outside", f"{OUTSIDE}{name}")):
+            for word, model in (("local", ("local", name)), ("federated", ("federated", ""))):
+                if (*model, place) in rows.index:
+                    one = rows.loc[(*model, place)]
+                    cells[f"{word}, {where}"] = with_interval(one, without="")
+        if (f"local {name}", name) in gains.index:
+            gain = gains.loc[(f"local {name}", name)]
+            cells["gain at home"] = with_interval(gain, sign="+", without=" (no interval)")
+            cells["verdict"] = gain["verdict"]
+            table.append(cells)
+    return pd.DataFrame(table)
 
 
 def tabulate_differences_text(differences: pd.DataFrame) -> pd.DataFrame:
@@ -183,13 +214,32 @@ def tabulate_points(points: pd.DataFrame) -> pd.DataFrame:
     positive = whole["positives"].map("{:,}".format)
     parts = {"test films": pd.DataFrame({"positive": positive, "prevalence": prevalence})}
     for rule, rows in points.groupby("rule", sort=False):
-        text = rows[list(RATES)].map(lambda share: "–" if np.isnan(share) else f"{share:.2f}")
+        text = pd.DataFrame({name: _texts(rows, name) for name in RATES}, rows.index)
         text.loc[rows["threshold"].isna(), "sensitivity"] = "no cut"  # then nothing is defined
         parts[rule] = text.rename(columns=RATES)
     return pd.concat(parts, axis=1).rename_axis(index=None)
 
 
+def _texts(table: pd.DataFrame, name: str) -> list[str]:
+    """Write a column with its `_low` and `_high`, such as '0.83 (0.71 to 0.90)'."""
+    ends = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)
+    interval = [f" ({low:.2f} to {high:.2f})" * (not np.isnan(low)) for _, low, high in ends]
+    shown = ["–" if np.isnan(value) else f"{value:.2f}" for value, _, _ in ends]
+    return [value + span for value, span in zip(shown, interval, strict=True)]
+
+
+def tabulate_calibration(calibration: pd.DataFrame) -> pd.DataFrame:
+    """Lay one model's calibration out for reading: a row a hospital and finding, with intervals."""
+    columns = {"brier": "Brier", "ece": "ECE", "slope": "slope", "intercept": "intercept"}
+    table = calibration[["hospital", "finding", "n", "positives"]].reset_index(drop=True)
+    table["hospital"] = table["hospital"].replace("", "all films")
+    for name, word in columns.items():
+        table[word] = _texts(calibration, name)
+    return table
+
+
 def tally_words(row: Any) -> str:
     """Write a tally such as '31 of 180 (0.17, 95 % interval 0.12 to 0.23)'."""
-    interval = f"95 % interval {row.ci_low:.2f} to {row.ci_high:.2f}"
+    ends = f"95 % interval {row.ci_low:.2f} to {row.ci_high:.2f}"
+    interval = "too few patients for an interval" if np.isnan(row.ci_low) else ends
     return f"{row.hits:.0f} of {row.n:.0f} ({row.value:.2f}, {interval})"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from ..base import scores
 from ..base.findings import FINDINGS
 from ..evidence import tables
-from ..evidence.tables import BRACKETS, LEAST_POSITIVES, MEAN, is_client
+from ..evidence.tables import BRACKETS, LEAST_POSITIVES, MEAN, is_client, is_subgroup
 from . import style
 from .style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION, blank, canvas, in_our_style
 
@@ -141,7 +141,7 @@ def subgroup_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
     with under 30 positive labels in all are grey: nothing is to be concluded from them.
     """
     whole = metrics[(metrics["metric"] == "auroc") & blank(metrics["client"])]
-    names = [name for name in whole["test_set"].unique() if not is_client(name)]
+    names = [name for name in whole["test_set"].unique() if is_subgroup(name)]
     rows = whole[(whole["finding"] == MEAN) & whole["test_set"].isin(names)]
     labels = whole[whole["finding"] != MEAN].drop_duplicates(["test_set", "finding"])
     positives = labels.groupby("test_set")["positives"].sum()
@@ -162,7 +162,7 @@ def subgroup_heatmap(metrics: pd.DataFrame, title: str = "") -> Figure:
     rows = metrics[(metrics["metric"] == "auroc") & (metrics["finding"] != MEAN)]
     arm = rows["arm"].iloc[0]
     rows = rows[(rows["arm"] == arm) & blank(rows["seed"]) & blank(rows["client"])]
-    names = [name for name in rows["test_set"].unique() if not is_client(name)]
+    names = [name for name in rows["test_set"].unique() if is_subgroup(name)]
     wide = rows.pivot(index="test_set", columns="finding").loc[names]
     value, positives = (wide[name][list(FINDINGS)].astype(float) for name in ("value", "positives"))
     shown = value.where(positives >= LEAST_POSITIVES)

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ..base.findings import FINDINGS
-from ..evidence.calibration import calibration_error, reliability, rescale
+from ..evidence.calibration import reliability
 from ..evidence.explain import ALL_BOXES, CENTRE, ELSEWHERE, KINDS, UPPER
 from . import style
 from .style import BLUE, GREY, INK, ORANGE, SKY, canvas, in_our_style
@@ -18,36 +18,35 @@ from .style import BLUE, GREY, INK, ORANGE, SKY, canvas, in_our_style
 
 @in_our_style
 def reliability_diagram(
-    truth: np.ndarray, probability: np.ndarray, temperature: float, title: str = ""
+    truth: np.ndarray, probability: np.ndarray, calibration: pd.DataFrame, title: str = ""
 ) -> Figure:
-    """Reliability of all findings together, and calibration error by finding, before and after.
+    """Reliability of all findings together, and calibration error by finding, with its interval.
 
-    `truth` (n, 14) holds 0, 1 or NaN, `probability` is (n, 14); `temperature` was fitted on
-    validation. Grey is the model as trained, blue the model after temperature scaling.
+    `truth` (n, 14) holds 0, 1 or NaN, `probability` is (n, 14); `calibration` has the rows of that
+    model on all films.
     """
-    both = np.asarray(probability), rescale(probability, temperature)
     fig, (whole, ax) = canvas("Calibration", title, 4.3, columns=2)
     whole.plot([0, 1], [0, 1], ":", color=GREY)
-    for scores, colour, face in zip(both, (GREY, BLUE), ("none", BLUE), strict=True):
-        bins = reliability(truth, scores)
-        area = 12 + 150 * bins["films"] / max(bins["films"].sum(), 1)  # of a dot, its films
-        whole.plot(bins["predicted"], bins["observed"], color=colour, linewidth=1.2)
-        whole.scatter(bins["predicted"], bins["observed"], area, face, edgecolors=colour, zorder=3)
+    bins = reliability(truth, np.asarray(probability))
+    area = 12 + 150 * bins["films"] / max(bins["films"].sum(), 1)  # of a dot, its films
+    whole.plot(bins["predicted"], bins["observed"], color=BLUE, linewidth=1.2)
+    whole.scatter(bins["predicted"], bins["observed"], area, BLUE, zorder=3)
     whole.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
     whole.set(xlabel="predicted probability", ylabel="share with the finding")
     whole.set_title("All findings, 15 bins (dotted: calibrated)")
-    ax.set_title(f"By finding (grey: as trained, blue: temperature {temperature:.2f})")
-    pairs = [zip(truth.T, scores.T, strict=True) for scores in both]
-    before, after = np.array([[calibration_error(*pair) for pair in of_all] for of_all in pairs])
-    rows = np.arange(len(FINDINGS))
-    ax.hlines(rows, before, after, color=GREY, linewidth=1)
-    ax.plot(before, rows, "o", mfc="white", mec=GREY)
-    ax.plot(after, rows, "o", color=BLUE)
-    for row in rows[np.isnan(after)]:
-        ax.text(0.02, row, "no labels", color=GREY, va="center", transform=ax.get_yaxis_transform())
-    ax.set_yticks(rows, FINDINGS)
-    most = np.nanmax([*before, *after, 0.01])
-    ax.set(xlim=(0, 1.08 * most), ylim=(len(rows) - 0.5, -0.5), xlabel="expected calibration error")
+    ax.set_title("By finding, 95 % interval (hollow: too few patients)")
+    own = calibration.set_index("finding").loc[list(FINDINGS)]
+    for row, (_, one) in enumerate(own.iterrows()):
+        if np.isnan(one["ece"]):
+            at = ax.get_yaxis_transform()
+            ax.text(0.02, row, "no labels", color=GREY, va="center", transform=at)
+        few = np.isnan(one["ece_low"])
+        ax.hlines(row, one["ece_low"], one["ece_high"], color=BLUE)
+        ax.plot(one["ece"], row, "o", color=GREY if few else BLUE, mfc="white" if few else BLUE)
+    ax.set_yticks(range(len(FINDINGS)), FINDINGS)
+    most = np.nanmax([*own["ece"], *own["ece_high"], 0.01])
+    limits = {"xlim": (0, 1.08 * most), "ylim": (len(FINDINGS) - 0.5, -0.5)}
+    ax.set(**limits, xlabel="expected calibration error")
     ax.tick_params(axis="y", length=0)
     return fig
 
@@ -57,7 +56,7 @@ def pointing(table: pd.DataFrame, title: str = "") -> Figure:
     """Share of films whose hottest point lies in a box, beside points placed without a look.
 
     `table` is pointing.csv: `method, arm, client, finding, hits, n, value, ci_low, ci_high`. Bars
-    are Wilson's 95 % intervals; a tick is what one point reaches that was fitted on these boxes.
+    are 95 % intervals over patients; a tick is what a point reaches that was fitted on these boxes.
     """
     names = [ALL_BOXES, *(f for f in FINDINGS if f in set(table["finding"]))]
     lanes = style.by_arm(table)

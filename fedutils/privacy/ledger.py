@@ -46,7 +46,9 @@ class Ledger:
         try:
             return {key: Release(**entry) for key, entry in json.loads(text).items()}
         except (ValueError, TypeError, AttributeError) as error:
-            raise InputError(f"{self.file} cannot be read ({error}): nothing is released") from error
+            raise InputError(
+                f"{self.file} cannot be read ({error}): nothing is released"
+            ) from error
 
     def write(self, releases: Mapping[str, Release]) -> None:
         """Write down what has been released in all of some models at a hospital, by their key."""

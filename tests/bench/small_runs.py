@@ -257,7 +257,6 @@ def arms(work: Path) -> Result:
     drawn = fedutils.attack_films(films, 0)
     attacked = [fedutils.predict_films(settings, drawn, s) for s in ("train", "val")]
     tables = {
-        "calibration.csv": fedutils.calibrate(validation, test, films.index),
         "operating_points.csv": fedutils.operating_points(validation, test, films.index),
         "membership.csv": attack(attacked, films, 0),
     }

@@ -14,6 +14,8 @@ from fedutils.evidence.explain import POINTING
 PARTS = {"train": {"films": 36, "patients": 36}, "test": {"films": 1012, "patients": 12}}
 REPORT = {"release": "2017", "lists": ["train_val", "test"], "films": 60, "patients": 60,
           "splits": PARTS, "fingerprint": "f00d"}  # fmt: skip
+START = {"fedutils": "9", "git_revision": "0123456789abcdef", "torch": "2.9", "device": "CPU"}
+START |= {"machine": "x86"}
 
 
 def evaluated(work, arms=("federated", "local"), report=REPORT, **changes):
@@ -23,16 +25,19 @@ def evaluated(work, arms=("federated", "local"), report=REPORT, **changes):
     (settings.prepared / "report.json").write_text(json.dumps(report))
     folder = settings.run / "evaluation"
     folder.mkdir(parents=True)
-    (settings.run / "config.json").write_text(json.dumps({"threads": 1}))
+    (settings.run / "config.json").write_text(json.dumps({"threads": 1, "starts": [START]}))
     films.index[["patient_id", "client"]].to_csv(settings.run / "clients.csv", index=False)
     owners = [(arm, 0, "client-2" if arm == "local" else "") for arm in arms]
     rounds = [(*o, r, 0.7 - 0.1 * r, 0.5) for o in owners for r in (1, 2)]
     columns = ["arm", "seed", "client", "round", "val_auroc", "val_loss"]
-    pd.DataFrame(rounds, columns=columns).to_csv(settings.run / "history.csv", index=False)
+    rows = pd.DataFrame(rounds, columns=columns).assign(reason="")
+    rows.loc[rows["arm"] == "local", "reason"] = "adopted from run other"
+    rows.to_csv(settings.run / "history.csv", index=False)
     findings = pd.DataFrame({"finding": [*FINDINGS, "mean"], "positives": 13})
     one = findings.assign(metric="auroc", test_set="all", value=0.7, ci_low=0.6, ci_high=0.8)
     one.loc[one["finding"] == "Hernia", ["value", "ci_low", "ci_high"]] = np.nan
-    two = findings.assign(temperature=1.5, prevalence=0.1, brier_scaled=0.08, ece_scaled=0.02)
+    two = findings.assign(hospital="", prevalence=0.1, brier=0.08, ece=0.02, slope=0.9)
+    two["intercept"] = np.nan
     for name, table in (("metrics", one), ("calibration", two)):
         tables = [table.assign(arm=a, seed=s, client=c) for a, s, c in owners]
         pd.concat(tables).to_csv(folder / f"{name}.csv", index=False)
@@ -48,7 +53,8 @@ def test_the_card_says_what_the_run_was_and_what_it_reached(tmp_path):
         "NIH ChestX-ray14, release 2017: 60 films", "`f00d`", "test 1,012 films of 12 patients",
         "3 clients, partition iid", "`global_model.safetensors`, of round 1;", "2 rounds",
         "| federated | – | 0 | 0.700 (0.600 to 0.800) | 13 |", "| local | client-2 | 0 | 0.700",
-        "| Hernia | 0.100 | not defined |", "after temperature 1.50",
+        "| Hernia | 0.100 | not defined | 0.080 | 0.020 | 0.900 | – |",
+        "fedutils 9 (0123456789ab), torch 2.9, on CPU (x86)", "adopted from run other",
         "not measurable at this size", "mined from reports by text", "updates can leak", "Diagnosis",
     ):  # fmt: skip
         assert said in text, said

@@ -26,6 +26,7 @@ from fedutils.evidence.tables import (
     read_table,
     tabulate,
     tabulate_differences_text,
+    tabulate_homes,
     training_cost,
     with_interval,
 )
@@ -191,6 +192,26 @@ def test_every_model_is_judged_on_every_clients_films(three_arms):
     assert found == pytest.approx(roc_auc_score(one["Edema"], rows["Edema"]))
 
 
+def test_a_local_model_is_judged_at_home_and_on_the_films_of_all_others(three_arms):
+    films = invented()[1].index
+    others = films[films["client"] != "client-2"]
+    rows = invented()[0].query("arm == 'local' and client == 'client-2' and seed == 0")
+    rows = rows.set_index("image_index").loc[others["image_index"]]
+    mine = three_arms.metrics.query("arm == 'local' and client == 'client-2' and seed == '0'")
+    found = value(mine[mine["test_set"] == "outside=client-2"], finding="Edema")
+    assert found == pytest.approx(roc_auc_score(others["Edema"], rows["Edema"]))
+    homes = tabulate_homes(three_arms).set_index("hospital")
+    assert list(homes.index) == ["client-1", "client-2", "client-3"]
+    gain = three_arms.differences.query("second == 'local client-2' and test_set == 'client-2'")
+    gain = gain.query("finding == 'mean' and metric == 'auroc'").iloc[0]
+    assert homes.loc["client-2", "gain at home"].startswith(f"{gain['value']:+.3f}")
+    assert homes.loc["client-2", "verdict"] == gain["verdict"]
+    wide = [float(homes.loc["client-2", f"{who}, at home"][:5]) for who in ("federated", "local")]
+    assert wide[0] - wide[1] == pytest.approx(gain["value"], abs=0.0011)
+    assert homes["local, outside"].str.len().min() > 5
+    assert tabulate_homes(three_arms._replace(differences=three_arms.differences[:0])).empty
+
+
 def test_subgroups_are_named_and_the_unknown_are_in_none(three_arms):
     films = invented()[1].index
     groups = test_groups(films)
@@ -318,7 +339,10 @@ def test_summary_tells_what_repeating_takes(run):
     assert stored["fingerprint"] == "tiny" and stored["settings"]["threads"] == 1
     assert "models/federated-s0.safetensors" in stored["sha256"]
     assert "evaluation/predictions.csv.gz" in stored["sha256"]
-    assert {"torch", "device", "cores"} <= stored["environment"].keys()
+    for about in (stored["trained"][0], stored["evaluated"]):
+        assert {"at", "torch", "device", "cores", "machine", "git_revision"} <= about.keys()
+    assert stored["adopted"] == {} and "starts" not in stored["settings"]
+    assert {"code", "dtype", "torch", "weights_sha256"} <= stored["settings"].keys()
 
 
 def test_tables_are_read_back_as_they_were_written(run):

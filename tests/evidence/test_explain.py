@@ -34,8 +34,8 @@ from fedutils.evidence.explain import (
     read_boxes,
     tally,
     upper_bounds,
-    wilson,
 )
+from fedutils.evidence.intervals import share_interval
 from fedutils.evidence.words import pointing_words
 from fedutils.films.decode import decode_film
 from fedutils.films.read import read_nih
@@ -165,13 +165,18 @@ def test_without_another_patient_there_is_no_fixed_point():
     assert np.isnan(tally(played.head(0))["value"]).all()
 
 
-def test_wilsons_interval_is_wilsons():
+def test_the_interval_of_a_share_is_wilsons_over_patients():
     for k, n in ((0, 10), (7, 50), (10, 10)):
         z, p = 1.959963984540054, k / n
         middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
         half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        assert wilson(k, n) == pytest.approx((middle - half, middle + half), abs=1e-9)
-    assert np.isnan(wilson(0, 0)).all()
+        hits = np.arange(n) < k
+        alone = share_interval(hits, np.arange(n))  # one film a patient: Wilson's own, but n - 1
+        assert alone == pytest.approx((middle - half, middle + half), abs=0.004)
+        if n > 10:  # five films of a patient that agree are one
+            together = share_interval(np.repeat(hits, 5), np.repeat(np.arange(n), 5))
+            assert together == pytest.approx(alone, abs=1e-9)
+    assert np.isnan(share_interval(np.ones(90), np.arange(90) // 10)).all()  # of nine patients
 
 
 @pytest.fixture(scope="module")
