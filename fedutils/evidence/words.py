@@ -168,6 +168,7 @@ def privacy_words(settings: Parameters) -> list[str]:
         "Over all that this work folder had released of their patients when the run ended (its"
         " ledger adds arms, seeds, sweeps and searches up), epsilon was "
         + ", ".join(f"{total:.2f} at {hospital}" for hospital, total in last.items())
+        + (", since models without privacy learned from them, too" if np.isinf(last).any() else "")
         + ". Later runs in the same folder, and releases elsewhere, come on top."
     )
     promise = (

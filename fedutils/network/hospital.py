@@ -25,6 +25,7 @@ from ..base.state import State
 from ..client import Client, predict
 from ..dataset import ChestXrayDataset, read_report
 from ..model import ChestResNet
+from ..privacy.ledger import note_open
 from ..settings import FIELDS, Settings
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
@@ -114,7 +115,10 @@ def fit(here: Hospital, sent: State) -> Answer:
     seed, round, before = (here.order[key] for key in ("seed", "round", "kept"))
     path, client = here.kept(before), here.client()
     about = f"{here.settings.name} s{seed} {sha256(here.order['config'].encode())[:16]}"
-    client.keep_ledger(Path(here.settings.work_dir), about, always=True)
+    work = Path(here.settings.work_dir)
+    client.keep_ledger(work, about, always=True)
+    if client.mechanism == "off":
+        note_open(work, about, client.name, client.films.index["patient_id"])
     kept = load_file(path) if path.is_file() else {}
     if stop := client.over_budget(kept):
         return {"status": "stopped", "reason": stop}, {}, {}

@@ -22,7 +22,8 @@ class Release(NamedTuple):
 
 
 class Ledger:
-    """What left a work folder, in `privacy/`: all arms, seeds, sweeps and searches in it.
+    """What left a work folder, in `privacy/`: all arms, seeds, sweeps and searches in it, those
+    without privacy too.
 
     A release is one model at one hospital; the same model, trained again from the same seed or
     adopted by another run, has the same bits and is the same release. It is written before an
@@ -74,3 +75,10 @@ class Ledger:
 
     def _names(self, patients: str) -> Path:
         return self.folder / f"patients-{patients[:16]}.json"
+
+
+def note_open(work: Path, model: str, name: str, patients: Iterable[str]) -> None:
+    """Write down that a client trains without privacy: of its patients, epsilon is infinite."""
+    ledger = Ledger(work)
+    known = ledger.register(sorted(set(patients)))
+    ledger.write({f"{model} {name}": Release(0.0, 1.0, known, 1)})

@@ -18,6 +18,7 @@ from ..base.state import to_cpu
 from ..dataset import ChestXrayDataset, read_report
 from ..fedavg import FedAvg
 from ..privacy.client import refuse_beyond_total
+from ..privacy.ledger import note_open
 from ..run import HISTORY, write_global_model, write_model
 from ..strategies import STRATEGIES
 from .arms import plan
@@ -154,6 +155,7 @@ class Training:
         if now is None:
             first = to_cpu(model.tracked_state())
             now = rounds.Progress({k: v for k, v in first.items() if k not in self.local})
+        self._note_open(job)
         try:
             while now.round < self.settings.rounds:
                 began = time.monotonic()
@@ -170,6 +172,13 @@ class Training:
             return True
         finally:
             self.writer.wait()
+
+    def _note_open(self, job: rounds.Job) -> None:
+        """Write into the ledger whose films are trained on here without privacy."""
+        if self.settings.dp == "off" and self.films is not None:
+            what = Path(self.settings.work_dir), f"{job.name} {self._identity(job)[:16]}"
+            for client in job.clients:
+                note_open(*what, client.name, client.films.index["patient_id"])
 
     def _stop(self, job: rounds.Job, now: rounds.Progress, reason: str) -> None:
         """End a model before its last round, name the reason in the history, and say so."""

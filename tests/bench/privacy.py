@@ -2,8 +2,10 @@
 
 All on the phantom, with a trunk from public films, as in `evidence.py`. The learning rate of each
 choice of tracked layers is searched on validation films with a seed of its own, apart for every
-epsilon and without privacy; the search itself is not accounted for. Table, figure and sentences go
-to work/privacy/.
+epsilon and without privacy. The epsilon of the table is that of one model; what all of them and the
+search cost together stands in the ledger and as `total_epsilon` in each run's privacy.csv, and is
+infinite, since runs without privacy learn from the same patients. Table, figure and sentences go to
+work/privacy/.
 """
 
 import argparse

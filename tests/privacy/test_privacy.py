@@ -16,6 +16,7 @@ from fedutils.base.rng import generator
 from fedutils.base.state import to_cpu
 from fedutils.client import Client, make_optimizer
 from fedutils.dataset import draw_motion, normalise
+from fedutils.evidence.words import privacy_words
 from fedutils.films.phantom.write import draw_batch
 from fedutils.model import build_resnet34
 from fedutils.privacy import client as private
@@ -573,6 +574,17 @@ def test_a_round_that_failed_below_min_clients_is_paid_for(tmp_path, monkeypatch
     assert table["steps"].to_dict() == expected
     again = epsilon(1.0, table["sampling_rate"]["client-1"], 2 + tries, 1e-5)
     assert table["epsilon"]["client-1"] == table["total_epsilon"]["client-1"] == again
+
+
+def test_a_model_without_privacy_in_the_folder_makes_the_total_infinite(tmp_path):
+    open_run = {"dp": "off", "noise_multiplier": 0.0}
+    train(tmp_path, rounds=1, name="open", arms="local", **open_run)
+    train(tmp_path, rounds=1, name="private")
+    assert np.isinf(totals(tmp_path, "private")).all()
+    said = " ".join(privacy_words(tiny_settings(tmp_path, name="private", **DP)))
+    assert "inf at client-1" in said and "models without privacy learned from them" in said
+    with pytest.raises(InputError, match="beyond total_epsilon"):
+        train(tmp_path, rounds=1, name="more", total_epsilon=50.0)
 
 
 def test_a_run_that_would_exceed_the_total_is_refused_before_it_starts(tmp_path, monkeypatch):
