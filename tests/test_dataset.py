@@ -2,9 +2,11 @@
 
 import json
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,66 @@ def test_rgba_equals_grey(tmp_path):
         film, seen = decode_film(tmp_path / f"{mode}.png", 20)
         assert np.array_equal(film, expected) and seen["mode"] == mode
         assert seen["sha256"] == about["sha256"]  # equal pixels are found whatever the format
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_a_turned_film_is_stored_as_every_viewer_shows_it(tmp_path, orientation, ending):
+    pixels = np.tile(np.arange(0, 240, 8, dtype=np.uint8), (20, 1))
+    pixels[:5] = 250  # no way to turn or mirror it gives the same film
+    film, exif = Image.fromarray(pixels), Image.Exif()
+    turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that undoes it
+    exif[0x0112] = orientation
+    stored = film.transpose(Image.Transpose(turned[orientation])) if orientation > 1 else film
+    stored.save(tmp_path / f"turned.{ending}", exif=exif, quality=95)
+    film.save(tmp_path / "upright.png")
+    seen, about = decode_film(tmp_path / f"turned.{ending}", 16)
+    expected, _ = decode_film(tmp_path / "upright.png", 16)
+    assert np.abs(seen.astype(int) - expected).max() < 6
+    assert (about["width"], about["height"]) == (30, 20)
+
+
+def write_16_bit(path, colour_type, channels):
+    """Write a PNG of 12 bits in 16, which Pillow can read but not write."""
+
+    def chunk(kind, content):
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    row = b"\0" + np.repeat(np.arange(0, 4096, 128, dtype=">u2"), channels).tobytes()
+    header = struct.pack(">IIBBBBB", 32, 32, 16, colour_type, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 32)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_a_channel_are_noticed_in_every_colour_mode(tmp_path, colour_type, channels):
+    write_16_bit(tmp_path / "a.png", colour_type, channels)
+    film, about = decode_film(tmp_path / "a.png", 16)
+    assert film is None and "more than 8 bits a pixel; convert it to 8" in about["problem"]
+
+
+@pytest.mark.parametrize("how", ["RGBA", "LA", "P", "L"])
+def test_transparent_pixels_are_named_since_what_they_show_is_unclear(tmp_path, how):
+    pixels = write_film(tmp_path / "grey.png")
+    film = Image.fromarray(pixels).convert(how if how.endswith("A") else "L").convert(how)
+    if how.endswith("A"):
+        film.putalpha(Image.fromarray(pixels))
+        film.save(tmp_path / "a.png")
+    else:
+        film.save(tmp_path / "a.png", transparency=int(np.asarray(film)[0, 0]))
+    film, about = decode_film(tmp_path / "a.png", 16)
+    assert film is None and "has transparent pixels" in about["problem"]
+
+
+def test_inks_and_few_bits_are_read_as_the_grey_they_show(tmp_path):
+    pixels = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (16, 1))  # all that 4 bits can hold
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "inks.jpg", quality=95)
+    levels = Image.fromarray(pixels // 17).convert("P")
+    levels.putpalette([grey for level in range(16) for grey in [17 * level] * 3])
+    levels.save(tmp_path / "four.png", bits=4)
+    for name in ("inks.jpg", "four.png"):
+        assert np.abs(decode_film(tmp_path / name, 16)[0].astype(int) - pixels).max() < 9, name
 
 
 def break_film(path, how):

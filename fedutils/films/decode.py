@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..base.errors import InputError
 from ..base.files import read_written, sha256, write_atomic
@@ -39,17 +39,25 @@ class FilmParameters(Parameters):
 def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[str, Any]]:
     """Decode one film to grey uint8 (image_size, image_size), and describe it.
 
-    RGB, RGBA and palette files become one grey channel. The hash is that of the grey pixels at full
-    size, so that equal films are found whatever their file format. A film that cannot be read gives
-    None and the reason under "problem".
+    Whatever its colour mode, a film becomes one grey channel, upright where EXIF says how it was
+    turned. The hash is that of the grey pixels at full size, so that equal films are found whatever
+    their file format. A film that cannot be read, or not in one way alone, gives None and the
+    reason under "problem".
     """
     seen: dict[str, Any] = dict.fromkeys(FILM_COLUMNS[1:], "")
     try:
         with Image.open(path) as film:
-            seen |= {"mode": film.mode, "width": film.width, "height": film.height}
-            if film.mode.startswith(("I", "F")):
+            seen["mode"] = film.mode
+            # Of 16 bits a channel Pillow keeps the upper 8 and calls it RGB; only the tile tells.
+            if film.mode.startswith(("I", "F")) or "16" in str([tile[3] for tile in film.tile]):
                 said = "more than 8 bits a pixel; convert it to 8 first"
                 raise ValueError(f"mode {film.mode}: {said}")
+            film = ImageOps.exif_transpose(film)
+            seen |= {"width": film.width, "height": film.height}
+            clear = "transparency" in film.info or film.mode.endswith(("A", "a"))
+            if clear and film.convert("RGBA").getextrema()[3][0] < 255:
+                said = "viewers show them differently; flatten it first"
+                raise ValueError(f"mode {film.mode}: has transparent pixels, and {said}")
             grey = film.convert("L")
     except Exception as error:  # whatever Pillow raises here is this film's fault and is reported
         problem = "empty file" if path.is_file() and not path.stat().st_size else str(error)
