@@ -1,6 +1,8 @@
 """Decoding once: what is read, what is quarantined, what survives a kill; the Dataset."""
 
 import json
+import os
+import re
 import signal
 import struct
 import subprocess
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 from tiny import tiny_films
 
+from fedutils.base.errors import InputError
 from fedutils.base.findings import FINDINGS
 from fedutils.dataset import ChestXrayDataset, normalise, read_index
 from fedutils.films import decode
@@ -264,6 +267,103 @@ def test_a_finished_store_is_not_decoded_again(tmp_path, monkeypatch):
     first = decode_films(table, tmp_path, out, 16)
     monkeypatch.setattr(decode, "decode_film", lambda *args: pytest.fail("decoded again"))
     assert decode_films(table, tmp_path, out, 16).equals(first)
+
+
+def test_a_film_replaced_by_one_of_equal_size_is_decoded_again(tmp_path):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+    first, film = decode_films(table, tmp_path, out, 16), tmp_path / "00000001_000.png"
+    before, size = film.stat(), film.stat().st_size
+    pixels = np.asarray(Image.open(film)).copy()
+    pixels[0, :2] = pixels[0, 1::-1]  # PNG packs noise no smaller, whatever it is
+    Image.fromarray(pixels).save(film)
+    os.utime(film, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert film.stat().st_size == size
+    again = decode_films(table, tmp_path, out, 16)
+    assert (again["sha256"] != first["sha256"]).tolist() == [False, True, False]
+    assert np.array_equal(np.load(out / "images.npy")[1], decode_film(film, 16)[0])
+
+
+@pytest.mark.parametrize("damage", ["rows of two writers", "too few films", "cut short", "gone"])
+def test_a_store_that_is_not_whole_is_decoded_again(tmp_path, damage):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+    first = decode_films(table, tmp_path, out, 16)
+    content, store = (out / "films.csv").read_bytes(), out / "images.npy"
+    pixels = np.load(store)
+    if damage == "rows of two writers":
+        (out / "films.csv").write_bytes(content + content.partition(b"\n")[2])
+    elif damage == "too few films":
+        np.save(store, pixels[:2])
+    elif damage == "cut short":
+        store.write_bytes(store.read_bytes()[:300])
+    else:
+        store.unlink()
+    assert decode_films(table, tmp_path, out, 16).equals(first)
+    assert np.array_equal(np.load(store), pixels)
+
+
+def test_an_index_is_not_read_beside_a_store_of_fewer_films(tmp_path):
+    tiny_films(tmp_path)
+    store = tmp_path / "prepared" / "images.npy"
+    np.save(store, np.load(store)[:50])
+    with pytest.raises(InputError, match=r"images.npy: holds 50 films, but index.csv names row 59"):
+        ChestXrayDataset(tmp_path / "prepared")
+    store.write_bytes(store.read_bytes()[:300])
+    with pytest.raises(InputError, match=r"images.npy: .*; run notebook 02_preprocess again"):
+        ChestXrayDataset(tmp_path / "prepared")
+
+
+def test_two_processes_prepare_one_folder_one_after_the_other(tmp_path):
+    table, out = make_table(tmp_path, 60), tmp_path / "prepared"
+    command = [sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    said = [child.communicate() for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
+    decoded = sorted(len(text.splitlines()) for text, _ in said)
+    assert decoded[0] <= 1 and decoded[1] >= 16, said  # the second found all films decoded
+    films = decode_films(table, tmp_path, out, 16)
+    assert list(films["image_index"]) == list(table["image_index"])
+    report = write_index(table, films, NO_BOXES, out, {"image_size": 16})
+    assert report["films"] == 60 == len(ChestXrayDataset(out))
+
+
+@pytest.mark.parametrize("other", [(2, 16), (3, 20)])
+def test_no_index_is_written_for_films_that_another_process_has_replaced(tmp_path, other):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+    films = decode_films(table, tmp_path, out, 16)
+    decode_films(table[: other[0]], tmp_path, out, other[1])
+    with pytest.raises(InputError, match="another process has stored other films"):
+        write_index(table, films, NO_BOXES, out, {"image_size": 16})
+    assert not (out / "index.csv").exists()
+
+
+@pytest.mark.parametrize(("path", "said"), [
+    ("a/b/c/d/00000001_000.png", "1 x .png such as a/b/c/d/00000001_000.png"),
+    ("images/00000001_000.jpg", "1 x .jpg such as images/00000001_000.jpg"),
+    ("images_001.tar.gz", "1 x .gz such as images_001.tar.gz"),
+    ("labels.csv", "no other files"),
+])  # fmt: skip
+def test_without_any_film_one_line_says_what_lies_there_instead(tmp_path, path, said):
+    table = make_table(tmp_path, 2)
+    for film in tmp_path.glob("*.png"):
+        film.unlink()
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).touch()
+    found = f"none of the 2 films of the table is there; it holds {said}; films should be unpacked"
+    with pytest.raises(InputError, match=re.escape(found)):
+        decode_films(table.assign(path=""), tmp_path, tmp_path / "prepared", 16)
+
+
+def test_if_no_film_can_be_read_one_line_gives_a_reason_even_the_second_time(tmp_path):
+    table = make_table(tmp_path, 3)
+    for film in tmp_path.glob("*.png"):
+        break_film(film, "16-bit")
+    table.loc[1, "path"] = ""
+    for _ in range(2):
+        said = r"none of 3 films can be read; 00000000_000.png: .*more than 8 bits.* to 8 first$"
+        with pytest.raises(InputError, match=said) as caught:
+            decode_films(table, tmp_path, tmp_path / "prepared", 16)
+        assert "\n" not in str(caught.value)
 
 
 def test_choose_films_takes_whole_patients(tmp_path):

@@ -14,9 +14,10 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from ..base.errors import InputError
-from ..base.files import read_written, sha256, write_atomic
+from ..base.files import open_store, read_written, run_lock, sha256, write_atomic
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters, parameter
+from .find import describe_files
 from .read import NihData
 
 STORE_VERSION = 1
@@ -46,6 +47,8 @@ def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[st
     """
     seen: dict[str, Any] = dict.fromkeys(FILM_COLUMNS[1:], "")
     try:
+        if path.is_dir():  # the table's path is empty
+            raise FileNotFoundError("the folder has no film of this name")
         with Image.open(path) as film:
             seen["mode"] = film.mode
             # Of 16 bits a channel Pillow keeps the upper 8 and calls it RGB; only the tile tells.
@@ -77,15 +80,35 @@ def decode_films(
 
     Returns one row a film in the table's order, which is the order of the store: image_index,
     problem (empty where it was read), mode, width, height, sha256. Work goes to a folder beside and
-    is moved into place at the end; a journal written behind each chunk lets a killed run go on.
-    Raises InputError where the disk is too small.
+    is moved into place at the end; a journal written behind each chunk lets a killed run go on, and
+    a second process waits. A store is used again while names, sizes and times of the films are the
+    same. Raises InputError where no film is there or can be read, or the disk is too small.
     """
+    if not table["path"].any():
+        found = f"none of the {len(table)} films of the table is there; {describe_files(folder)}"
+        raise InputError(f"{folder}: {found}")
+    with run_lock(prepared, wait=True):
+        films = _decode_once(table, folder, prepared, image_size, progress)
+    if films["problem"].all():
+        one = f"{films['image_index'][0]}: {films['problem'][0]}"
+        raise InputError(f"{folder}: none of {len(films)} films can be read; {one}")
+    return films
+
+
+def _decode_once(
+    table: pd.DataFrame, folder: Path, prepared: Path, image_size: int, progress: Callable
+) -> pd.DataFrame:
+    """Decode as `decode_films` does, unless the finished store is of these very films."""
     paths = [folder / path for path in table["path"]]
-    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
-    named = [f"{name} {size}" for name, size in zip(table["image_index"], sizes, strict=True)]
+    stats = [path.stat() if path.is_file() else None for path in paths]
+    times = [(about.st_size, about.st_mtime_ns) if about else () for about in stats]
+    named = list(zip(table["image_index"], times, strict=True))
     key = sha256(f"{STORE_VERSION}|{image_size}|{named}".encode())
     marker, films = prepared / "images.key", prepared / "films.csv"
-    if not (films.is_file() and marker.is_file() and marker.read_text() == key):
+    if not (
+        marker.is_file() and marker.read_text() == key
+        and _is_whole(prepared, len(table), image_size)
+    ):  # fmt: skip
         work = prepared / f"decoding-{key[:12]}"
         store, done = _open_store(work, len(table), image_size)
         progress(done, len(table))
@@ -98,6 +121,16 @@ def decode_films(
         del store
         _publish(work, prepared, key)
     return read_written(films, *FILM_COLUMNS)
+
+
+def _is_whole(prepared: Path, films: int, image_size: int) -> bool:
+    """Tell whether store and journal hold so many films of this size."""
+    try:
+        store = open_store(prepared / "images.npy")
+        lines = (prepared / "films.csv").read_bytes().count(b"\n")
+    except (OSError, InputError):
+        return False
+    return store.shape == (films, image_size, image_size) and lines == films + 1
 
 
 def _open_store(work: Path, films: int, image_size: int) -> tuple[np.ndarray, int]:
@@ -175,8 +208,21 @@ def write_index(
 
     `table` has the store's rows in order, with a `split` column. Films with a problem are left out
     of the index and named in the report. Boxes are written as fractions of the film's sides, so
-    that they follow any resize. `about` (release, image_size, ...) goes into the report too.
+    that they follow any resize. `about` (release, image_size, ...) goes into the report too. Raises
+    InputError where another process has stored other films since `films` were.
     """
+    with run_lock(prepared, wait=True):
+        stored = read_written(prepared / "films.csv", *FILM_COLUMNS)
+        if not (stored.equals(films) and _is_whole(prepared, len(table), about["image_size"])):
+            found = "another process has stored other films here meanwhile"
+            raise InputError(f"{prepared}: {found}; run notebook 02_preprocess again")
+        return _write_index(table, films, boxes, prepared, about)
+
+
+def _write_index(
+    table: pd.DataFrame, films: pd.DataFrame, boxes: pd.DataFrame, prepared: Path, about: dict
+) -> dict[str, Any]:
+    """Write what `write_index` says, and return the report."""
     table = table.reset_index(drop=True).assign(row=np.arange(len(table)))
     readable = (films["problem"] == "").to_numpy()
     broken, good = films[~readable], films[readable]
