@@ -19,6 +19,7 @@ from ..base.findings import FINDINGS
 from ..base.parameters import Parameters, parameter
 from .find import describe_files
 from .read import NihData
+from .twins import find_twins
 
 STORE_VERSION = 1
 FILMS_A_CHUNK = 256  # films between two entries in the journal: what a kill costs at most
@@ -35,6 +36,10 @@ class FilmParameters(Parameters):
     image_size: int = parameter(
         0, "side of the stored films in pixels", bounds=(32, 1024), profiles=(64, 224)
     )
+    twins: str = parameter(
+        "keep", "near-equal films of two patients: keep them, named in the report, or drop all",
+        allowed=("keep", "drop"),
+    )  # fmt: skip
 
 
 def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[str, Any]]:
@@ -208,8 +213,9 @@ def write_index(
 
     `table` has the store's rows in order, with a `split` column. Films with a problem are left out
     of the index and named in the report. Boxes are written as fractions of the film's sides, so
-    that they follow any resize. `about` (release, image_size, ...) goes into the report too. Raises
-    InputError where another process has stored other films since `films` were.
+    that they follow any resize. `about` (release, image_size, ...) goes into the report too. Films
+    of different patients that are near-equal are named there; with `twins` "drop" in `about` they
+    are left out. Raises InputError where another process has stored other films since `films` were.
     """
     with run_lock(prepared, wait=True):
         stored = read_written(prepared / "films.csv", *FILM_COLUMNS)
@@ -227,6 +233,9 @@ def _write_index(
     readable = (films["problem"] == "").to_numpy()
     broken, good = films[~readable], films[readable]
     index = table[readable & (table["split"] != "")].sort_values("image_index")
+    near = find_twins(open_store(prepared / "images.npy"), index)
+    if about.get("twins") == "drop":
+        index = index[~index["image_index"].isin(near[["film", "twin"]].to_numpy().ravel())]
     index = index[INDEX_COLUMNS + list(FINDINGS)].astype(dict.fromkeys(FINDINGS, "Int8"))
     content = index.to_csv(index=False).encode()
     write_atomic(prepared / "index.csv", content)
@@ -249,6 +258,7 @@ def _write_index(
         "sizes": (good["width"] + "x" + good["height"]).value_counts().to_dict(),
         "quarantined": dict(zip(broken["image_index"], broken["problem"], strict=True)),
         "duplicates": sorted(names.tolist() for _, names in twins),
+        "near_equal": near.to_dict("split", index=False)["data"],
         "boxes": len(inside),
     }
     write_atomic(prepared / "report.json", json.dumps(report, indent=1).encode())
