@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .base.errors import InputError
-from .base.files import read_written
+from .base.files import open_store, read_written
 from .base.findings import FINDINGS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -45,7 +45,7 @@ class ChestXrayDataset(torch.utils.data.Dataset):
 
     def __init__(self, prepared: Path, index: pd.DataFrame | None = None) -> None:
         self.index = (read_index(prepared) if index is None else index).reset_index(drop=True)
-        self.store = np.load(prepared / "images.npy", mmap_mode="r")
+        self.store = open_store(prepared / "images.npy", self.index["row"].max())
         self.labels = self.index[list(FINDINGS)].to_numpy(np.float32)
         self._rows = self.index["row"].to_numpy()
 

@@ -1,10 +1,14 @@
 """Decoding once: what is read, what is quarantined, what survives a kill; the Dataset."""
 
 import json
+import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ import torch
 from PIL import Image
 from tiny import tiny_films
 
+from fedutils.base.errors import InputError
 from fedutils.base.findings import FINDINGS
 from fedutils.dataset import ChestXrayDataset, draw_motion, normalise, read_index
 from fedutils.films import decode
@@ -55,6 +60,66 @@ def test_rgba_equals_grey(tmp_path):
         film, seen = decode_film(tmp_path / f"{mode}.png", 20)
         assert np.array_equal(film, expected) and seen["mode"] == mode
         assert seen["sha256"] == about["sha256"]  # equal pixels are found whatever the format
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_a_turned_film_is_stored_as_every_viewer_shows_it(tmp_path, orientation, ending):
+    pixels = np.tile(np.arange(0, 240, 8, dtype=np.uint8), (20, 1))
+    pixels[:5] = 250  # no way to turn or mirror it gives the same film
+    film, exif = Image.fromarray(pixels), Image.Exif()
+    turned = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Image.Transpose that undoes it
+    exif[0x0112] = orientation
+    stored = film.transpose(Image.Transpose(turned[orientation])) if orientation > 1 else film
+    stored.save(tmp_path / f"turned.{ending}", exif=exif, quality=95)
+    film.save(tmp_path / "upright.png")
+    seen, about = decode_film(tmp_path / f"turned.{ending}", 16)
+    expected, _ = decode_film(tmp_path / "upright.png", 16)
+    assert np.abs(seen.astype(int) - expected).max() < 6
+    assert (about["width"], about["height"]) == (30, 20)
+
+
+def write_16_bit(path, colour_type, channels):
+    """Write a PNG of 12 bits in 16, which Pillow can read but not write."""
+
+    def chunk(kind, content):
+        crc = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + crc
+
+    row = b"\0" + np.repeat(np.arange(0, 4096, 128, dtype=">u2"), channels).tobytes()
+    header = struct.pack(">IIBBBBB", 32, 32, 16, colour_type, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row * 32)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
+def test_16_bits_a_channel_are_noticed_in_every_colour_mode(tmp_path, colour_type, channels):
+    write_16_bit(tmp_path / "a.png", colour_type, channels)
+    film, about = decode_film(tmp_path / "a.png", 16)
+    assert film is None and "more than 8 bits a pixel; convert it to 8" in about["problem"]
+
+
+@pytest.mark.parametrize("how", ["RGBA", "LA", "P", "L"])
+def test_transparent_pixels_are_named_since_what_they_show_is_unclear(tmp_path, how):
+    pixels = write_film(tmp_path / "grey.png")
+    film = Image.fromarray(pixels).convert(how if how.endswith("A") else "L").convert(how)
+    if how.endswith("A"):
+        film.putalpha(Image.fromarray(pixels))
+        film.save(tmp_path / "a.png")
+    else:
+        film.save(tmp_path / "a.png", transparency=int(np.asarray(film)[0, 0]))
+    film, about = decode_film(tmp_path / "a.png", 16)
+    assert film is None and "has transparent pixels" in about["problem"]
+
+
+def test_inks_and_few_bits_are_read_as_the_grey_they_show(tmp_path):
+    pixels = np.tile(np.arange(0, 256, 17, dtype=np.uint8), (16, 1))  # all that 4 bits can hold
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "inks.jpg", quality=95)
+    levels = Image.fromarray(pixels // 17).convert("P")
+    levels.putpalette([grey for level in range(16) for grey in [17 * level] * 3])
+    levels.save(tmp_path / "four.png", bits=4)
+    for name in ("inks.jpg", "four.png"):
+        assert np.abs(decode_film(tmp_path / name, 16)[0].astype(int) - pixels).max() < 9, name
 
 
 def break_film(path, how):
@@ -202,6 +267,103 @@ def test_a_finished_store_is_not_decoded_again(tmp_path, monkeypatch):
     first = decode_films(table, tmp_path, out, 16)
     monkeypatch.setattr(decode, "decode_film", lambda *args: pytest.fail("decoded again"))
     assert decode_films(table, tmp_path, out, 16).equals(first)
+
+
+def test_a_film_replaced_by_one_of_equal_size_is_decoded_again(tmp_path):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+    first, film = decode_films(table, tmp_path, out, 16), tmp_path / "00000001_000.png"
+    before, size = film.stat(), film.stat().st_size
+    pixels = np.asarray(Image.open(film)).copy()
+    pixels[0, :2] = pixels[0, 1::-1]  # PNG packs noise no smaller, whatever it is
+    Image.fromarray(pixels).save(film)
+    os.utime(film, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert film.stat().st_size == size
+    again = decode_films(table, tmp_path, out, 16)
+    assert (again["sha256"] != first["sha256"]).tolist() == [False, True, False]
+    assert np.array_equal(np.load(out / "images.npy")[1], decode_film(film, 16)[0])
+
+
+@pytest.mark.parametrize("damage", ["rows of two writers", "too few films", "cut short", "gone"])
+def test_a_store_that_is_not_whole_is_decoded_again(tmp_path, damage):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+    first = decode_films(table, tmp_path, out, 16)
+    content, store = (out / "films.csv").read_bytes(), out / "images.npy"
+    pixels = np.load(store)
+    if damage == "rows of two writers":
+        (out / "films.csv").write_bytes(content + content.partition(b"\n")[2])
+    elif damage == "too few films":
+        np.save(store, pixels[:2])
+    elif damage == "cut short":
+        store.write_bytes(store.read_bytes()[:300])
+    else:
+        store.unlink()
+    assert decode_films(table, tmp_path, out, 16).equals(first)
+    assert np.array_equal(np.load(store), pixels)
+
+
+def test_an_index_is_not_read_beside_a_store_of_fewer_films(tmp_path):
+    tiny_films(tmp_path)
+    store = tmp_path / "prepared" / "images.npy"
+    np.save(store, np.load(store)[:50])
+    with pytest.raises(InputError, match=r"images.npy: holds 50 films, but index.csv names row 59"):
+        ChestXrayDataset(tmp_path / "prepared")
+    store.write_bytes(store.read_bytes()[:300])
+    with pytest.raises(InputError, match=r"images.npy: .*; run notebook 02_preprocess again"):
+        ChestXrayDataset(tmp_path / "prepared")
+
+
+def test_two_processes_prepare_one_folder_one_after_the_other(tmp_path):
+    table, out = make_table(tmp_path, 60), tmp_path / "prepared"
+    command = [sys.executable, "-c", CHILD, str(tmp_path), str(Path(__file__).parent)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    said = [child.communicate() for child in both]
+    assert [child.returncode for child in both] == [0, 0], said
+    decoded = sorted(len(text.splitlines()) for text, _ in said)
+    assert decoded[0] <= 1 and decoded[1] >= 16, said  # the second found all films decoded
+    films = decode_films(table, tmp_path, out, 16)
+    assert list(films["image_index"]) == list(table["image_index"])
+    report = write_index(table, films, NO_BOXES, out, {"image_size": 16})
+    assert report["films"] == 60 == len(ChestXrayDataset(out))
+
+
+@pytest.mark.parametrize("other", [(2, 16), (3, 20)])
+def test_no_index_is_written_for_films_that_another_process_has_replaced(tmp_path, other):
+    table, out = make_table(tmp_path, 3), tmp_path / "prepared"
+    films = decode_films(table, tmp_path, out, 16)
+    decode_films(table[: other[0]], tmp_path, out, other[1])
+    with pytest.raises(InputError, match="another process has stored other films"):
+        write_index(table, films, NO_BOXES, out, {"image_size": 16})
+    assert not (out / "index.csv").exists()
+
+
+@pytest.mark.parametrize(("path", "said"), [
+    ("a/b/c/d/00000001_000.png", "1 x .png such as a/b/c/d/00000001_000.png"),
+    ("images/00000001_000.jpg", "1 x .jpg such as images/00000001_000.jpg"),
+    ("images_001.tar.gz", "1 x .gz such as images_001.tar.gz"),
+    ("labels.csv", "no other files"),
+])  # fmt: skip
+def test_without_any_film_one_line_says_what_lies_there_instead(tmp_path, path, said):
+    table = make_table(tmp_path, 2)
+    for film in tmp_path.glob("*.png"):
+        film.unlink()
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).touch()
+    found = f"none of the 2 films of the table is there; it holds {said}; films should be unpacked"
+    with pytest.raises(InputError, match=re.escape(found)):
+        decode_films(table.assign(path=""), tmp_path, tmp_path / "prepared", 16)
+
+
+def test_if_no_film_can_be_read_one_line_gives_a_reason_even_the_second_time(tmp_path):
+    table = make_table(tmp_path, 3)
+    for film in tmp_path.glob("*.png"):
+        break_film(film, "16-bit")
+    table.loc[1, "path"] = ""
+    for _ in range(2):
+        said = r"none of 3 films can be read; 00000000_000.png: .*more than 8 bits.* to 8 first$"
+        with pytest.raises(InputError, match=said) as caught:
+            decode_films(table, tmp_path, tmp_path / "prepared", 16)
+        assert "\n" not in str(caught.value)
 
 
 def test_choose_films_takes_whole_patients(tmp_path):

@@ -14,13 +14,14 @@ from filelock import FileLock, Timeout
 from .errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 # The variable lets a test have a Kaggle of its own, in the kernels of its notebooks too.
 KAGGLE = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle")
 ROOT_MARKER = "notebooks/01_explore.py"
 PACKAGE = Path(__file__).resolve().parents[1]
-LOCK = "run.lock", "run.pid"  # of a run that is being written
+LOCK = "run.lock", "run.pid"  # of a folder that is being written
 
 
 def find_root() -> Path:
@@ -70,10 +71,11 @@ def git_revision() -> str:
 
 
 @contextlib.contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Hold `run.lock`, so that a run has one writer; raise InputError where another lives.
+def run_lock(run: Path, wait: bool = False) -> Iterator[None]:
+    """Hold `run.lock`, so that a folder has one writer.
 
-    The system drops it with the process that held it; `run.pid` is for the reader.
+    Where another lives, `wait` for it or raise InputError. The system drops the lock with the
+    process that held it; `run.pid` is for the reader.
     """
     run.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(run / LOCK[0]), run / LOCK[1]
@@ -81,7 +83,10 @@ def run_lock(run: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         who = f"process {owner.read_text()}" if owner.is_file() else "another process"
-        raise InputError(f"{run}: {who} is writing this run; wait or stop it") from error
+        if not wait:
+            raise InputError(f"{run}: {who} is writing this run; wait or stop it") from error
+        print(f"{run}: waiting for {who}, which is writing there", flush=True)
+        lock.acquire()
     try:
         owner.write_text(str(os.getpid()))
         yield
@@ -114,6 +119,23 @@ def _copy_run(source: Path, work: Path) -> None:
     shutil.rmtree(whole, ignore_errors=True)  # without config.json nothing was trained there
     whole.parent.mkdir(exist_ok=True)
     half.rename(whole)
+
+
+def open_store(path: Path, last: int = -1) -> "np.ndarray":
+    """Open films, uint8 (N, H, W), without reading them.
+
+    Raises InputError where the file is cut short or has no row `last`, which an index names.
+    """
+    import numpy as np
+
+    try:
+        store = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: {error}; run notebook 02_preprocess again") from error
+    if len(store) <= last:
+        found = f"holds {len(store)} films, but index.csv names row {last}"
+        raise InputError(f"{path}: {found}; run notebook 02_preprocess again")
+    return store
 
 
 def read_written(path: Path, *texts: str) -> "pd.DataFrame":

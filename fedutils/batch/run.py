@@ -31,7 +31,7 @@ OUTPUTS = {
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
 # What a notebook reads, whether or not its cell shows it; 03 reads all.
 EXPLORES = ("data_dir", "work_dir", "profile", "seed")
-PREPARES = (*EXPLORES, "image_size", "max_films")
+PREPARES = (*EXPLORES, "image_size", "max_films", "twins")
 READS = dict(zip(NOTEBOOKS[:2], (EXPLORES, PREPARES), strict=True)) | {NOTEBOOKS[3]: EVALUATES}
 
 

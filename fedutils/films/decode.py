@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ..base.errors import InputError
-from ..base.files import read_written, sha256, write_atomic
+from ..base.files import open_store, read_written, run_lock, sha256, write_atomic
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters, parameter
+from .find import describe_files
 from .read import NihData
+from .twins import find_twins
 
 STORE_VERSION = 1
 FILMS_A_CHUNK = 256  # films between two entries in the journal: what a kill costs at most
@@ -34,22 +36,36 @@ class FilmParameters(Parameters):
     image_size: int = parameter(
         0, "side of the stored films in pixels", bounds=(32, 1024), profiles=(64, 224)
     )
+    twins: str = parameter(
+        "keep", "near-equal films of two patients: keep them, named in the report, or drop all",
+        allowed=("keep", "drop"),
+    )  # fmt: skip
 
 
 def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[str, Any]]:
     """Decode one film to grey uint8 (image_size, image_size), and describe it.
 
-    RGB, RGBA and palette files become one grey channel. The hash is that of the grey pixels at full
-    size, so that equal films are found whatever their file format. A film that cannot be read gives
-    None and the reason under "problem".
+    Whatever its colour mode, a film becomes one grey channel, upright where EXIF says how it was
+    turned. The hash is that of the grey pixels at full size, so that equal films are found whatever
+    their file format. A film that cannot be read, or not in one way alone, gives None and the
+    reason under "problem".
     """
     seen: dict[str, Any] = dict.fromkeys(FILM_COLUMNS[1:], "")
     try:
+        if path.is_dir():  # the table's path is empty
+            raise FileNotFoundError("the folder has no film of this name")
         with Image.open(path) as film:
-            seen |= {"mode": film.mode, "width": film.width, "height": film.height}
-            if film.mode.startswith(("I", "F")):
+            seen["mode"] = film.mode
+            # Of 16 bits a channel Pillow keeps the upper 8 and calls it RGB; only the tile tells.
+            if film.mode.startswith(("I", "F")) or "16" in str([tile[3] for tile in film.tile]):
                 said = "more than 8 bits a pixel; convert it to 8 first"
                 raise ValueError(f"mode {film.mode}: {said}")
+            film = ImageOps.exif_transpose(film)
+            seen |= {"width": film.width, "height": film.height}
+            clear = "transparency" in film.info or film.mode.endswith(("A", "a"))
+            if clear and film.convert("RGBA").getextrema()[3][0] < 255:
+                said = "viewers show them differently; flatten it first"
+                raise ValueError(f"mode {film.mode}: has transparent pixels, and {said}")
             grey = film.convert("L")
     except Exception as error:  # whatever Pillow raises here is this film's fault and is reported
         problem = "empty file" if path.is_file() and not path.stat().st_size else str(error)
@@ -69,15 +85,35 @@ def decode_films(
 
     Returns one row a film in the table's order, which is the order of the store: image_index,
     problem (empty where it was read), mode, width, height, sha256. Work goes to a folder beside and
-    is moved into place at the end; a journal written behind each chunk lets a killed run go on.
-    Raises InputError where the disk is too small.
+    is moved into place at the end; a journal written behind each chunk lets a killed run go on, and
+    a second process waits. A store is used again while names, sizes and times of the films are the
+    same. Raises InputError where no film is there or can be read, or the disk is too small.
     """
+    if not table["path"].any():
+        found = f"none of the {len(table)} films of the table is there; {describe_files(folder)}"
+        raise InputError(f"{folder}: {found}")
+    with run_lock(prepared, wait=True):
+        films = _decode_once(table, folder, prepared, image_size, progress)
+    if films["problem"].all():
+        one = f"{films['image_index'][0]}: {films['problem'][0]}"
+        raise InputError(f"{folder}: none of {len(films)} films can be read; {one}")
+    return films
+
+
+def _decode_once(
+    table: pd.DataFrame, folder: Path, prepared: Path, image_size: int, progress: Callable
+) -> pd.DataFrame:
+    """Decode as `decode_films` does, unless the finished store is of these very films."""
     paths = [folder / path for path in table["path"]]
-    sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
-    named = [f"{name} {size}" for name, size in zip(table["image_index"], sizes, strict=True)]
+    stats = [path.stat() if path.is_file() else None for path in paths]
+    times = [(about.st_size, about.st_mtime_ns) if about else () for about in stats]
+    named = list(zip(table["image_index"], times, strict=True))
     key = sha256(f"{STORE_VERSION}|{image_size}|{named}".encode())
     marker, films = prepared / "images.key", prepared / "films.csv"
-    if not (films.is_file() and marker.is_file() and marker.read_text() == key):
+    if not (
+        marker.is_file() and marker.read_text() == key
+        and _is_whole(prepared, len(table), image_size)
+    ):  # fmt: skip
         work = prepared / f"decoding-{key[:12]}"
         store, done = _open_store(work, len(table), image_size)
         progress(done, len(table))
@@ -90,6 +126,16 @@ def decode_films(
         del store
         _publish(work, prepared, key)
     return read_written(films, *FILM_COLUMNS)
+
+
+def _is_whole(prepared: Path, films: int, image_size: int) -> bool:
+    """Tell whether store and journal hold so many films of this size."""
+    try:
+        store = open_store(prepared / "images.npy")
+        lines = (prepared / "films.csv").read_bytes().count(b"\n")
+    except (OSError, InputError):
+        return False
+    return store.shape == (films, image_size, image_size) and lines == films + 1
 
 
 def _open_store(work: Path, films: int, image_size: int) -> tuple[np.ndarray, int]:
@@ -167,12 +213,29 @@ def write_index(
 
     `table` has the store's rows in order, with a `split` column. Films with a problem are left out
     of the index and named in the report. Boxes are written as fractions of the film's sides, so
-    that they follow any resize. `about` (release, image_size, ...) goes into the report too.
+    that they follow any resize. `about` (release, image_size, ...) goes into the report too. Films
+    of different patients that are near-equal are named there; with `twins` "drop" in `about` they
+    are left out. Raises InputError where another process has stored other films since `films` were.
     """
+    with run_lock(prepared, wait=True):
+        stored = read_written(prepared / "films.csv", *FILM_COLUMNS)
+        if not (stored.equals(films) and _is_whole(prepared, len(table), about["image_size"])):
+            found = "another process has stored other films here meanwhile"
+            raise InputError(f"{prepared}: {found}; run notebook 02_preprocess again")
+        return _write_index(table, films, boxes, prepared, about)
+
+
+def _write_index(
+    table: pd.DataFrame, films: pd.DataFrame, boxes: pd.DataFrame, prepared: Path, about: dict
+) -> dict[str, Any]:
+    """Write what `write_index` says, and return the report."""
     table = table.reset_index(drop=True).assign(row=np.arange(len(table)))
     readable = (films["problem"] == "").to_numpy()
     broken, good = films[~readable], films[readable]
     index = table[readable & (table["split"] != "")].sort_values("image_index")
+    near = find_twins(open_store(prepared / "images.npy"), index)
+    if about.get("twins") == "drop":
+        index = index[~index["image_index"].isin(near[["film", "twin"]].to_numpy().ravel())]
     index = index[INDEX_COLUMNS + list(FINDINGS)].astype(dict.fromkeys(FINDINGS, "Int8"))
     content = index.to_csv(index=False).encode()
     write_atomic(prepared / "index.csv", content)
@@ -195,6 +258,7 @@ def write_index(
         "sizes": (good["width"] + "x" + good["height"]).value_counts().to_dict(),
         "quarantined": dict(zip(broken["image_index"], broken["problem"], strict=True)),
         "duplicates": sorted(names.tolist() for _, names in twins),
+        "near_equal": near.to_dict("split", index=False)["data"],
         "boxes": len(inside),
     }
     write_atomic(prepared / "report.json", json.dumps(report, indent=1).encode())

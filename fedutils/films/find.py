@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import defaultdict
 from pathlib import Path
 
 from ..base.errors import InputError
@@ -57,6 +58,19 @@ def _search_data(root: Path, depth: int) -> Path | None:
     found += search_files(root, MAPPING_NAME, depth)
     rank = {path: ((path.parent / PHANTOM_MARKER).exists(), path.name[0] == "s") for path in found}
     return min(found, key=rank.__getitem__).parent if found else None
+
+
+def describe_files(folder: Path) -> str:
+    """Say which files lie below a folder, at any depth, and what films should be like."""
+    found = defaultdict(list)
+    for here, _, files in os.walk(folder, followlinks=True):
+        for name in sorted(files):
+            if not name.endswith((".csv", ".csv.gz", ".txt", ".toml", ".json")):
+                path = Path(here, name)
+                found[path.suffix].append(path.relative_to(folder).as_posix())
+    kinds = [f"{len(names)} x {kind or 'file'} such as {names[0]}" for kind, names in found.items()]
+    wanted = f"unpacked, at most {FILM_DEPTH} folders deep, and named as in the table"
+    return f"it holds {', '.join(kinds) or 'no other files'}; films should be {wanted}"
 
 
 def label_tables(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ What the mapping leaves out is unknown, never negative.
 
 import csv
 import io
+import posixpath
 import re
 import tomllib
 from collections.abc import Mapping
@@ -70,7 +71,6 @@ class OwnTable:
         # A scanner may become a client, whose name is part of file names.
         return rows.assign(
             labels=[MARK_SEPARATOR.join(row) for row in raw[marks].to_numpy()],
-            image_index=film_name(rows["image_index"]),
             sex=rows["sex"].str.upper().str[:1], view=rows["view"].str.upper(),
             scanner=rows["scanner"].str.replace(r"[^\w.-]+", "-", regex=True),
         )  # fmt: skip
@@ -109,8 +109,9 @@ class OwnTable:
 
 
 def film_name(column: pd.Series) -> pd.Series:
-    """Write a film's name, or its path below the folder, with forward slashes."""
-    return column.str.replace("\\", "/").str.removeprefix("./")
+    """Write a film's name, or its path below the folder, in one way: `a/b.png`, composed."""
+    column = column.str.replace("\\", "/").str.normalize("NFC")
+    return column.where(~column.str.contains("/"), column.map(posixpath.normpath))
 
 
 def own_lists(rows: pd.DataFrame, listed: dict[str, list[str]], file: Path) -> dict[str, set[str]]:

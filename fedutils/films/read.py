@@ -2,7 +2,7 @@
 
 A folder of own films with a mapping (see `own`) becomes the same table, here. `NihData.table` has
 one row a film, sorted by `image_index` (text, unique), and these columns:
-- `patient_id` (text): NIH's number without leading zeros; any other id as it stands
+- `patient_id` (text): one spelling for each patient, see `one_spelling`
 - `follow_up` (int): number of the visit; -1 if unreadable
 - `age` (float, years): `060Y`, months, weeks and days converted; NaN if unreadable
 - `sex` (M, F), `view` (PA, AP)
@@ -21,6 +21,7 @@ import gzip
 import io
 import os
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -33,13 +34,15 @@ import pandas as pd
 from ..base.errors import InputError
 from ..base.findings import FINDINGS, canonical, format_labels, parse_labels
 from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, label_tables
-from .own import OwnTable, own_lists, read_mapping
+from .own import OwnTable, film_name, own_lists, read_mapping
 from .phantom.write import write_phantom
 
 BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
 LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
 OWN_LISTS = {"train": "train_list.txt", "val": "val_list.txt"}  # more than NIH has
 OWN_FILMS = (".png", ".jpg", ".jpeg")  # NIH has PNG alone
+NIH_FILM = r"\d{8}_\d{3}\.png"  # the number of the patient is in it
+WHOLE_NUMBER = re.compile(r"0*(\d+?)(?:[.,]0*)?")
 DAYS_PER_YEAR = 365.25
 AGE_UNITS = {"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / DAYS_PER_YEAR, "D": 1 / DAYS_PER_YEAR}
 REQUIRED = {
@@ -91,14 +94,15 @@ def read_nih(folder: Path) -> NihData:
     by the header, which ends with a comma in NIH's 2017 file ("2017"). A folder with a mapping is
     "own". Anything else, such as a table saved again by another program, is "unknown".
 
-    Raises InputError if the folder or a file cannot be read, a column is missing or a finding
-    is unknown; it names the file, and the line where there is one.
+    Raises InputError if the folder or a file cannot be read, a column is missing, a finding is
+    unknown, or a name does not tell which film it is; it names the file, and the line if possible.
     """
     if problem := data_problem(folder):
         raise InputError(problem)
     own = read_mapping(folder)
     file = own.file if own else label_tables(folder)[0]
     rows, release = _read_rows(file, own)
+    written, rows["patient_id"] = rows["patient_id"], one_spelling(rows["patient_id"])
     names = rows["image_index"]
     films, found = _films(folder, names, OWN_FILMS if own else (".png",))
     if own and films and not names.isin(films.keys()).any():
@@ -113,8 +117,12 @@ def read_nih(folder: Path) -> NihData:
             text = _read_text(folder / name)
             lists[split] = text.splitlines() if own else set(text.split())
     lists = own_lists(rows, lists, file) if own else lists
+    _check_names(rows, lists, found["films in two folders"], file, own is not None)
     labels = _parsed(rows["labels"], names, file, own.parse if own else parse_labels)
+    pairs = pd.DataFrame({"id": rows["patient_id"], "written": written}).drop_duplicates()
+    several = pairs[pairs["id"].duplicated(keep=False)].groupby("id")["written"]
     found |= _row_problems(rows, lists, own is not None) | {
+        "patients in several spellings": [" = ".join(sorted(ids)) for _, ids in several],
         "orphaned films": sorted(films.keys() - set(names)),
         "other tables": [other.name for other in label_tables(folder) if other != file],
     }
@@ -140,6 +148,7 @@ def _read_rows(file: Path, own: OwnTable | None) -> tuple[pd.DataFrame, str]:
     rows = rows.reindex(columns=list(columns), fill_value="")
     for name in ("image_index", "patient_id", "sex", "view"):
         rows[name] = rows[name].str.strip()
+    rows["image_index"] = film_name(rows["image_index"])
     for line in rows.index[(rows["image_index"] == "") | (rows["patient_id"] == "")]:
         raise InputError(f"{file}, line {line}: no image index or no patient id; mend the row")
     marks = {
@@ -179,6 +188,41 @@ def _read_csv(file: Path) -> pd.DataFrame:
     return frame
 
 
+def one_spelling(ids: pd.Series) -> pd.Series:
+    """Write each patient's id (text) in one way, so that no patient is two.
+
+    These are one: ids that differ in case, in blanks or invisible characters, in how Unicode
+    composes a letter, and whole numbers with leading zeros or a fraction of zeros (`12`, `012`,
+    `12.0`). Numbers become plain; else the spelling that sorts first stands.
+    """
+    one, written = {}, {}
+    for text in sorted(ids.unique()):
+        seen = "".join(c for c in unicodedata.normalize("NFKC", text) if c.isprintable())
+        plain = " ".join(seen.split())
+        number = WHOLE_NUMBER.fullmatch(plain)
+        plain = number[1] if number else plain
+        written[text] = one.setdefault(plain.casefold(), plain)
+    return ids.map(written)
+
+
+def _check_names(rows: pd.DataFrame, lists: dict, twice: list[str], file: Path, own: bool) -> None:
+    """Raise InputError where a name may stand for several films, or no listed name for any."""
+    names, patients = rows["image_index"], rows["patient_id"]
+    todo = "name films by their path below the folder"
+    first = rows.drop_duplicates("image_index").set_index("image_index")["patient_id"]
+    for line in rows.index[patients.to_numpy() != first[names].to_numpy()]:
+        who = f"patient {patients[line]!r}, and above one of {first[names[line]]!r}"
+        raise InputError(f"{file}, line {line}: {names[line]!r} is a film of {who}; {todo}")
+    unclear = names[names.isin(twice)]
+    # A mirror of NIH's films beside them is harmless: the name alone says whose film it is.
+    for line, name in unclear[own | ~unclear.str.fullmatch(NIH_FILM)].items():
+        raise InputError(f"{file}, line {line}: {name!r} lies in more than one folder; {todo}")
+    listed = set().union(*lists.values())
+    if listed and not names.isin(listed).any():
+        found = f"none of the {len(listed)} films in the split lists, such as {min(listed)!r}"
+        raise InputError(f"{file}: {found}, is in the table; name films there as the table does")
+
+
 def _row_problems(rows: pd.DataFrame, lists: dict, own: bool) -> dict[str, list[str]]:
     """Find what the tidy table no longer shows: duplicates, spellings, contradicting lists."""
     names = rows["image_index"]
@@ -209,7 +253,9 @@ def _films(folder: Path, images: pd.Series, endings: tuple[str, ...]) -> tuple[d
         inner[:] = sorted(name for name in inner if deeper and not name.startswith("."))
         prefix = "" if below == Path() else f"{below.as_posix()}/"
         names = sorted(name for name in files if name.lower().endswith(endings))
-        here_are = {prefix + name if by_path else name: prefix + name for name in names}
+        paths = [prefix + name for name in names]
+        called = film_name(pd.Series(paths if by_path else names, dtype=str))
+        here_are = dict(zip(called, paths, strict=True))
         twice += [name for name in here_are if name in films]
         films = here_are | films
     return films, {"films in two folders": sorted(twice)}
@@ -228,7 +274,7 @@ def _tidy(rows: pd.DataFrame, labels: pd.Series, lists: dict, films: dict) -> pd
     scanner = spacing.map({mm: f"{mm:.3f}" if mm > 0 else "" for mm in spacing.unique()})
     table = pd.DataFrame({
         "image_index": names,
-        "patient_id": rows["patient_id"].str.replace(r"^0+(?=\d+$)", "", regex=True),
+        "patient_id": rows["patient_id"],
         "follow_up": _numbers(rows["follow_up"]).fillna(-1).astype(int),
         "age": ages[0].astype(float) * ages[1].map(AGE_UNITS),
         "sex": rows["sex"], "view": rows["view"],

@@ -35,7 +35,7 @@ REFUSED = {
     ),
     **dict.fromkeys(("partition", "alpha"), "hospitals are who they are"),
     **dict.fromkeys(("cache_features", "feature_dtype"), "features stay where the films are"),
-    "max_films": "notebook 02 fixes it in each hospital",
+    **dict.fromkeys(("max_films", "twins"), "notebook 02 fixes it in each hospital"),
     "compare": "it is notebook 04's",
 }
 PARTITION = "network"  # what config.json says of who has which patients

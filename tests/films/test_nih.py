@@ -176,6 +176,20 @@ def test_orphaned_and_double_films_are_counted(tmp_path):
     assert data.table["path"].iloc[1] == "images/00000013_000.png"
 
 
+def test_a_name_that_is_not_nihs_and_lies_twice_is_refused(tmp_path):
+    write(tmp_path, rows=[FIRST.replace("00000013_000", "1")])
+    for path in ("images/7/1.png", "images/8/1.png"):
+        add_film(tmp_path, path)
+    with pytest.raises(InputError, match=r"line 2: '1\.png' lies in more than one folder"):
+        read_nih(tmp_path)
+
+
+def test_the_same_number_as_a_fraction_is_the_same_patient(tmp_path):
+    data = read_nih(write(tmp_path, rows=[FIRST, SECOND.replace(",00002,", ",13.0,")]))
+    assert set(data.table["patient_id"]) == {"13"}
+    assert count(data, "patients in several spellings") == 1
+
+
 def test_split_lists_are_read_without_their_last_newline(tmp_path):
     write(tmp_path)
     (tmp_path / "train_val_list.txt").write_text("00000013_000.png\nunknown.png\n")

@@ -176,6 +176,63 @@ def test_duplicate_rows_that_differ_in_a_gap_are_counted(tmp_path):
     assert len(data.table) == 3 and np.isnan(data.table.loc[0, "Edema"])
 
 
+def rows_of(*films):
+    """The README's table with these films, each (name, patient)."""
+    header, row, *_ = MARKS_TABLE.splitlines()
+    rest = row.removeprefix("pictures/A-17/first.png;A-17")
+    return "\n".join([header, *(f"{name};{patient}{rest}" for name, patient in films)]) + "\n"
+
+
+@pytest.mark.parametrize("again", ["1.png", "./1.png", "pics/..//1.png", ".\\1.png"])
+def test_a_name_that_two_patients_share_is_refused_and_paths_are_right(tmp_path, again):
+    files = ["pics/P1/1.png", "pics/P2/1.png"]
+    folder = write(tmp_path, table=rows_of(("1.png", "P1"), (again, "P2")), films=files)
+    said = "line 3: '1.png' is a film of patient 'P2', and above one of 'P1'; name films by their"
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_nih(folder)
+    (folder / "table.csv").write_text(rows_of((files[0], "P1"), (files[1], "P2")))
+    table = read_nih(folder).table
+    assert table["path"].tolist() == files and table["patient_id"].tolist() == ["P1", "P2"]
+
+
+@pytest.mark.parametrize("patient", ["P1", "P2"])
+def test_a_name_that_lies_in_two_folders_is_refused_even_if_one_row_has_it(tmp_path, patient):
+    films = ["visit 1/00000001_000.png", "visit 2/00000001_000.png"]
+    folder = write(tmp_path, table=rows_of(("00000001_000.png", patient)), films=films)
+    with pytest.raises(InputError, match=r"line 2: '0000.*' lies in more than one folder; name"):
+        read_nih(folder)
+
+
+def test_split_lists_that_name_films_otherwise_than_the_table_are_refused(tmp_path):
+    films = ["P1/1.png", "P2/1.png"]
+    folder = write(tmp_path, table=rows_of((films[0], "P1"), (films[1], "P2")), films=films)
+    for split in ("train", "test"):
+        (folder / f"{split}_list.txt").write_text("1.png\n")
+    with pytest.raises(
+        InputError, match=r"none of the 1 films in the split lists, such as '1\.png'"
+    ):
+        read_nih(folder)
+
+
+@pytest.mark.parametrize(("one", "other", "id"), [
+    ("12", "12.0", "12"), ("012", "12", "12"), ("12,00", "0012.", "12"), ("0", "0.0", "0"),
+    ("p-7", "P-7", "P-7"), ("Jose\u0301", "JOS\u00c9", "JOS\u00c9"), ("A 1", "A\u00a0 1", "A 1"),
+    ("A1\u200b", "A1", "A1"), ("\uff11\uff12", "12", "12"),
+])  # fmt: skip
+def test_two_spellings_of_a_patient_are_one_patient_and_are_counted(tmp_path, one, other, id):
+    for rows in ((one, other), (other, one)):
+        table = rows_of(*zip(["a.png", "b.png", "c.png"], [*rows, "120"], strict=True))
+        data = read_nih(write(tmp_path, table=table))
+        assert data.table["patient_id"].tolist() == [id, id, "120"]
+        check = check_table(data).set_index("check").loc["patients in several spellings"]
+        assert check["count"] == 1 and " = " in check["examples"]
+
+
+def test_a_film_is_found_however_unicode_composes_its_name(tmp_path):
+    data = read_nih(write(tmp_path, table=rows_of(("e\u0301.png", "1")), films=["\u00e9.png"]))
+    assert data.films_present == 1 and data.table["path"].tolist() == ["\u00e9.png"]
+
+
 # --- splits of one's own
 
 
