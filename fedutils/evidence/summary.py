@@ -96,6 +96,11 @@ def _recompute(settings: Parameters) -> list[str]:
         both = stored.merge(getattr(again, name), on=keys, how="outer", suffixes=("", "_again"))
         pairs = [both[[c, f"{c}_again"]].to_numpy(float).T for c in ("value", "ci_low", "ci_high")]
         same = np.all([np.isclose(*pair, atol=1e-12, equal_nan=True) for pair in pairs], axis=0)
-        rows = both[~same][[*keys, "value", "value_again"]].astype(object).to_numpy().tolist()
-        wrong += [f"{name}.csv says {r[-2]} for {r[:-2]}, computed again {r[-1]}" for r in rows]
+        if "verdict" in both:
+            same &= both["verdict"] == both["verdict_again"]
+        told = [c for c in ("value", "verdict", "value_again", "verdict_again") if c in both]
+        for row in both[~same][[*keys, *told]].astype(object).to_numpy().tolist():
+            about, found = row[: len(keys)], row[len(keys) :]
+            half = len(found) // 2
+            wrong.append(f"{name}.csv says {found[:half]} for {about}, again {found[half:]}")
     return wrong

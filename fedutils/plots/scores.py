@@ -230,7 +230,8 @@ def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
         ax.hlines(lane, row["ci_low"], row["ci_high"], color=colour)
         ax.vlines(row[["seed_low", "seed_high"]], lane - 0.3, lane + 0.3, color=colour, lw=0.9)
         ax.plot(row["value"], lane, "o", ms=5.5, mec=colour, mfc=colour if shown else "white")
-        verdict = (" shown" if shown else " not shown") if finding == MEAN else ""
+        said = {tables.SHOWN: " shown", tables.NOT_SHOWN: " not shown"}  # any other was not judged
+        verdict = said.get(row["verdict"], " not judged") if finding == MEAN else ""
         text = tables.with_interval(row, "+", **BRACKETS) + verdict
         style.at_right(ax, lane, "not defined" if np.isnan(row["value"]) else text, colour)
     ax.axvline(0, color=INK, linewidth=0.8)

@@ -450,6 +450,7 @@ def test_verify_names_what_was_changed(finished, capsys):
     metrics.to_csv(finished / "evaluation/metrics.csv", index=False)
     differences = pd.read_csv(finished / "evaluation/differences.csv")
     differences.loc[differences["second"] == "local client-2", "value"] -= 0.01
+    differences.loc[differences["second"] == "mean local model", "verdict"] = "shown"
     differences.to_csv(finished / "evaluation/differences.csv", index=False)
     (finished / "models/local-s0-client-1.safetensors").unlink()
     model = finished / "models/federated-s0.safetensors"
@@ -462,6 +463,7 @@ def test_verify_names_what_was_changed(finished, capsys):
     assert "federated-s0.safetensors is the state of no round" in wrong
     assert "metrics.csv says" in wrong and "'Atelectasis'" in wrong
     assert "differences.csv says" in wrong and "'local client-2'" in wrong
+    assert "'shown'] for ['federated', 'mean local model', 'all', 'Mass', 'auroc']" in wrong
     assert main(["verify", str(finished)]) == 1
     (finished.parent.parent / "prepared/report.json").write_text('{"fingerprint": "other"}')
     assert "holds other data" in verify_run(settings_of(finished))[-1]

@@ -414,6 +414,9 @@ def test_differences_are_filled_only_where_shown_and_labels_stay_apart(locals_):
     filled = [line for line in points if line.get_markerfacecolor() != "white"]
     assert len(filled) == 2 and all(line.get_xdata()[0] == 0.03 for line in filled)
     assert texts(figure).count("not defined") == 2
+    one = difference_table(seconds).assign(verdict="one training seed: not judged")
+    said = [text for text in texts(difference_forest(one, "phantom")) if "not judged" in text]
+    assert len(said) == len(seconds)
     assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
 
 
