@@ -10,6 +10,7 @@ NAMES = {
     "base.files": "fetch_runs",
     "base.errors": "InputError",
     "base.findings": "FINDINGS format_labels parse_labels",
+    "base.text": "bullets plain",
     "client": "Client Update predict",
     "dataset": "ChestXrayDataset read_index read_report",
     "evidence.calibration": "calibrate operating_points",

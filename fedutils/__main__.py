@@ -8,6 +8,7 @@ from typing import Any
 
 from .base import __version__
 from .base.errors import InputError, NotebookFailed
+from .base.files import find_work
 
 OPTIONS = {  # the parameters that have an option of their own
     "data_dir": "folder with Data_Entry_2017*.csv, or films.toml for films of your own; "
@@ -42,15 +43,20 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("grid", nargs="+", metavar="KEY=V1|V2", help="quote it: | is the shell's")
     add_parameters(sweep)
     verify = add(commands, "verify", verify_folder)
-    verify.add_argument("folder", type=Path, metavar="RUN", help="such as work/runs/NAME")
+    verify.add_argument("folder", type=a_path, metavar="RUN", help="such as work/runs/NAME")
     add_flower(add(commands, "flower", run_flower))
     kit = add(commands, "kaggle", make_kit)
     kit.add_argument("--user", required=True, metavar="NAME", help="your name on Kaggle")
-    kit.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
+    kit.add_argument("--out", required=True, type=a_path, metavar="DIR", help="a new folder")
     add_pairs(kit)
     add(commands, "parameters", print_parameters)
     add(commands, "render", render_notebooks)
     return parser
+
+
+def a_path(text: str) -> Path:
+    """Read a path of the command line, also where the shell has left a ~ in it."""
+    return Path(text).expanduser()
 
 
 def add(commands: Any, name: str, do: Callable[..., None]) -> argparse.ArgumentParser:
@@ -94,7 +100,9 @@ def add_flower(command: argparse.ArgumentParser) -> None:
         if "NAME" in text:
             part.add_argument("name", metavar="NAME")
         part.add_argument("--server", default="127.0.0.1:8000", metavar="HOST:PORT")
-        part.add_argument("--keys", type=Path, metavar="DIR", help="none: no TLS, one machine only")
+        part.add_argument(
+            "--keys", type=a_path, metavar="DIR", help="none: no TLS, one machine only"
+        )
         part.add_argument("--work", default="work", help="this side's work folder")
         add_pairs(part)
         part.set_defaults(step=step, name="")
@@ -104,7 +112,7 @@ def run_flower(options: argparse.Namespace) -> None:
     """Do one step of a federation over a network."""
     from .network.commands import take_step
 
-    values = split_pairs(options.pairs, "-p") | {"work_dir": str(Path(options.work).resolve())}
+    values = split_pairs(options.pairs, "-p") | {"work_dir": str(find_work(options.work))}
     take_step(options.step, options.name, options.server, options.keys, values)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .base.errors import InputError
-from .base.files import KAGGLE, fetch_runs, find_root, sha256
+from .base.files import KAGGLE, fetch_runs, find_work, sha256
 from .base.parameters import (
     Parameters,
     assigned,
@@ -116,13 +116,15 @@ def fill(given: Settings) -> Settings:
     open_ones = [n for n, f in FIELDS.items() if f.metadata["profiles"] and not getattr(given, n)]
     empty = {name: FIELDS[name].metadata["profiles"][number] for name in open_ones}
     data = find_data(given.data_dir)
-    work = Path(given.work_dir).resolve() if given.work_dir else find_root() / "work"
+    work = find_work(given.work_dir)
     places = {"work_dir": str(work), "data_dir": str(data.resolve()) if data else ""}
     weights = empty.get("weights", given.weights)
+    if weights not in ("none", "imagenet"):  # a notebook runs in another folder than the command
+        places["weights"] = str(Path(weights).expanduser().resolve())
     tracked = given.tracked or ("all" if weights == "none" else "layer4,fc")
     rate = given.server_lr or STRATEGIES[given.strategy].server_lr
     chosen = {"profile": profile, "tracked": tracked, "server_lr": rate}
-    return dataclasses.replace(given, **empty, **places, **chosen)
+    return dataclasses.replace(given, **empty | places | chosen)
 
 
 def read_run(
@@ -132,7 +134,7 @@ def read_run(
 
     Raises InputError where there is none, here or attached.
     """
-    work = Path(work_dir).resolve() if work_dir else find_root() / "work"
+    work = find_work(work_dir)
     fetch_runs(work)
     found = sorted(work.glob(f"runs/{name or '*'}/config.json"), key=lambda p: p.stat().st_mtime)
     if not found:

@@ -59,7 +59,7 @@ summary = fedutils.summary(data)
 # %%
 from IPython.display import HTML, Markdown
 
-views = ", ".join(f"{count:,} {view}" for view, count in summary["views"].items())
+views = ", ".join(f"{count:,} {fedutils.plain(view)}" for view, count in summary["views"].items())
 display(Markdown(
     f"**{summary['films']:,} films of {summary['patients']:,} patients** ({views or 'views unknown'}), label "
     f"release *{data.release}*, {len(data.boxes):,} boxes, split lists: {', '.join(data.lists) or 'none'}."

@@ -114,7 +114,7 @@ display(Markdown(
 model = fedutils.build_resnet34(settings.weights, settings.tracked, settings.batchnorm)
 size = model.sizes()
 display(Markdown(
-    f"Weights `{settings.weights}`, tracked layers `{settings.tracked}`: **{size['trained']:,} of "
+    f"Weights {fedutils.plain(settings.weights)}, tracked layers `{settings.tracked}`: **{size['trained']:,} of "
     f"{size['parameters']:,} parameters** are trained; **{size['sent_bytes'] / 1e6:.1f} MB** travel in "
     f"each direction, a client and round ({size['sent_bytes'] / size['all_bytes']:.0%} of the model)."
 ))
@@ -207,7 +207,7 @@ display(Markdown(
 # What the run promises the patients it learned from:
 
 # %%
-display(Markdown("\n".join(f"- {line}" for line in fedutils.privacy_words(settings))))
+display(Markdown(fedutils.bullets(fedutils.privacy_words(settings))))
 
 # %% [markdown]
 # Next: `04_evaluate` looks at the test films, once.

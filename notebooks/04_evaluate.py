@@ -93,7 +93,7 @@ result = fedutils.evaluate_models(predictions, films, settings.seed)
 summary = fedutils.write_summary(settings, result, title)
 warning = fedutils.too_small(result, films.index[films.index["split"] == "test"])
 display(HTML(f'<p style="color: #b00020">{warning}</p>' if warning else ""))
-display(Markdown("\n".join(f"- {line}" for line in summary["headline"])))
+display(Markdown(fedutils.bullets(summary["headline"])))
 
 # %% [markdown]
 # The primary figure is the mean over one fixed set of findings, those that at least ten test patients
@@ -327,7 +327,7 @@ HTML(fedutils.tabulate_points(points.merge(main)).to_html())
 # %%
 pointing = fedutils.pointing_game(settings, films)
 pointing.to_csv(folder / "pointing.csv", index=False)
-display(Markdown(fedutils.pointing_words(pointing, settings.image_size)))
+display(Markdown(fedutils.plain(fedutils.pointing_words(pointing, settings.image_size))))
 
 # %% [markdown]
 # As a picture, where it could be played. Bars are 95 % intervals over patients; the orange tick is the
@@ -376,7 +376,7 @@ if path.is_file():
     gap = abs(predict_alone(path, test[0][0]) - chances[0]).max()
     same = "the same" if gap < 1e-5 else "not the same (half precision, or local BatchNorm)"
     film = test.index["image_index"][0]
-    said = f"Film {film}: torchvision alone and the run differ by at most {gap:.1e}, which is {same}."
+    said = f"Film {fedutils.plain(film)}: torchvision alone and the run differ by at most {gap:.1e}, which is {same}."
 display(Markdown(said))
 
 # %% [markdown]
@@ -409,14 +409,14 @@ fedutils.record_files(settings, "evaluation/membership.csv")
 # round, so they are not quite strangers to the model.
 
 # %%
-display(Markdown("\n".join(f"- {line}" for line in fedutils.membership_words(attack))))
+display(Markdown(fedutils.bullets(fedutils.membership_words(attack))))
 
 # %% [markdown]
 # What was promised to these patients in training. A weak attack that finds nothing proves nothing; an
 # epsilon holds against every attack.
 
 # %%
-display(Markdown("\n".join(f"- {line}" for line in fedutils.privacy_words(settings))))
+display(Markdown(fedutils.bullets(fedutils.privacy_words(settings))))
 
 # %% [markdown]
 # ## What this is, and what it is not

@@ -1,6 +1,7 @@
 """Files: written whole or not at all, found, hashed, and kept by one writer."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 KAGGLE = Path(os.environ.get("FEDUTILS_KAGGLE") or "/kaggle")
 ROOT_MARKER = "notebooks/01_explore.py"
 PACKAGE = Path(__file__).resolve().parents[1]
+FULL = errno.ENOSPC, errno.EDQUOT
 LOCK = "run.lock", "run.pid"  # of a folder that is being written
 
 
@@ -32,16 +34,36 @@ def find_root() -> Path:
     return next((p for p in (here, *here.parents) if (p / ROOT_MARKER).is_file()), here)
 
 
+def find_work(work_dir: str) -> Path:
+    """Return the work folder as an absolute path; empty means work/ of the project."""
+    return Path(work_dir).expanduser().resolve() if work_dir else find_root() / "work"
+
+
+@contextlib.contextmanager
+def disk_full_named(path: Path) -> Iterator[None]:
+    """Turn the error of a full disk while `path` is written into an InputError that says where."""
+    try:
+        yield
+    except Exception as error:  # safetensors has an error of its own, with the system's words
+        if getattr(error, "errno", 0) not in FULL and "No space left on device" not in str(error):
+            raise
+        there = next(folder for folder in path.absolute().parents if folder.is_dir())
+        free = shutil.disk_usage(there).free / 1e6
+        what = f"{path}: the disk is full ({free:,.0f} MB are free)"
+        raise InputError(f"{what}; make room, and repeat the command: it goes on") from error
+
+
 def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
     """Write a file whole or not at all; `content` may be a function that writes to a path."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content) if isinstance(content, bytes) else content(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with disk_full_named(path):
+        try:
+            beside.write_bytes(content) if isinstance(content, bytes) else content(beside)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def sha256(content: bytes) -> str:

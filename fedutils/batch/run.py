@@ -11,7 +11,7 @@ from typing import Any
 from nbformat import NotebookNode
 
 from ..base.errors import InputError
-from ..base.files import PACKAGE, sha256, write_atomic
+from ..base.files import PACKAGE, disk_full_named, sha256, write_atomic
 from ..films.read import read_nih
 from ..films.split import check_splits
 from ..settings import EVALUATES, FIELDS, Settings, convert_texts, read_parameters
@@ -110,7 +110,8 @@ def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Setti
             print(f"{job.stem:<19} skipped (unchanged)", flush=True)
         else:
             key = job.key()  # what it depends on as it starts, not as it ends
-            execute(job.node, job.output, job.parameters, notebook.FOLDER)
+            with disk_full_named(job.output):
+                execute(job.node, job.output, job.parameters, notebook.FOLDER)
             state = _read_state(job.output.parent) | {job.stem: [key, job.left()]}
             write_atomic(job.output.parent / "state.json", json.dumps(state, indent=1).encode())
     _print_results(jobs)

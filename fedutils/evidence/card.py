@@ -9,6 +9,7 @@ import pandas as pd
 from ..base.files import write_atomic
 from ..base.findings import FINDINGS, SPLITS
 from ..base.parameters import Parameters
+from ..base.text import bullets, plain
 from ..dataset import read_report
 from ..run import adopted_models, best_rounds, read_films, read_history
 from . import tables, words
@@ -41,7 +42,7 @@ def write_card(settings: Parameters) -> str:
     lines = [f"# Model card: run {settings.name}", ""]
     lines += [PHANTOM, ""] if release == "phantom" else []
     lines += _model(settings) + _data(settings, report) + _figures(metrics, calibration)
-    lines += [words.pointing_words(pointing, settings.image_size), ""]
+    lines += [plain(words.pointing_words(pointing, settings.image_size)), ""]
     lines += _limits(settings, release) + _use(release)
     text = "\n".join(lines) + "\n"
     write_atomic(settings.run / "MODEL_CARD.md", text.encode())
@@ -73,11 +74,12 @@ def _model(settings: Parameters) -> list[str]:
         f" {history['round'].max()} rounds, local epochs in each: {settings.local_epochs}",
         f"- Strategy {settings.strategy}, aggregation {settings.aggregation}, optimiser"
         f" {settings.optimizer} (lr {settings.lr:g}); trained and sent: {settings.tracked};"
-        f" BatchNorm {settings.batchnorm}; start: {settings.weights}",
+        f" BatchNorm {settings.batchnorm}; start: {plain(settings.weights)}",
         f"- File: {file}",
         f"- Chosen by validation AUROC; threads {config['threads']}",
         *[f"- Trained by {start}" for start in starts],
-        *[f"- {name} was adopted from run {run}, which trained the same" for name, run in adopted],
+        *[f"- {plain(f'{name} was adopted from run {run}, which trained the same')}"
+          for name, run in adopted],
         "",
     ]  # fmt: skip
 
@@ -108,14 +110,15 @@ def _figures(metrics: pd.DataFrame, calibration: pd.DataFrame) -> list[str]:
         "| arm | client | seed | mean AUROC | findings in it |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for row in (over_seeds if len(over_seeds) else means).itertuples():
-        names = f"| {row.arm} | {row.client or '–'} | {row.seed or 'mean over seeds'} "
+        names = f"| {row.arm} | {plain(row.client) or '–'} | {row.seed or 'mean over seeds'} "
         lines.append(f"{names}| {_interval(row)} | {row.positives} |")
     main = tables.main_model(calibration)
     arm, seed, client = main.iloc[0]
+    owner = f", {plain(client)}" if client else ""
     calibration = tables.rows_of(calibration, hospital="")
     own, area = (table.merge(main).set_index("finding") for table in (calibration, whole))
     lines += [
-        "", f"By finding, of {arm}, seed {seed}{client and ', '}{client}. Slope under 1: too sure;"
+        "", f"By finding, of {arm}, seed {seed}{owner}. Slope under 1: too sure;"
         " intercept above 0: the model says too little.", "",
         "| finding | prevalence | AUROC | Brier | calibration error | slope | intercept |",
         "|---|---|---|---|---|---|---|",
@@ -139,12 +142,12 @@ def _limits(settings: Parameters, release: str) -> list[str]:
         LABELS.get(release, LABELS["nih"]),
         "One source of data: nothing is known of other hospitals, scanners or populations.",
         "PPV and NPV hold at the prevalence that stands beside them, and at no other.",
-        "Temperature and cuts were fitted on validation films; for rare findings these are few.",
+        "Cuts were chosen on validation films; for rare findings these are few.",
         *words.privacy_words(settings),
     ]
     if settings.batchnorm == "local":
         lines += ["BatchNorm is local: the file holds the clients' average, not one client's own."]
-    return ["## Limits", "", *(f"- {line}" for line in lines), ""]
+    return ["## Limits", "", bullets(lines), ""]
 
 
 def _use(release: str) -> list[str]:

@@ -26,6 +26,7 @@ ORANGE, PURPLE, SKY = "#E69F00", "#CC79A7", "#56B4E9"
 ARMS = {"federated": BLUE, "centralised": VERMILION, "local": GREEN}
 WIDTH, DPI, FONT = 8.8, 100, 9.5  # inches, pixels an inch, points
 STYLE = {
+    "text.parse_math": False,  # a name with two dollars is a name
     "figure.dpi": DPI, "figure.facecolor": "white", "figure.titlesize": 12,
     "figure.titleweight": "bold", "figure.labelsize": FONT, "font.size": FONT,
     "axes.labelsize": FONT, "axes.titlesize": FONT, "axes.titlelocation": "left",
