@@ -1,5 +1,6 @@
 """One notebook: read, executed with papermill, written as HTML, rendered."""
 
+import contextlib
 import io
 import logging
 import os
@@ -7,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ NOTEBOOKS = ("01_explore", "02_preprocess", "03_federated_train", "04_evaluate")
 READ_FILMS = NOTEBOOKS[:2]
 TRAINS = NOTEBOOKS[2]
 FOLDER = PACKAGE.parent / "notebooks"
+NOT_INHERITED = ("MATPLOTLIBRC", "PYTHONSTARTUP", "PYTHONWARNINGS")  # by kernels
 # nbconvert's template without its scripts from the network, and with a rule for narrow screens.
 TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}{%- block jupyter_widgets -%}{%- endblock -%}
@@ -78,17 +80,18 @@ def execute(node: NotebookNode, output: Path, parameters: Mapping[str, Any], cwd
     print(f"{output.stem:<19}", end=" running\n    " if trains else " ", flush=True)
     started, failure = time.monotonic(), None
     try:
-        papermill.execute_notebook(
-            node,
-            str(output).replace("{", "{{").replace("}", "}}"),  # papermill fills in braces
-            dict(parameters),
-            cwd=str(cwd),
-            kernel_name="python3",
-            progress_bar=False,
-            coalesce_streams=True,  # one output a cell, not one for each time it is flushed
-            extra_arguments=["--log-level=CRITICAL"],  # of the kernel about itself
-            stdout_file=Indented() if trains else None,
-        )
+        with kernel_environment():
+            papermill.execute_notebook(
+                node,
+                str(output).replace("{", "{{").replace("}", "}}"),  # papermill fills in braces
+                dict(parameters),
+                cwd=str(cwd),
+                kernel_name="python3",
+                progress_bar=False,
+                coalesce_streams=True,  # one output a cell, not one for each time it is flushed
+                extra_arguments=["--log-level=CRITICAL"],  # of the kernel about itself
+                stdout_file=Indented() if trains else None,
+            )
     except (PapermillExecutionError, RuntimeError) as error:  # a dead kernel is a RuntimeError
         failure = error
     loader, page = DictLoader({"report.html.j2": TEMPLATE}), output.with_suffix(".html")
@@ -133,15 +136,38 @@ def _clean(node: NotebookNode, root: Path) -> str:
 
 
 def prepare(folder: Path) -> None:
-    """Make the output folder, let kernels import this package, and silence the Jupyter tools."""
+    """Make the output folder, and silence the Jupyter tools."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"work_dir: {folder} cannot be made ({error.strerror})") from error
-    paths = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
     for name in ("papermill", "traitlets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def kernel_environment() -> Iterator[None]:
+    """Let kernels that start meanwhile import this package, show figures, and be like any other.
+
+    What the user's shell asks of Python, Jupyter and Matplotlib is for the user's own sessions.
+    """
+    before = dict(os.environ)
+    paths = [str(PACKAGE.parent), before.get("PYTHONPATH", "")]
+    with tempfile.TemporaryDirectory() as place:
+        for name in before:
+            if name.startswith(("IPYTHON", "JUPYTER_")) or name in NOT_INHERITED:
+                del os.environ[name]
+        os.environ |= {
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            "IPYTHONDIR": place,
+            "JUPYTER_RUNTIME_DIR": place,
+            "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, paths))),
+        }
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def _explain(output: Path, error: Exception) -> Exception:

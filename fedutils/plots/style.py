@@ -6,6 +6,7 @@ In all of them `title` is the name of the data set, put behind the heading.
 """
 
 import functools
+import io
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -46,10 +47,18 @@ def in_our_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         with plt.rc_context(STYLE):
             fig = draw(*args, **kwargs)
             fig.draw_without_rendering()  # ticks take their style when first drawn
+        fig._repr_png_ = functools.partial(_png, fig)
         plt.close(fig)  # a notebook would show an open figure a second time
         return fig
 
     return styled
+
+
+def _png(figure: Figure) -> bytes:
+    """Return a figure as a notebook shows it, for one whose Matplotlib has no inline backend."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", bbox_inches="tight")
+    return picture.getvalue()
 
 
 def save(figure: Figure, path: Path) -> Figure:

@@ -396,6 +396,41 @@ def test_a_run_leaves_notebooks_html_and_headline_figures(project, capfd):
     assert left == [f"{s}.py" for s in NOTEBOOKS]
 
 
+def test_kernels_inherit_nothing_that_the_shell_asks_of_python_jupyter_and_matplotlib(
+    project, monkeypatch
+):
+    wrong = project / "wrong"
+    (wrong / "kernels/python3").mkdir(parents=True)
+    spec = '{"argv": ["/bin/false"], "display_name": "Python 3", "language": "python"}'
+    (wrong / "kernels/python3/kernel.json").write_text(spec)
+    (wrong / "profile_default/startup").mkdir(parents=True)
+    for path in (wrong / "startup.py", wrong / "profile_default/startup/1.py"):
+        path.write_text("print('not asked for')")
+    (wrong / "matplotlibrc").write_text("figure.facecolor: red\n")
+    asked = {
+        "MPLBACKEND": "pdf",
+        "MATPLOTLIBRC": wrong / "matplotlibrc",
+        "PYTHONWARNINGS": "error",
+        "PYTHONSTARTUP": wrong / "startup.py",
+        "JUPYTER_PATH": wrong,
+        "JUPYTER_RUNTIME_DIR": "/proc/nowhere",
+        "IPYTHONDIR": wrong,
+    }
+    for name, value in asked.items():
+        monkeypatch.setenv(name, str(value))
+    edit(
+        project / "notebooks/01_explore.py",
+        'print("films explored")',
+        "import warnings; from matplotlib import pyplot as plt\nwarnings.warn('only a warning')\n"
+        "plt.plot([1, 2]); print(plt.rcParams['figure.facecolor'])",
+    )
+    before = dict(os.environ)
+    assert command("--only", "01") == 0
+    text = (project / "work/notebooks/A/01_explore.ipynb").read_text()
+    assert text.count("image/png") == 1 and "white" in text and "not asked for" not in text
+    assert dict(os.environ) == before
+
+
 @pytest.mark.parametrize(
     ("line", "status", "message"),
     [

@@ -481,3 +481,10 @@ def test_gallery_panels_stay_apart_and_say_kind_and_probability():
     assert first.images[1].get_extent() == [-0.5, 7.5, 7.5, -0.5]  # the heat map covers the film
     (box,) = first.patches
     assert (*box.get_xy(), box.get_width(), box.get_height()) == (1, 2, 3, 4)
+
+
+def test_a_notebook_shows_a_figure_whatever_the_backend_of_matplotlib():
+    from IPython.core.formatters import PNGFormatter
+
+    figure = split_overlap(pd.DataFrame({"split": ["by film"], "share": [0.5]}))
+    assert PNGFormatter()(figure).startswith(b"\x89PNG")  # no inline backend has told it how
