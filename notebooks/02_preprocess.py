@@ -56,6 +56,7 @@ settings = fedutils.read_parameters(globals())
 data = fedutils.open_data(settings.data_dir, settings.work_dir)
 table = data.table.assign(split=fedutils.split_patients(data.table, settings.seed))
 table = fedutils.choose_films(table, settings.max_films, settings.seed)
+fedutils.check_splits(table[table["path"] != ""], settings.seed)
 
 # %% [markdown]
 # How many films and patients that makes:
@@ -94,8 +95,7 @@ def count(counts):
     return ", ".join(f"{number:,} x {kind}" for kind, number in counts.items())
 
 
-about = {"release": data.release, "seed": settings.seed, "image_size": size, "lists": list(data.lists)}
-about["twins"] = settings.twins
+about = {"release": data.release, "lists": list(data.lists), **fedutils.prepared_with(settings)}
 report = fedutils.write_index(table, films, data.boxes, prepared, about)
 display(Markdown(
     f"**{report['films']:,} films of {report['patients']:,} patients** are prepared, with "

@@ -28,7 +28,7 @@
 # on the command line; `python -m fedutils parameters` lists them with their meaning.
 
 # %% tags=["parameters"]
-data_dir: str = ""  # only names the data; the films come from work/prepared
+data_dir: str = ""  # as in notebook 02; only names the data, as the films come from work/prepared
 work_dir: str = ""  # where results go; empty: work/ beside the notebooks
 name: str = ""  # of this run; empty: a short hash of the parameters
 profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
@@ -63,14 +63,16 @@ fedutils.print_environment()
 # ## The films, and which hospital has them
 #
 # Patients, never films, are placed at clients; test patients too, so that each hospital has test films
-# of its own. On Kaggle the films come from the output of notebook 02, and runs from the output of an
-# earlier version of this notebook, where they are attached: a run goes on from there.
+# of its own. What notebook 02 has used, such as `max_films`, is to be given here too. On Kaggle the
+# films come from the output of notebook 02, and runs from the output of an earlier version of this
+# notebook, where they are attached: a run goes on from there.
 
 # %%
 settings = fedutils.read_parameters(globals())
 fedutils.fetch_runs(settings.work_dir)
 report = fedutils.read_report(settings.prepared)
 index = fedutils.read_index(settings.prepared)
+fedutils.check_prepared(settings, report, index)
 clients = fedutils.partition_patients(
     index, settings.partition, settings.num_clients, settings.alpha, settings.seed)
 

@@ -12,10 +12,10 @@ from nbformat import NotebookNode
 
 from ..base.errors import InputError
 from ..base.files import PACKAGE, disk_full_named, sha256, write_atomic
-from ..films.read import read_nih
-from ..films.split import check_splits
+from ..films.prepared import PREPARED_WITH
 from ..settings import EVALUATES, FIELDS, Settings, convert_texts, read_parameters
 from . import notebook
+from .early import check_early
 from .notebook import NOTEBOOKS, READ_FILMS, TRAINS, declared, execute, prepare, read_notebook
 
 # Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
@@ -28,6 +28,7 @@ OUTPUTS = {
     "03_federated_train": TRAINED,
     "04_evaluate": ("runs/{}/evaluation/*", "runs/{}/MODEL_CARD.md"),
 }
+WRITES = ("explore", "notebooks", "phantom", "prepared", "privacy", "runs")  # below the work folder
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
 # What a notebook reads, whether or not its cell shows it; 03 reads all.
 EXPLORES = ("data_dir", "work_dir", "profile", "seed")
@@ -97,13 +98,10 @@ def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Setti
     nodes = {stem: read_notebook(notebook.FOLDER, stem) for stem in NOTEBOOKS}
     settings = read_parameters(convert_texts(values))
     data = Path(settings.data_dir) if settings.data_dir else None
-    about = settings, identify(data), tuple(values)
+    about = settings, identify(data, Path(settings.work_dir)), tuple(values)
     jobs = [Step(stem, nodes[stem], *about) for stem in chosen]
     # A finished notebook has read the same table already, which takes seconds for all films.
-    if data and any(job.stem in READ_FILMS and (force or not job.is_unchanged()) for job in jobs):
-        table = read_nih(data).table
-        if chosen != [NOTEBOOKS[0]]:
-            check_splits(table, settings.seed)
+    check_early([settings], [job.stem for job in jobs if force or not job.is_unchanged()])
     prepare(jobs[0].output.parent)
     for job in jobs:
         if not force and job.is_unchanged():
@@ -118,14 +116,29 @@ def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Setti
     return settings
 
 
-def identify(folder: Path | None) -> str:
-    """Return a hash of a data folder: the content of its tables, the names of its films."""
+def identify(folder: Path | None, work: Path) -> str:
+    """Return a hash of a data folder: its tables, and the names, sizes and times of its films.
+
+    What we wrote below `work` ourselves is no input, should it lie in that folder.
+    """
     if folder is None:
         return "phantom"
     kinds = (".csv", ".txt", ".gz", ".toml")
-    tables = [_digest(path) for path in sorted(folder.iterdir()) if path.suffix in kinds]
-    names = sorted((here, sorted(files)) for here, _, files in os.walk(folder, followlinks=True))
-    return sha256(json.dumps([tables, names]).encode())
+    tables = [path for path in sorted(folder.iterdir()) if path.suffix in kinds]
+    found, ours = [], {work / name for name in WRITES}
+    for here, inner, files in os.walk(folder, followlinks=True):
+        inner[:] = [name for name in inner if Path(here, name).resolve() not in ours]
+        films = [path for name in files if (path := Path(here, name)) not in tables]
+        found += [(str(path), _stamp(path)) for path in films]
+    return sha256(json.dumps([[_digest(path) for path in tables], sorted(found)]).encode())
+
+
+def _stamp(path: Path) -> list[int]:
+    """Return the size and time of a file; nothing for a link that leads nowhere."""
+    with suppress(OSError):
+        about = path.stat()
+        return [about.st_size, about.st_mtime_ns]
+    return []
 
 
 def choose_notebooks(only: str) -> list[str]:
@@ -157,9 +170,10 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    """Return a hash of a file: of report.json its fingerprint, of a very large one its size."""
+    """Return a hash of a file: of report.json what was prepared; of a very large one its size."""
     if path.name == "report.json":
-        with suppress(ValueError, KeyError):  # damaged: notebook 02 is to write it again
-            return json.loads(path.read_text())["fingerprint"]
+        with suppress(ValueError, AttributeError):  # damaged: notebook 02 is to write it again
+            report = json.loads(path.read_text())
+            return sha256(repr([report.get(k) for k in ("fingerprint", *PREPARED_WITH)]).encode())
     size = path.stat().st_size
     return str(size) if size > HASHED_BYTES else sha256(path.read_bytes())

@@ -7,6 +7,7 @@ from typing import Any
 from ..base.errors import InputError, NotebookFailed
 from ..run import best_rounds, read_history
 from ..settings import Settings, convert_texts, read_parameters
+from .early import check_early
 from .notebook import READ_FILMS
 from .run import PREPARES, choose_notebooks, run
 
@@ -28,14 +29,15 @@ def sweep(
         name = "-".join([values["name"], *row]) if values.get("name") else ""
         runs.append(dict(values) | dict(zip(grid, row, strict=True)) | {"name": name})
     resolved = [read_parameters(convert_texts(one)) for one in runs]
-    runs[-1]["compare"] = ",".join(settings.name for settings in resolved[:-1])
-    stems, failures = choose_notebooks(only), []
+    stems, failures, done = choose_notebooks(only), [], []
+    check_early(resolved, stems)
     for number, one in enumerate(runs, start=1):
         texts = " ".join(f"{key}={one[key]}" for key in grid)
         print(f"\nRun {number} of {len(runs)}: {texts}", flush=True)
         chosen = [stem[:2] for stem in stems if number == 1 or stem not in READ_FILMS]
         try:
-            run(one, ",".join(chosen), force)
+            beside = {"compare": ",".join(done)} if number == len(runs) else {}
+            done.append(run(one | beside, ",".join(chosen), force).name)
         except NotebookFailed as error:
             failures.append(f"{texts}: {error}")
     _print_validation(runs, resolved, list(grid))

@@ -53,12 +53,12 @@ def split_patients(table: pd.DataFrame, seed: int) -> pd.Series:
 
 
 def check_splits(table: pd.DataFrame, seed: int) -> None:
-    """Raise InputError unless `split_patients` gives patients to train, val and test."""
-    split = split_patients(table, seed)
-    if empty := [name for name in SPLITS if not (split == name).any()]:
+    """Raise InputError unless the films, which are there, are in train, val and test (`split`)."""
+    if empty := [name for name in SPLITS if not (table["split"] == name).any()]:
         raise InputError(
-            f"seed={seed}: none of {table['patient_id'].nunique()} patients falls to"
-            f" {' or '.join(empty)}; give more patients, another seed, or split lists"
+            f"seed={seed}: of those with films, none of {table['patient_id'].nunique()} patients"
+            f" falls to {' or '.join(empty)}; give more patients or the missing films, a larger"
+            " max_films, another seed, or split lists"
         )
 
 

@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 from threading import Thread
-from types import SimpleNamespace
 
 import jupytext
 import pytest
@@ -344,8 +343,7 @@ def test_changed_data_repeats_what_reads_films(project, executed, monkeypatch):
     films = project / "films"
     (films / "images").mkdir(parents=True)
     (films / "Data_Entry_2017.csv").write_text("one")
-    monkeypatch.setattr(batch.run, "read_nih", lambda folder: SimpleNamespace(table=None))
-    monkeypatch.setattr(batch.run, "check_splits", lambda table, seed: None)
+    monkeypatch.setattr(batch.run, "check_early", lambda runs, due: None)
     again(executed, "--data", "films")
     assert again(executed, "--data", "films") == []
     (films / "Data_Entry_2017.csv").write_text("two")

@@ -1,0 +1,101 @@
+"""What the films on hand show to be impossible, said before the first notebook starts."""
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..base.errors import InputError
+from ..base.findings import FINDINGS, parse_labels
+from ..base.parameters import split_list
+from ..dataset import ChestXrayDataset, read_index, read_report
+from ..evidence.tables import read_summary
+from ..films.partition import partition_patients
+from ..films.phantom.cases import phantom_table
+from ..films.prepared import check_prepared
+from ..films.read import read_nih
+from ..films.split import check_splits, choose_films, split_patients
+from ..model import build_resnet34
+from ..rounds import Progress, over_budget
+from ..settings import Settings, read_run
+from ..training.arms import plan
+from .notebook import NOTEBOOKS, READ_FILMS, TRAINS
+
+
+def check_early(runs: Sequence[Settings], due: Collection[str]) -> None:
+    """Raise InputError for what would stop one of the notebooks that are due, and is known now.
+
+    `runs` share their films. Those that notebook 02 is to decode are taken to be readable; what it
+    has prepared already is what a later notebook will read.
+    """
+    if NOTEBOOKS[3] in due and len(runs) == 1:  # a sweep lays its own runs side by side
+        for other in filter(None, runs[0].compare.split(",")):
+            read_summary(read_run(runs[0].work_dir, other.strip()))
+    films = _find_films(runs[0], due)
+    for settings in runs if films is not None and TRAINS in due else ():
+        _check_training(settings, films)
+
+
+def _find_films(settings: Settings, due: Collection[str]) -> pd.DataFrame | None:
+    """Return the films that notebook 03 will read, if they are known, with their `split`."""
+    films = None
+    if settings.data_dir and not set(READ_FILMS).isdisjoint(due):
+        films = read_nih(Path(settings.data_dir)).table
+    if READ_FILMS[1] in due:
+        films = _phantom() if films is None else films
+        films = films.assign(split=split_patients(films, settings.seed))
+        films = choose_films(films, settings.max_films, settings.seed)
+        films = films[films["path"] != ""]
+        check_splits(films, settings.seed)
+        return films
+    if TRAINS not in due:
+        return None
+    try:
+        report, films = read_report(settings.prepared), read_index(settings.prepared)
+    except (OSError, ValueError, KeyError):  # not there, or damaged: notebook 03 says what to do
+        return None
+    check_prepared(settings, report, films)
+    return films
+
+
+def _phantom() -> pd.DataFrame:
+    """Return the table of the phantom's films as `read_nih` will, without a film being drawn."""
+    names = {"Image Index": "image_index", "Follow-up #": "follow_up", "split": "official_split"}
+    table = phantom_table().drop(columns="scanner").rename(columns=names)
+    table["patient_id"], table["path"] = table["Patient ID"].astype(str), table["image_index"]
+    table["scanner"] = table["Spacing"].map("{:.3f}".format)
+    labels = np.stack([parse_labels(text) for text in table["Finding Labels"]])
+    return table.join(pd.DataFrame(labels, columns=list(FINDINGS)))
+
+
+def _check_training(settings: Settings, films: pd.DataFrame) -> None:
+    """Plan the training of these films, `split` among their columns, as notebook 03 will."""
+    how = settings.partition, settings.num_clients, settings.alpha, settings.seed
+    clients = partition_patients(films, *how).set_index("patient_id")["client"]
+    films = films[films["split"] != ""]
+    jobs = plan(settings, _without_pixels(films.assign(client=films["patient_id"].map(clients))))
+    for job in jobs:
+        if reason := over_budget(job, Progress({}), job.settings):
+            raise InputError(f"{job.name} {reason}: not even one round is possible")
+    layers = {"all", "layer4"} & {*split_list(settings.tracked)}
+    if settings.image_size == 32 and settings.batchnorm != "frozen" and layers:
+        for client in (client for job in jobs for client in job.clients):
+            count = len(client.films)
+            if count // math.ceil(count / settings.batch_size) == 1:  # as it deals them to batches
+                what = f"batch_size={settings.batch_size}: {client.name} has {count} training films"
+                raise InputError(
+                    f"{what}, and BatchNorm cannot learn from a batch of one film of 32 pixels;"
+                    " choose another batch_size, a larger image_size or fewer clients"
+                )
+    if settings.weights != "none":
+        build_resnet34(settings.weights, settings.tracked, settings.batchnorm)
+
+
+def _without_pixels(index: pd.DataFrame) -> ChestXrayDataset:
+    """Return the films of a table, of which nobody will read the pixels."""
+    films = object.__new__(ChestXrayDataset)
+    films.index, films.store = index.reset_index(drop=True), None
+    films.labels, films._rows = index[list(FINDINGS)].to_numpy(np.float32), np.arange(len(index))
+    return films
