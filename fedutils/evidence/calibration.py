@@ -1,8 +1,8 @@
 """What a probability is worth, and where to cut it: calibration and operating points.
 
 Cuts come from validation films, all figures from test films. A label may be missing (NaN): the film
-is then left out for that finding. Probabilities are those of the model as trained: rescaling them
-by what validation films say brought nothing that test films confirmed.
+is then left out for that finding. Probabilities are those of the model that leaves: rescaling them
+by what validation films say brings little (RESULTS, "Statistics"), and the file holds no factors.
 """
 
 from itertools import product
