@@ -120,8 +120,14 @@ def run_lock(run: Path, wait: bool = False) -> Iterator[None]:
 def fetch_runs(work_dir: str | Path) -> None:
     """Copy the runs that are attached on Kaggle to the work folder, where it does not have them.
 
-    Attached, they can only be read; copied, 03 goes on with them and 04 writes beside them.
+    Attached, they can only be read; copied, 03 goes on with them and 04 writes beside them. The
+    ledger of what was released comes along, the latest if there are several.
     """
+    ledgers = search_files(KAGGLE / "input", "privacy/ledger.json")
+    for ledger in sorted(ledgers, key=lambda path: path.stat().st_mtime)[-1:]:
+        if not Path(work_dir, "privacy", ledger.name).is_file():
+            copy = {"copy_function": shutil.copyfile, "dirs_exist_ok": True}
+            shutil.copytree(ledger.parent, Path(work_dir, "privacy"), **copy)
     found = search_files(KAGGLE / "input", "runs/*/config.json")
     latest_last = sorted(found, key=lambda path: path.stat().st_mtime)
     for name, run in {path.parent.name: path.parent for path in latest_last}.items():

@@ -12,6 +12,7 @@ from ..base.findings import FINDINGS, parse_labels
 from ..base.parameters import split_list
 from ..dataset import ChestXrayDataset, read_index, read_report
 from ..evidence.tables import read_summary
+from ..films.find import check_films
 from ..films.partition import partition_patients
 from ..films.phantom.cases import phantom_table
 from ..films.prepared import check_prepared
@@ -44,7 +45,9 @@ def _find_films(settings: Settings, due: Collection[str]) -> pd.DataFrame | None
     if settings.data_dir and not set(READ_FILMS).isdisjoint(due):
         films = read_nih(Path(settings.data_dir)).table
     if READ_FILMS[1] in due:
-        films = _phantom() if films is None else films
+        if films is None:
+            films = _phantom()
+        check_films(films, Path(settings.data_dir))
         films = films.assign(split=split_patients(films, settings.seed))
         films = choose_films(films, settings.max_films, settings.seed)
         films = films[films["path"] != ""]

@@ -17,7 +17,7 @@ from ..base.errors import InputError
 from ..base.files import open_store, read_written, run_lock, sha256, write_atomic
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters, parameter
-from .find import describe_files
+from .find import check_films
 from .read import NihData
 from .twins import find_twins
 
@@ -89,9 +89,7 @@ def decode_films(
     a second process waits. A store is used again while names, sizes and times of the films are the
     same. Raises InputError where no film is there or can be read, or the disk is too small.
     """
-    if not table["path"].any():
-        found = f"none of the {len(table)} films of the table is there; {describe_files(folder)}"
-        raise InputError(f"{folder}: {found}")
+    check_films(table, folder)
     with run_lock(prepared, wait=True):
         films = _decode_once(table, folder, prepared, image_size, progress)
     if films["problem"].all():

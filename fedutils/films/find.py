@@ -4,9 +4,13 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..base.errors import InputError
 from ..base.files import KAGGLE, search_files
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PHANTOM_MARKER, MAPPING_NAME = "PHANTOM.json", "films.toml"
 TABLE_NAME = re.compile(r"(Data_Entry.*|sample_labels)\.csv(\.gz)?")
@@ -58,6 +62,13 @@ def _search_data(root: Path, depth: int) -> Path | None:
     found += search_files(root, MAPPING_NAME, depth)
     rank = {path: ((path.parent / PHANTOM_MARKER).exists(), path.name[0] == "s") for path in found}
     return min(found, key=rank.__getitem__).parent if found else None
+
+
+def check_films(table: "pd.DataFrame", folder: Path) -> None:
+    """Raise InputError where none of the table's films is there, with what is."""
+    if not table["path"].any():
+        found = f"none of the {len(table)} films of the table is there; {describe_files(folder)}"
+        raise InputError(f"{folder}: {found}")
 
 
 def describe_files(folder: Path) -> str:

@@ -365,7 +365,8 @@ def test_an_error_in_a_row_and_too_few_patients_end_with_status_2_before_any_not
     tmp_path, capsys
 ):
     def run(table):
-        data = write(tmp_path / "own", table=table)
+        films = [line.partition(";")[0] for line in table.splitlines()[1:]]
+        data = write(tmp_path / "own", table=table, films=films)
         options = ["--profile", "demo", "--data", str(data), "--work", str(tmp_path / "work")]
         return main(["run", *options]), capsys.readouterr().err
 
