@@ -47,6 +47,8 @@ class Hospital:
         here = {"work_dir": node_config["work_dir"], "name": order["run"], "device": "auto"}
         self.order, self.settings = order, dataclasses.replace(given, **here)
         self.name, self.threads = str(node_config["name"]), config["threads"]
+        known = json.dumps(config | {"total_epsilon": 0})  # a limit is no part of what is trained
+        self.run_key = f"{order['run']} {sha256(known.encode())[:16]}"
         prepared = self.settings.prepared
         for key in ("image_size", "seed"):
             found, wanted = read_report(prepared)[key], getattr(self.settings, key)
@@ -114,7 +116,7 @@ def fit(here: Hospital, sent: State) -> Answer:
     """
     seed, round, before = (here.order[key] for key in ("seed", "round", "kept"))
     path, client = here.kept(before), here.client()
-    about = f"{here.settings.name} s{seed} {sha256(here.order['config'].encode())[:16]}"
+    about = f"{here.run_key} s{seed}"
     work = Path(here.settings.work_dir)
     client.keep_ledger(work, about, always=True)
     if client.mechanism == "off":

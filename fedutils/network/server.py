@@ -165,6 +165,11 @@ class Network:
         return weights
 
 
+def sent_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return what hospitals are told of a run: what its result depends on, and their limit."""
+    return config | {"total_epsilon": settings.total_epsilon}
+
+
 class NetworkTraining(Training):
     """The simulation's `Training` over a Flower grid; InputError for what it cannot heed."""
 
@@ -182,7 +187,7 @@ class NetworkTraining(Training):
 
     def _plan(self, films: None) -> list[Job]:
         """List the models to train; of each hospital only its name and weight are known here."""
-        self.network.config = self.config
+        self.network.config = sent_config(self.config, self.settings)
         hospitals = self.network.gather(self.wait).items()
         own, jobs = arm_settings(self.settings, "federated"), []
         for seed in self.settings.seed_list:

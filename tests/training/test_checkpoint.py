@@ -81,7 +81,7 @@ def test_a_full_disk_loses_nothing_already_there(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fedutils.base.files.os.fsync", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="the disk is full"):
         save_progress(tmp_path, progress(2), "run")
     monkeypatch.undo()
     assert load_progress(tmp_path, "run").round == 1
