@@ -6,7 +6,6 @@ by what validation films say brings little (RESULTS, "Statistics"), and the file
 """
 
 from itertools import product
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,14 @@ import pandas as pd
 
 from ..base.findings import FINDINGS
 from ..base.scores import both_classes, labelled
-from .bootstrap import Resamples, patient_resamples
-from .intervals import share_interval
+from .bootstrap import Resamples, interval, patient_resamples
+from .intervals import Z, share_interval
+from .metrics import REPEATS, count_patients
 from .tables import LEAST_PATIENTS, MEAN, OWNER, name_model, truth_of
 
 BINS = 15
 YOUDEN, SENSITIVE = "Youden", "sensitivity 0.9"
 ENDS = ("", "_low", "_high")
-Z = NormalDist().inv_cdf(0.975)
 
 
 def _known(truth: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +115,7 @@ def _logistic(
 
 
 def calibrate(
-    predictions: pd.DataFrame, index: pd.DataFrame, seed: int, repeats: int = 1000
+    predictions: pd.DataFrame, index: pd.DataFrame, seed: int, repeats: int = REPEATS
 ) -> pd.DataFrame:
     """Tabulate calibration on test films, all and by hospital, with intervals: calibration.csv.
 
@@ -127,14 +126,14 @@ def calibrate(
     with `_low` and `_high`. No interval, slope or mean with fewer than LEAST_PATIENTS of a kind.
     """
     index = index.set_index("image_index").loc[predictions["image_index"].unique()]
-    hospitals = index["client"].to_numpy()
+    hospitals, truth = index["client"].to_numpy(), truth_of(index)
     resamples = patient_resamples(index["patient_id"].to_numpy(), repeats, seed)
     tables = []
     for owner, rows in predictions.fillna({"client": ""}).groupby(OWNER, sort=False):
         probability = truth_of(rows.set_index("image_index").loc[index.index])
         for name in ("", *sorted(set(hospitals))):
             films = np.flatnonzero(hospitals == name) if name else np.arange(len(index))
-            table = _calibrate(truth_of(index)[films], probability[films], films, resamples)
+            table = _calibrate(truth[films], probability[films], films, resamples)
             tables.append(name_model(table.assign(hospital=name), owner))
     order = [*OWNER, "hospital"]
     table = pd.concat(tables, ignore_index=True)
@@ -146,14 +145,14 @@ def _calibrate(
 ) -> pd.DataFrame:
     """Tabulate the calibration of one model on some films: a row a finding, then their mean."""
     owners, rows, draws = resamples.owner[films], [], {"brier": [], "ece": []}
-    for finding, y, p in zip(FINDINGS, truth.T, probability.T, strict=True):
+    enough = np.minimum(*count_patients(truth, owners)) >= LEAST_PATIENTS
+    for finding, y, p, judged in zip(FINDINGS, truth.T, probability.T, enough, strict=True):
         known = ~np.isnan(y)
         y, p, who = y[known], p[known], owners[known]
-        few = min(len(np.unique(who[y == mark])) for mark in (0, 1)) < LEAST_PATIENTS
         row = {"finding": finding, "n": len(y), "positives": int(y.sum())}
         row |= {"prevalence": y.mean() if len(y) else np.nan}
         row |= {"brier": brier(y, p), "ece": calibration_error(y, p)}
-        if not few:
+        if judged:
             for name, values in zip(draws, _draw_errors(y, p, who, resamples), strict=True):
                 draws[name].append(values)
                 row |= _ends(name, values)
@@ -184,9 +183,8 @@ def _draw_errors(
 
 def _ends(name: str, draws: np.ndarray) -> dict[str, float]:
     """Return the percentile interval, moved by the draws' bias: resampled, a gap is larger."""
-    moved = draws[1:] - draws[1:].mean() + draws[0]
-    low, high = np.percentile(moved, (2.5, 97.5))
-    return {f"{name}_low": max(0.0, float(low)), f"{name}_high": float(high)}
+    low, high = interval(draws[1:] - draws[1:].mean() + draws[0])
+    return {f"{name}_low": max(0.0, low), f"{name}_high": high}
 
 
 def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> float:
@@ -249,9 +247,9 @@ def operating_points(
         seen = validation[(validation[OWNER] == list(owner)).all(axis=1)]
         if owner[2]:
             seen = seen[(index.loc[seen["image_index"], "client"] == owner[2]).to_numpy()]
-        films = index.loc[tested["image_index"]]
+        known, films = (index.loc[part["image_index"]] for part in (seen, tested))
         for finding, rule in product(FINDINGS, (YOUDEN, SENSITIVE)):
-            truth = index.loc[seen["image_index"], finding].to_numpy(float)
+            truth = known[finding].to_numpy(float)
             cut = choose_threshold(truth, seen[finding].to_numpy(), rule)
             row = {"finding": finding, "rule": rule, "threshold": cut}
             row |= {"val_positives": int((truth == 1).sum())}

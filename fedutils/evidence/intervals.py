@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 from .tables import LEAST_PATIENTS
 
 LEVEL = 0.95
+Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 PRIOR = 3  # patients that the model of an AUROC's variance counts for, beside the positive ones
 GRID = np.r_[np.linspace(1e-4, 0.9, 1800, endpoint=False), 1 - np.geomspace(0.1, 1e-7, 4000)]
 
@@ -24,15 +25,13 @@ def auroc_interval(
     times how much `variance` differs from it, which counts `positive` patients against PRIOR.
     NaN without a value.
     """
-    from scipy.stats import norm
-
     if np.isnan(value):
         return np.nan, np.nan
     inside = float(np.clip(value, GRID[0], GRID[-1]))
     corrected = variance * positive / max(1, positive - 1)
     seen = corrected / hanley_mcneil(inside, positive, negative)
     scale = (positive * seen + PRIOR) / (positive + PRIOR)
-    reach = norm.ppf((1 + LEVEL) / 2) * np.sqrt(scale * hanley_mcneil(GRID, positive, negative))
+    reach = Z * np.sqrt(scale * hanley_mcneil(GRID, positive, negative))
     held = GRID[np.abs(GRID - inside) <= reach]
     low, high = (held[0], held[-1]) if len(held) else (inside, inside)
     return float(min(low, value)), float(max(high, value))
@@ -72,12 +71,9 @@ def share_interval(hits: np.ndarray, owners: np.ndarray) -> tuple[float, float]:
     alone = share * (1 - share) / patients
     seen = variance / alone if alone else 1.0
     count = patients / ((patients * seen + PRIOR) / (patients + PRIOR))
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    middle, half = (
-        share + z**2 / (2 * count),
-        z * np.sqrt(share * (1 - share) / count + (z / count) ** 2 / 4),
-    )
-    return float((middle - half) / (1 + z**2 / count)), float((middle + half) / (1 + z**2 / count))
+    middle, whole = share + Z**2 / (2 * count), 1 + Z**2 / count
+    half = Z * np.sqrt(share * (1 - share) / count + (Z / count) ** 2 / 4)
+    return float((middle - half) / whole), float((middle + half) / whole)
 
 
 def seed_variance(by_seed: np.ndarray) -> tuple[np.ndarray, int]:

@@ -31,12 +31,13 @@ def write_summary(settings: Parameters, result: tables.Evaluation, source: str) 
     files += sorted((settings.run / "models").glob("*.safetensors"))
     means = tables.rows_of(tables.over_seeds(result.metrics), finding=tables.MEAN)
     config = json.loads((settings.run / "config.json").read_text())
+    starts = config.pop("starts")
     summary = {
         "headline": headline(result, source),
         "mean_over": result.mean_over,
         "means": means.astype(object).where(means.notna(), None).to_dict("records"),
         "settings": config,
-        "trained": config.pop("starts"),
+        "trained": starts,
         "adopted": adopted_models(settings.run),
         "privacy": read_budget(settings.run).to_dict("records"),
         "fingerprint": read_report(settings.prepared)["fingerprint"],

@@ -112,9 +112,8 @@ class Training:
     def _plan(self, films: ChestXrayDataset) -> list[rounds.Job]:
         jobs = plan(self.settings, films, self.strategy)
         for job in jobs:
-            what = f"{job.name} {self._identity(job)[:16]}"
             for client in job.clients:
-                client.keep_ledger(Path(self.settings.work_dir), what)
+                client.keep_ledger(*self._release(job))
         refuse_beyond_total(client for job in jobs for client in job.clients)
         return jobs
 
@@ -135,6 +134,10 @@ class Training:
 
     def _identity(self, job: rounds.Job) -> str:
         return model_identity(job, self.config)
+
+    def _release(self, job: rounds.Job) -> tuple[Path, str]:
+        """Name a job's model in the ledger: the work folder, and the model with what it is."""
+        return Path(self.settings.work_dir), f"{job.name} {self._identity(job)[:16]}"
 
     def _load(self, job: rounds.Job) -> rounds.Progress | None:
         """Load how far a job has come, here or in a finished run that shares its model."""
@@ -176,9 +179,8 @@ class Training:
     def _note_open(self, job: rounds.Job) -> None:
         """Write into the ledger whose films are trained on here without privacy."""
         if self.settings.dp == "off" and self.films is not None:
-            what = Path(self.settings.work_dir), f"{job.name} {self._identity(job)[:16]}"
             for client in job.clients:
-                note_open(*what, client.name, client.films.index["patient_id"])
+                note_open(*self._release(job), client.name, client.films.index["patient_id"])
 
     def _stop(self, job: rounds.Job, now: rounds.Progress, reason: str) -> None:
         """End a model before its last round, name the reason in the history, and say so."""
