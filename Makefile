@@ -1,11 +1,12 @@
 # Each target sets up what it needs; a second call reuses .venv.
 PYTHON ?= python3
+KAGGLE_PYTHON ?= python3.12
 VENV := .venv/bin/python
 NEEDS := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-fast evidence flower flower-test gpu privacy render lint
+.PHONY: help demo test bench bench-fast evidence flower flower-test gpu kaggle-test privacy render lint
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 19
@@ -14,7 +15,7 @@ demo: .venv/.installed  ## run the four notebooks on synthetic films: no GPU, no
 	@$(VENV) -m fedutils run --profile demo
 
 test: .venv/.installed  ## run the tests
-	@$(VENV) -m pytest -m 'not slow' -n 2 --dist loadfile
+	@$(VENV) -m pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: .venv/.bench  ## run the longer proofs, and measure every promised ratio beside its peers
 	@$(VENV) -m pytest -m slow
@@ -38,11 +39,20 @@ gpu: .venv/.installed  ## measure what only a GPU can show; writes work/gpu.json
 privacy: .venv/.installed  ## measure what differential privacy costs, and what a lying client does
 	@$(VENV) tests/bench/privacy.py
 
+kaggle-test: .venv-kaggle/.installed  ## run the four kernels on the versions that Kaggle has
+	@.venv-kaggle/bin/python -m pytest tests/notebooks/test_on_kaggle.py
+
 render: .venv/.installed  ## execute the demo as the committed notebooks/*.ipynb
 	@$(VENV) -m fedutils render
 
 lint: .venv/.installed  ## check style
 	@$(VENV) -m ruff check . && $(VENV) -m ruff format --check .
+
+.venv-kaggle/.installed: tests/notebooks/kaggle.txt
+	@$(KAGGLE_PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null || { echo 'This needs Python 3.12: make kaggle-test KAGGLE_PYTHON=/path/to/python3.12' >&2; exit 1; }
+	@$(KAGGLE_PYTHON) -m venv .venv-kaggle
+	@.venv-kaggle/bin/python -m pip install -q -r $<
+	@touch $@
 
 .venv/.flower: .venv/.installed
 	@$(VENV) -m pip install -q -e '.[flower]'

@@ -19,7 +19,7 @@ NAMES = {
     "evidence.explain": "fill_gallery pick_gallery pointing_game",
     "evidence.membership": "attack_films attack_models",
     "evidence.metrics": "YARDSTICKS_OFFICIAL evaluate_models",
-    "evidence.predict": "predict_films write_predictions",
+    "evidence.predict": "check_fingerprint predict_films write_predictions",
     "evidence.summary": "record_files write_summary",
     "evidence.tables": "hospitals main_model tabulate tabulate_calibration"
     " tabulate_differences_text tabulate_homes tabulate_points training_cost",
@@ -34,7 +34,7 @@ NAMES = {
     "films.split": "check_splits choose_films leak_of_splits split_patients",
     "model": "build_resnet34",
     "rounds": "FederationError run_round",
-    "run": "best_rounds check_fingerprint read_films read_history",
+    "run": "best_rounds read_films read_history",
     "settings": "Settings read_evaluated read_parameters read_run",
     "strategies": "STRATEGIES",
     "training.features": "stored_features",

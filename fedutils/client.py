@@ -17,7 +17,7 @@ from .base.errors import InputError
 from .base.parameters import Parameters, parameter
 from .base.rng import generator
 from .base.state import State, is_beside, to_cpu
-from .dataset import ChestXrayDataset, draw_motion
+from .dataset import AT_ONCE, ChestXrayDataset, draw_motion
 from .fedavg import FedAvg
 from .model import ChestResNet
 from .strategies import STRATEGIES
@@ -30,7 +30,7 @@ class ClientParameters(Parameters):
     local_epochs: int = parameter(1, "passes over a client's films in a round", bounds=(1, 1000))
     batch_size: int = parameter(0, "films a step", bounds=(1, 4096), profiles=(32, 64))
     optimizer: str = parameter("adamw", "of the clients", allowed=("adamw", "sgd"))
-    lr: float = parameter(1e-3, "learning rate of the clients", bounds=(1e-12, math.inf))
+    lr: float = parameter(0.0, "learning rate; 0: 4e-4, or 1e-3 with weights", bounds=(0, math.inf))
     momentum: float = parameter(0.9, "of sgd", bounds=(0.0, 1.0))
     weight_decay: float = parameter(1e-4, "of the local optimiser", bounds=(0.0, math.inf))
     augment: bool = parameter(True, "turn and shift training films a little, anew in each epoch")
@@ -97,6 +97,10 @@ class Client:
         update = {k: v for k, v in final.items() if k not in local} | beside
         keep = {k: v for k, v in final.items() if k in local} | keep
         return Update(self.name, self.weight, update, loss, time.perf_counter() - began), keep
+
+    @classmethod
+    def check(cls, settings: Parameters) -> None:
+        """Raise InputError for settings that this mechanism cannot work with."""
 
     def keep_ledger(self, work: Path, model: str, always: bool = False) -> None:
         """Let what this client releases of a model be written down; here nothing is measured."""
@@ -167,7 +171,7 @@ def make_optimizer(parameters: list[Tensor], settings: ClientParameters) -> torc
 
 
 @torch.no_grad()
-def predict(model: ChestResNet, films: ChestXrayDataset, batch_size: int = 128) -> np.ndarray:
+def predict(model: ChestResNet, films: ChestXrayDataset, batch_size: int = AT_ONCE) -> np.ndarray:
     """Return the logits of all films in order, float32 (N, 14); the model is left in eval mode."""
     device = next(model.parameters()).device
     model.eval()

@@ -18,6 +18,7 @@ from .base.findings import FINDINGS
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ANGLE, MAX_SHIFT = 7.0, 0.05  # degrees; share of the film's side
+AT_ONCE = 64  # films in a batch that is only predicted
 
 
 def read_report(prepared: Path) -> dict[str, Any]:
@@ -90,6 +91,12 @@ class ChestXrayDataset(torch.utils.data.Dataset):
         part.store, part.index = self.store, self.index[np.asarray(keep)].reset_index(drop=True)
         part.labels, part._rows = self.labels[np.asarray(keep)], self._rows[np.asarray(keep)]
         return part
+
+    def parts(self, count: int) -> list["ChestXrayDataset"]:
+        """Cut the films, in order, into at most `count` parts of the same batches as the whole."""
+        batch = np.arange(len(self)) // AT_ONCE
+        part = batch * count // (batch.max(initial=0) + 1)
+        return [self.where(part == number) for number in range(part.max(initial=0) + 1)]
 
 
 def draw_motion(rng: np.random.Generator, films: int) -> np.ndarray:

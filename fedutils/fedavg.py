@@ -24,9 +24,8 @@ class AggregationParameters(Parameters):
 
     @property
     def least_clients(self) -> int:
-        """How many clients a round needs for one at each end to be cut off; 1 for the mean."""
-        share = {"mean": math.inf, "median": 0.5}.get(self.aggregation, self.trim)
-        return 1 if share > 1 else max(3, math.ceil(1 / share - 1e-9))
+        """How many clients a round needs for one to be cut off at each end; 1 for the mean."""
+        return 1 if self.aggregation == "mean" else 3
 
 
 def add_in_place(total: Tensor, value: Tensor, weight: float) -> None:
@@ -79,8 +78,10 @@ class TrimmedMean(WeightedMean):
 
     def result(self) -> State:
         """Return the trimmed mean in float64."""
-        # The small number for products such as 0.29 * 100, which is a little below 29.
-        cut = min(math.floor(self.trim * self.count + 1e-9), (self.count - 1) // 2)
+        # The small number for products such as 0.29 * 100, which is a little below 29; one is cut
+        # off at each end even where some do not answer.
+        cut = max(1, math.floor(self.trim * self.count + 1e-9))
+        cut = min(cut, (self.count - 1) // 2)
         mean: State = {}
         for name, first in self.states[0].items():
             parts = zip(
@@ -102,6 +103,7 @@ class FedAvg:
     """
 
     server_lr = 1.0  # where the settings leave it open
+    bears_noise = True  # what clients send may be noised, for differential privacy
 
     def __init__(self, settings: Parameters, parameters: Set[str] = frozenset()) -> None:
         self.settings, self.parameters = settings, parameters

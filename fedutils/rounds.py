@@ -26,10 +26,14 @@ class RoundParameters(Parameters):
     """How many rounds, and who takes part in one."""
 
     rounds: int = parameter(
-        0, "of federation", bounds=(1, 10_000), identity=False, profiles=(6, 15)
-    )
+        0, "of federation (where target_epsilon sets the noise, a change is another run)",
+        bounds=(1, 10_000), identity=False, profiles=(4, 15),
+    )  # fmt: skip
     client_fraction: float = parameter(1.0, "share of clients in a round", bounds=(1e-6, 1.0))
-    min_clients: int = parameter(1, "fewer answers stop it", bounds=(1, 100_000), identity=False)
+    min_clients: int = parameter(
+        1, "fewer answers stop it (with client_fraction below 1 a change is another run)",
+        bounds=(1, 100_000), identity=False,
+    )  # fmt: skip
     client_seconds: float = parameter(
         0.0, "a client that takes longer is left out of the round; 0: never", bounds=(0.0, math.inf)
     )

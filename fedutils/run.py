@@ -1,18 +1,16 @@
 """What a run leaves on disk, and how it is read back."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
 from safetensors.torch import load_file, save_file
 
-from .base.errors import InputError
 from .base.files import KAGGLE, read_written, search_files, write_atomic
 from .base.parameters import Parameters, parameter
 from .base.state import State
@@ -108,14 +106,6 @@ def read_history(run: Path) -> pd.DataFrame:
     return read_written(run / "history.csv", "client", "status", "reason")
 
 
-def adopted_models(run: Path) -> dict[str, str]:
-    """Return which models were not trained in this run, and from which they were adopted."""
-    rows = best_rounds(read_history(run))
-    rows = rows[rows["reason"].str.startswith(ADOPTED)]
-    names = [Model(row.arm, row.seed, row.client).name for row in rows.itertuples()]
-    return dict(zip(names, rows["reason"].str.removeprefix(ADOPTED), strict=True))
-
-
 def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
     """Return the row of each model's best validation round, which is the one that is kept.
 
@@ -128,19 +118,6 @@ def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
     order = score.sort_values(["score", "val_loss", "turn"], ascending=[False, True, True])
     best = order.groupby(["arm", "seed", "client"]).head(1)
     return best.drop(columns=["score", "turn"]).sort_index()
-
-
-def check_fingerprint(settings: RunParameters, report: dict[str, Any]) -> None:
-    """Raise InputError where the prepared data are not those that the run was trained on.
-
-    A run over a network has no fingerprint: its films never left the hospitals.
-    """
-    trained = json.loads((settings.run / "config.json").read_text())["fingerprint"]
-    if trained and report["fingerprint"] != trained:
-        raise InputError(
-            f"run {settings.name} was trained on data {trained[:16]}, but {settings.prepared} holds"
-            f" {report['fingerprint'][:16]}: run notebook 02 again with that run's parameters"
-        )
 
 
 def read_films(settings: RunParameters) -> ChestXrayDataset:

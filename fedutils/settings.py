@@ -9,14 +9,7 @@ from typing import Any
 
 from .base.errors import InputError
 from .base.files import KAGGLE, fetch_runs, find_work, sha256
-from .base.parameters import (
-    Parameters,
-    assigned,
-    check_names,
-    check_value,
-    convert,
-    parameter,
-)
+from .base.parameters import Parameters, assigned, check_names, check_value, convert, parameter
 from .base.provenance import provenance
 from .base.weights import find_profile
 from .client import ClientParameters
@@ -38,7 +31,7 @@ from .training.replicas import ReplicaParameters
 
 @dataclass(frozen=True)
 class ProfileParameters(Parameters):
-    """What an empty parameter means: seconds on two cores, or a GPU with ImageNet weights."""
+    """What an empty parameter means: minutes on two cores, or a GPU with ImageNet weights."""
 
     profile: str = parameter(
         "auto", "auto, demo (no GPU, no network) or kaggle: what an empty parameter means",
@@ -124,6 +117,7 @@ def fill(given: Settings) -> Settings:
     tracked = given.tracked or ("all" if weights == "none" else "layer4,fc")
     rate = given.server_lr or STRATEGIES[given.strategy].server_lr
     chosen = {"profile": profile, "tracked": tracked, "server_lr": rate}
+    chosen["lr"] = given.lr or (4e-4 if weights == "none" else 1e-3)
     return dataclasses.replace(given, **empty | places | chosen)
 
 
@@ -139,9 +133,7 @@ def read_run(
     found = sorted(work.glob(f"runs/{name or '*'}/config.json"), key=lambda p: p.stat().st_mtime)
     if not found:
         attached = f" and none in {KAGGLE / 'input'}" if KAGGLE.is_dir() else ""
-        raise InputError(
-            f"no run in {work / 'runs' / name}{attached}: run notebook 03_federated_train first"
-        )
+        raise InputError(f"no run in {work / 'runs' / name}{attached}: run notebook 03 first")
     config = json.loads(found[-1].read_text())
     given = {key: config[key] for key in FIELDS if key in config}
     here = {"work_dir": str(work), "name": found[-1].parent.name, "device": device}
@@ -157,14 +149,21 @@ def read_evaluated(values: Mapping[str, Any]) -> Settings:
     """
     names = injected(values)
     check_names(names, FIELDS)
-    settings = read_run(*(values[name] for name in EVALUATES[:4]))
-    for name in (
-        name for name in names if name not in EVALUATES and FIELDS[name].metadata["identity"]
-    ):
-        given, trained = convert(FIELDS[name], values[name]), getattr(settings, name)
-        if name != "data_dir" and given not in (FIELDS[name].default, trained):
-            raise InputError(
-                f"{name}={given!r}: run {settings.name} was trained with {trained!r}; choose"
-                " another run by its name"
-            )
-    return settings
+    settings = read_run(**{name: values[name] for name in EVALUATES[:4]})
+    check_trained({name: values[name] for name in names}, settings)
+    return dataclasses.replace(settings, compare=values["compare"])
+
+
+def check_trained(given: Mapping[str, Any], settings: Settings) -> None:
+    """Raise InputError for a parameter that is not that of a run, whose `settings` were read.
+
+    What may change without another run passes, and so does what is left to the profile.
+    """
+    asked = {n: convert(FIELDS[n], value) for n, value in given.items() if n not in EVALUATES}
+    asked = {n: value for n, value in asked.items() if value or not FIELDS[n].metadata["profiles"]}
+    beside = {"data_dir": "", "profile": "demo"}  # a run keeps but the folder's name
+    wanted = fill(dataclasses.replace(settings, **beside | asked)).identity()
+    for name, trained in settings.identity().items():
+        if name in asked and wanted[name] != trained:
+            said = f"{name}={asked[name]!r}: run {settings.name} was trained with {trained!r}"
+            raise InputError(f"{said}; choose another run by its name")

@@ -74,6 +74,8 @@ class Scaffold(FedAvg):
     The paper weighs clients alike; here films weigh both means: the same for equal clients.
     """
 
+    bears_noise = False
+
     @classmethod
     def check(cls, settings: Parameters) -> None:
         """Raise InputError unless clients take plain steps of SGD, from which variates are told."""
@@ -131,7 +133,7 @@ class StrategyParameters(Parameters):
     strategy: str = parameter("fedavg", "of federated averaging", allowed=tuple(STRATEGIES))
     mu: float = parameter(0.01, "of fedprox: pull to the global model", bounds=(0.0, math.inf))
     server_lr: float = parameter(
-        0.0, "step of the server; 0: 0.01 for fedadam, else 1", bounds=(1e-12, math.inf)
+        0.0, "step of the server; 0: 0.01 for fedadam, else 1", bounds=(0.0, math.inf)
     )
     server_momentum: float = parameter(0.9, "of fedavgm", bounds=(0.0, 1.0))
 

@@ -19,7 +19,7 @@
 # average (FedAvg). No film leaves its client.
 #
 # **Reads** `work/prepared/`. **Writes** `work/runs/NAME/`: `history.csv`, `clients.csv`, `models/`,
-# `checkpoint/`, `global_model.safetensors`. **Takes** about three minutes for the demo on two slow cores;
+# `checkpoint/`, `global_model.safetensors`. **Takes** about two minutes for the demo on two slow cores;
 # an estimate for this device is printed before training. Killed at any moment, it goes on from the
 # last round boundary and ends with the same bits.
 
@@ -35,10 +35,10 @@ profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empt
 seed: int = 0  # fixes the split of patients and the partition to clients
 tracked: str = ""  # layers that are trained and sent: layer4,fc or all; empty: all without ImageNet weights
 partition: str = "iid"  # of patients to clients: iid, dirichlet or scanner
-num_clients: int = 0  # hospitals; 0: 3 in the demo, 5 on Kaggle
+num_clients: int = 0  # hospitals; 0: 4 in the demo, 5 on Kaggle
 strategy: str = "fedavg"  # fedavg, fedavgm, fedadam, fedprox or scaffold
-rounds: int = 0  # rounds of federation; 0: 6 in the demo, 15 on Kaggle
-lr: float = 0.001  # learning rate of the clients
+rounds: int = 0  # rounds of federation; 0: 4 in the demo, 15 on Kaggle
+lr: float = 0.0  # learning rate; 0: 0.0004 for random weights, else 0.001
 dp: str = "off"  # off or patient: differential privacy of each training patient
 arms: str = "federated"  # what to train: federated,centralised,local
 seeds: str = "0"  # training seeds, such as 0,1,2

@@ -184,17 +184,19 @@ if len(result.differences):
 plots.save(plots.client_matrix(result.metrics, title), folder / "hospitals.png")
 
 # %% [markdown]
-# The first arm by hospital, the lowest first; intervals that overlap show no worst one:
+# The first arm by hospital, the lowest first, over the findings that all have patients enough of; beside it
+# the mean over the same findings on all films. Intervals that overlap show no worst one:
 
 # %%
 at_hospitals = fedutils.hospitals(result.metrics, settings.arm_list[0]).sort_values("value")
-shown = ["arm", "test_set", "value", "ci_low", "ci_high", "n"]
+at_hospitals = at_hospitals.rename(columns={"positives": "findings", "on_all_films": "on all films"})
+shown = ["arm", "test_set", "value", "ci_low", "ci_high", "on all films", "findings", "n"]
 HTML(at_hospitals[shown].to_html(index=False, float_format="{:.3f}".format))
 
 # %% [markdown]
 # What does each hospital gain by taking part? *At home* are its own test films: the federated model minus
 # the hospital's own, on the same draws of patients. *Outside* are the test films of all others: what its
-# own model would be worth elsewhere.
+# own model would be worth elsewhere. Both are means over the same findings.
 
 # %%
 homes = fedutils.tabulate_homes(result)
@@ -209,12 +211,6 @@ HTML(homes.to_html(index=False)) if len(homes) else Markdown("That wants the arm
 
 # %%
 plots.save(plots.subgroup_forest(result.metrics, title), folder / "subgroups.png")
-
-# %% [markdown]
-# The first arm by subgroup and finding. A cell is grey where under 30 films are positive.
-
-# %%
-plots.save(plots.subgroup_heatmap(result.metrics, title), folder / "subgroups_by_finding.png")
 
 # %% [markdown]
 # ## What it cost
@@ -243,7 +239,7 @@ HTML(best.to_html(float_format="{:,.3f}".format))
 # federated models are compared on the same draws of patients.
 
 # %%
-others = [fedutils.read_run(work_dir, other.strip(), device) for other in compare.split(",") if other]
+others = [fedutils.read_run(work_dir, other, device) for other in settings.compared]
 beside = fedutils.compare_runs([*others, settings]) if others else None
 none = Markdown("No other run was named.")
 none if beside is None else HTML(fedutils.tabulate_differences_text(beside.differences).to_html(index=False))
@@ -259,7 +255,8 @@ if beside is not None:
 # ## Calibration
 #
 # Is a finding there in 20 % of the films that are given 0.20? Brier: mean squared error of the
-# probability. ECE: the gap between predicted and observed in 15 bins of equal width, weighted by films.
+# probability. ECE: the gap between predicted and observed in 15 bins of equal width, weighted by films;
+# it is never 0, so beside it stands what it would be if the probabilities were right.
 # Slope under 1: the model is too sure; intercept above 0: it says too little. Always giving the
 # prevalence is perfectly calibrated and worthless: read them beside AUROC. In brackets, 95 % intervals
 # over patients.
@@ -278,11 +275,12 @@ whole = fedutils.tabulate_calibration(own[own["hospital"] == ""])
 HTML(whole.drop(columns="hospital").to_html(index=False))
 
 # %% [markdown]
-# Its means over the findings by hospital. A model may be calibrated on average and nowhere at home.
+# Its means over the findings by hospital, of slope and intercept, too. A model may be calibrated on
+# average and nowhere at home.
 
 # %%
 of_means = fedutils.tabulate_calibration(own[own["finding"] == "mean"])
-HTML(of_means[["hospital", "n", "Brier", "ECE"]].to_html(index=False))
+HTML(of_means.drop(columns=["finding", "positives"]).to_html(index=False))
 
 # %% [markdown]
 # As a picture. Left, on the dotted line a prediction means what it says; the larger the dot, the more

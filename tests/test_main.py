@@ -38,3 +38,10 @@ def test_all_parameters_are_listed_each_under_the_room_that_declares_it(capsys):
         assert all(FIELDS[name].metadata["meaning"] in meaning for name, meaning in names.items())
     all_names = [name for names in listed.values() for name in names]
     assert sorted(all_names) == sorted(FIELDS)
+
+
+def test_an_option_says_of_its_parameter_what_the_list_of_parameters_says():
+    from fedutils.__main__ import OPTIONS
+    from fedutils.settings import FIELDS
+
+    assert {name: FIELDS[name].metadata["meaning"] for name in OPTIONS} == OPTIONS

@@ -5,12 +5,20 @@ import sys
 
 import pytest
 import torch
+from ownfilms import write_films
 from tiny import fake_gpus, tiny_settings
 
 from fedutils.base import weights
 from fedutils.base.errors import InputError
 from fedutils.base.files import ROOT_MARKER, find_root
-from fedutils.settings import convert_texts, find_profile, read_parameters, read_run
+from fedutils.settings import (
+    convert_texts,
+    find_profile,
+    read_evaluated,
+    read_parameters,
+    read_run,
+)
+from fedutils.training.identity import open_run
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +29,10 @@ def no_data(monkeypatch):
 def test_empty_parameters_take_the_profiles_values():
     demo = read_parameters({"profile": "demo"})
     assert (demo.image_size, demo.weights, demo.tracked) == (64, "none", "all")
+    assert (demo.num_clients, demo.rounds, demo.batch_size, demo.lr) == (4, 4, 32, 4e-4)
+    kaggle = read_parameters({"profile": "kaggle"})
+    assert (kaggle.num_clients, kaggle.rounds, kaggle.batch_size, kaggle.lr) == (5, 15, 64, 1e-3)
+    assert read_parameters({"profile": "kaggle", "weights": "none"}).lr == 4e-4
     assert read_parameters({"profile": "demo", "image_size": 96}).image_size == 96
     assert read_parameters({"profile": "demo", "strategy": "fedadam"}).server_lr == 0.01
 
@@ -40,7 +52,7 @@ def test_names_of_a_notebook_that_are_no_parameters_are_ignored():
         ({"rounds": "many"}, "rounds='many': expected int"),
         ({"rounds": 2.5}, "rounds=2.5: expected int"),
         ({"rounds": -1}, "rounds=-1: allowed is 1 to"),
-        ({"lr": 0.0}, "lr=0.0"),
+        ({"lr": -1.0}, "lr=-1.0"),
         ({"alpha": 0.0}, "alpha=0.0"),
         ({"strategy": "fedsgd"}, "strategy='fedsgd': allowed are fedavg"),
         ({"profile": "gpu"}, "profile='gpu'"),
@@ -104,6 +116,39 @@ def test_read_run_finds_the_named_or_the_latest_run(tmp_path):
     assert read_run(str(tmp_path)).name == "b" and read_run(str(tmp_path)).lr == 0.01
     with pytest.raises(InputError, match="run notebook 03"):
         read_run(str(tmp_path), "c")
+
+
+@pytest.mark.parametrize(
+    ("cell", "refused"),
+    [
+        ("", ""), ("seed = 7", ""), ("seed = 0", "seed=0: run A was trained with 7"),
+        ("data_dir = 'own/'", ""), ("data_dir = ''", "data_dir='': run A was trained with 'own'"),
+        ("data_dir = 'other'", "data_dir='other'"),
+        ("image_size = 0; tracked = ''; weights = ''; profile = 'kaggle'; rounds = 99", ""),
+        ("image_size = 64", "image_size=64: run A was trained with 32"),
+        ("tracked = 'fc'", "tracked='fc': run A was trained with 'all'"),
+        ("weights = 'imagenet'", "weights='imagenet'"), ("arms = 'local'", "arms='local'"),
+        ("sede = 7", "did you mean seed"),
+    ],
+)  # fmt: skip
+def test_04_refuses_what_papermill_gives_and_the_run_was_not_trained_with(
+    tmp_path, monkeypatch, cell, refused
+):
+    monkeypatch.chdir(tmp_path)
+    write_films(tmp_path / "own")
+    write_films(tmp_path / "other")
+    how = {"data_dir": "own", "seed": 7, "name": "A", "tracked": "all"}
+    open_run(tiny_settings(tmp_path, **how), "FedAvg", "data")
+    given, cell = {}, cell.replace("; ", "\n")
+    exec(cell, {}, given)
+    shown = {"work_dir": str(tmp_path), "name": "A", "device": "cpu", "cache_features": False}
+    values = shown | {"compare": "B, C"} | given | {"In": ["", f"# Parameters\n{cell}"]}
+    if refused:
+        with pytest.raises(InputError, match=refused):
+            read_evaluated(values)
+    else:
+        settings = read_evaluated(values)
+        assert settings.seed == 7 and settings.compared == ["B", "C"]
 
 
 def test_gpu_with_weights_is_the_kaggle_profile(monkeypatch, tmp_path):

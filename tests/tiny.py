@@ -23,6 +23,7 @@ ROUNDING = torch.finfo(torch.float32).eps * math.sqrt(2 * 36 * 9 * 512)
 def tiny_settings(work: Path, **changes) -> Settings:
     """Settings of a run that takes a second: 32-pixel films, a small tracked state, one thread."""
     values = {"work_dir": str(work), "profile": "demo", "image_size": 32, "num_clients": 3}
+    values["lr"] = 1e-3
     values |= {
         "tracked": "layer1,fc",
         "batch_size": 8,

@@ -40,13 +40,15 @@ def keep_freed_memory() -> bool:
 
 
 def find_devices(device: str) -> list[torch.device]:
-    """Turn 'auto', 'cpu', 'cuda:0,cuda:1' or 'cpu,cpu' into one device for each model replica.
+    """Turn 'auto', 'cpu', 'cuda:0,cuda:1' or 'cpu:0,cpu:0' into a device for each model replica.
 
-    Raises InputError for a device that is unknown, not there, or too old for the installed torch.
+    All GPUs are `auto`, without one it is `cpu`: one for each core. Raises InputError for a device
+    that is unknown, not there, or too old for the installed torch.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = [f"cuda:{i}" for i in range(count)] or ["cpu"]
     names = there if device == "auto" else [name.strip() for name in device.split(",")]
+    names *= count_cores() if names == ["cpu"] else 1
     try:
         devices = [torch.device(name) for name in names]
     except RuntimeError as error:
@@ -55,6 +57,12 @@ def find_devices(device: str) -> list[torch.device]:
         if found.type != "cpu":
             _check_gpu(found)
     return devices
+
+
+def count_cores() -> int:
+    """Count the cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on Windows and macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _check_gpu(device: torch.device) -> None:

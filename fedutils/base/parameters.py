@@ -78,8 +78,10 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     if about["parts"] and not set(split_list(value)) <= set(about["parts"]):
         raise InputError(f"{said}: allowed are {', '.join(about['parts'])}")
     low, high = about["bounds"]
-    if type(field.default) in (int, float) and not low <= value <= high:
-        raise InputError(f"{said}: allowed is {low} to {high}")
+    number = type(field.default) in (int, float)
+    if number and not (low <= value <= high and math.isfinite(value)):
+        finite = ", and finite" if math.isinf(high) else ""
+        raise InputError(f"{said}: allowed is {low:g} to {high:g}{finite}")
     expected, _, pattern = about["pattern"].partition(": ")
     if pattern and not re.fullmatch(pattern, value):
         raise InputError(f"{said}: expected {expected}")

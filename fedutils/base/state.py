@@ -45,6 +45,14 @@ def find_fault(state: State) -> tuple[str, str]:
     return "", ""
 
 
+def find_misfit(state: State, wanted: State) -> tuple[str, str]:
+    """Say why a client's state cannot be used, as status and reason; empty if it can."""
+    found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
+    if found != expected:
+        return "failed", "its state does not fit what was sent"
+    return find_fault(state)
+
+
 def count_bytes(state: State) -> int:
     """Return the size of a state's tensors, in bytes."""
     return sum(value.numel() * value.element_size() for value in state.values())

@@ -5,12 +5,14 @@ import re
 from collections.abc import Iterable
 
 # What Markdown reads as more than itself; the last two keep addresses from becoming links.
-MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$@]|(?<=:)/(?=/)|(?<=www)\.)")
+ESCAPED = re.compile(r"[\\`*_{}\[\]#+!|~$@]|(?<=\\)[()]|(?<=:)/(?=/)|(?<=www)\.")
+FIRST = re.compile(r"^(\d*)([-=.)])")  # begins an item of a list, or underlines a heading
 
 
 def plain(text: object) -> str:
     """Escape a text for Markdown, so that it shows as it is: no tag, link, table or formula."""
-    return MARKDOWN.sub(r"\\\1", html.escape(" ".join(str(text).split()), quote=False))
+    marked = ESCAPED.sub(r"\\\g<0>", html.escape(" ".join(str(text).split()), quote=False))
+    return FIRST.sub(r"\1\\\2", marked)
 
 
 def bullets(lines: Iterable[object]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from ..films.split import check_splits, choose_films, split_patients
 from ..model import build_resnet34
 from ..rounds import Progress, over_budget
 from ..settings import Settings, read_run
+from ..strategies import STRATEGIES
 from ..training.arms import plan
-from .notebook import NOTEBOOKS, READ_FILMS, TRAINS
+from ..training.identity import check_run, keep_ledgers, name_class
+from .notebook import EVALUATE, READ_FILMS, TRAINS
 
 
 def check_early(runs: Sequence[Settings], due: Collection[str]) -> None:
@@ -31,9 +34,11 @@ def check_early(runs: Sequence[Settings], due: Collection[str]) -> None:
     `runs` share their films. Those that notebook 02 is to decode are taken to be readable; what it
     has prepared already is what a later notebook will read.
     """
-    if NOTEBOOKS[3] in due and len(runs) == 1:  # a sweep lays its own runs side by side
-        for other in filter(None, runs[0].compare.split(",")):
-            read_summary(read_run(runs[0].work_dir, other.strip()))
+    if EVALUATE in due and len(runs) == 1:  # a sweep lays its own runs side by side
+        for other in runs[0].compared:
+            read_summary(read_run(runs[0].work_dir, other))
+    for asked in runs if TRAINS in due else ():
+        check_run(asked)
     films = _find_films(runs[0], due)
     for settings in runs if films is not None and TRAINS in due else ():
         _check_training(settings, films)
@@ -43,11 +48,11 @@ def _find_films(settings: Settings, due: Collection[str]) -> pd.DataFrame | None
     """Return the films that notebook 03 will read, if they are known, with their `split`."""
     films = None
     if settings.data_dir and not set(READ_FILMS).isdisjoint(due):
-        films = read_nih(Path(settings.data_dir)).table
+        films = read_nih(Path(settings.data_dir), Path(settings.work_dir)).table
     if READ_FILMS[1] in due:
         if films is None:
             films = _phantom()
-        check_films(films, Path(settings.data_dir))
+        check_films(films, Path(settings.data_dir), Path(settings.work_dir))
         films = films.assign(split=split_patients(films, settings.seed))
         films = choose_films(films, settings.max_films, settings.seed)
         films = films[films["path"] != ""]
@@ -75,10 +80,16 @@ def _phantom() -> pd.DataFrame:
 
 def _check_training(settings: Settings, films: pd.DataFrame) -> None:
     """Plan the training of these films, `split` among their columns, as notebook 03 will."""
-    how = settings.partition, settings.num_clients, settings.alpha, settings.seed
-    clients = partition_patients(films, *how).set_index("patient_id")["client"]
+    clients = partition_patients(
+        films, settings.partition, settings.num_clients, settings.alpha, settings.seed
+    ).set_index("patient_id")["client"]
     films = films[films["split"] != ""]
     jobs = plan(settings, _without_pixels(films.assign(client=films["patient_id"].map(clients))))
+    if settings.total_epsilon and not (settings.run / "config.json").is_file():
+        data, server = "", name_class(STRATEGIES[settings.strategy])
+        with suppress(ValueError, KeyError):  # known, a model that the ledger has costs no more
+            data = read_report(settings.prepared)["fingerprint"]
+        keep_ledgers(jobs, check_run(settings, server=server, fingerprint=data))
     for job in jobs:
         if reason := over_budget(job, Progress({}), job.settings):
             raise InputError(f"{job.name} {reason}: not even one round is possible")
@@ -87,7 +98,8 @@ def _check_training(settings: Settings, films: pd.DataFrame) -> None:
         for client in (client for job in jobs for client in job.clients):
             count = len(client.films)
             if count // math.ceil(count / settings.batch_size) == 1:  # as it deals them to batches
-                what = f"batch_size={settings.batch_size}: {client.name} has {count} training films"
+                has = f"{count} training film{'s' * (count > 1)}"
+                what = f"batch_size={settings.batch_size}: {client.name} has {has}"
                 raise InputError(
                     f"{what}, and BatchNorm cannot learn from a batch of one film of 32 pixels;"
                     " choose another batch_size, a larger image_size or fewer clients"

@@ -20,7 +20,7 @@ from ..base import __version__
 from ..base.errors import InputError
 from ..base.files import PACKAGE, write_atomic
 from ..base.weights import find_weights
-from ..settings import FIELDS, convert_texts, read_parameters
+from ..settings import convert_texts, read_parameters
 from .notebook import FOLDER, NOTEBOOKS, declared, parameter_cells, read_notebook
 from .run import READS
 
@@ -58,7 +58,7 @@ def write_kit(user: str, out: Path, values: Mapping[str, Any]) -> list[str]:
     if not list(trunk.glob("resnet34-*.pth")) and (found := find_weights("imagenet")):
         shutil.copyfile(found, trunk / found.name)
     for stem, node in nodes.items():
-        read = [name for name in values if name in READS.get(stem, FIELDS)]
+        read = [name for name in values if name in READS[stem]]
         set_parameters(node, {name: getattr(settings, name) for name in read})
         _write_json(out / stem / "kernel-metadata.json", describe_kernel(user, stem))
         write_atomic(out / stem / f"{stem}.ipynb", nbformat.writes(node).encode())

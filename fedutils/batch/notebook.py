@@ -25,7 +25,7 @@ from ..base.parameters import assigned
 
 NOTEBOOKS = ("01_explore", "02_preprocess", "03_federated_train", "04_evaluate")
 READ_FILMS = NOTEBOOKS[:2]
-TRAINS = NOTEBOOKS[2]
+TRAINS, EVALUATE = NOTEBOOKS[2:]
 FOLDER = PACKAGE.parent / "notebooks"
 NOT_INHERITED = ("MATPLOTLIBRC", "PYTHONSTARTUP", "PYTHONWARNINGS")  # by kernels
 # nbconvert's template without its scripts from the network, and with a rule for narrow screens.

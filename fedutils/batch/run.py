@@ -12,28 +12,39 @@ from nbformat import NotebookNode
 
 from ..base.errors import InputError
 from ..base.files import PACKAGE, disk_full_named, sha256, write_atomic
+from ..base.provenance import provenance
+from ..films.find import list_tables, walk
 from ..films.prepared import PREPARED_WITH
-from ..settings import EVALUATES, FIELDS, Settings, convert_texts, read_parameters
+from ..settings import (
+    EVALUATES,
+    FIELDS,
+    Settings,
+    check_trained,
+    convert_texts,
+    read_parameters,
+    read_run,
+)
 from . import notebook
 from .early import check_early
-from .notebook import NOTEBOOKS, READ_FILMS, TRAINS, declared, execute, prepare, read_notebook
+from .notebook import EVALUATE, NOTEBOOKS, READ_FILMS, TRAINS, execute
 
 # Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
 TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")
 PREPARED = ("prepared/report.json", "prepared/index.csv")
 BOXES = "prepared/boxes.csv"
 INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, BOXES, *TRAINED)), strict=True))
+EVALUATED = ("runs/{}/evaluation/*",)
 OUTPUTS = {
     "02_preprocess": (*PREPARED, BOXES, "prepared/images.npy"),
     "03_federated_train": TRAINED,
-    "04_evaluate": ("runs/{}/evaluation/*", "runs/{}/MODEL_CARD.md"),
+    "04_evaluate": (*EVALUATED, "runs/{}/MODEL_CARD.md"),
 }
-WRITES = ("explore", "notebooks", "phantom", "prepared", "privacy", "runs")  # below the work folder
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
-# What a notebook reads, whether or not its cell shows it; 03 reads all.
+# What a notebook reads, whether or not its cell shows it.
 EXPLORES = ("data_dir", "work_dir", "profile", "seed")
 PREPARES = (*EXPLORES, "image_size", "max_films", "twins")
-READS = dict(zip(NOTEBOOKS[:2], (EXPLORES, PREPARES), strict=True)) | {NOTEBOOKS[3]: EVALUATES}
+TRAINS_WITH = tuple(FIELDS.keys() - {"compare"})
+READS = dict(zip(NOTEBOOKS, (EXPLORES, PREPARES, TRAINS_WITH, EVALUATES), strict=True))
 
 
 @dataclass(frozen=True)
@@ -54,18 +65,26 @@ class Step:
     @property
     def parameters(self) -> dict[str, Any]:
         """Those of the resolved parameters that its cell shows, or that were given and it reads."""
-        shown = [name for name in declared(self.node) if name in FIELDS]
-        read = READS.get(self.stem, FIELDS)
-        names = dict.fromkeys([*shown, *(name for name in self.given if name in read)])
+        shown = [name for name in notebook.declared(self.node) if name in FIELDS]
+        read = [name for name in self.given if name in READS[self.stem]]
+        names = dict.fromkeys([*shown, *read])
         return {name: getattr(self.settings, name) for name in names}
 
     def key(self) -> str:
-        """Return a hash of all that the result depends on: code, parameters and inputs."""
+        """Return a hash of all that the result depends on: code, parameters and inputs.
+
+        For training that is also what `provenance` tells of; where other runs are compared, these.
+        """
         code = [cell.source for cell in self.node.cells if cell.cell_type == "code"]
         package = [path.read_text() for path in sorted(PACKAGE.rglob("*.py"))]
         data = self.data if self.stem in READ_FILMS else ""
         inputs = self._digests(INPUTS[self.stem])
-        return sha256(json.dumps([code, package, self.parameters, data, inputs]).encode())
+        beside, asked = {}, self.settings
+        if self.stem == TRAINS:
+            beside = provenance(asked.device, asked.precision, asked.weights)
+        elif self.stem == EVALUATE:
+            beside = {name: self._digests(EVALUATED, name) for name in asked.compared}
+        return sha256(json.dumps([code, package, self.parameters, data, inputs, beside]).encode())
 
     def left(self) -> dict[str, str]:
         """Return the hashes of what the notebook left, the executed copy and its HTML included."""
@@ -80,10 +99,10 @@ class Step:
         """Tell whether training stopped early, at `max_hours`: then it is always continued."""
         return self.stem == TRAINS and not (self.settings.run / "finished.json").is_file()
 
-    def _digests(self, patterns: Iterable[str]) -> dict[str, str]:
-        """Hash the files below the work folder; a file that is not there is left out."""
-        work = Path(self.settings.work_dir)
-        found = [path for p in patterns for path in work.glob(p.format(self.settings.name))]
+    def _digests(self, patterns: Iterable[str], run: str = "") -> dict[str, str]:
+        """Hash the files of a run below the work folder; one that is not there is left out."""
+        work, run = Path(self.settings.work_dir), run or self.settings.name
+        found = [path for p in patterns for path in work.glob(p.format(run))]
         files = sorted(path for path in found if path.is_file())
         return {str(path.relative_to(work)): _digest(path) for path in files}
 
@@ -95,14 +114,16 @@ def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Setti
     for what the user can mend, before any notebook starts if possible, else NotebookFailed.
     """
     chosen = choose_notebooks(only)
-    nodes = {stem: read_notebook(notebook.FOLDER, stem) for stem in NOTEBOOKS}
+    nodes = {stem: notebook.read_notebook(notebook.FOLDER, stem) for stem in NOTEBOOKS}
     settings = read_parameters(convert_texts(values))
     data = Path(settings.data_dir) if settings.data_dir else None
-    about = settings, identify(data, Path(settings.work_dir)), tuple(values)
-    jobs = [Step(stem, nodes[stem], *about) for stem in chosen]
+    films = identify(data, Path(settings.work_dir))
+    jobs = [Step(stem, nodes[stem], settings, films, given=tuple(values)) for stem in chosen]
+    if EVALUATE in chosen and TRAINS not in chosen:
+        check_trained(values, read_run(settings.work_dir, settings.name))
     # A finished notebook has read the same table already, which takes seconds for all films.
     check_early([settings], [job.stem for job in jobs if force or not job.is_unchanged()])
-    prepare(jobs[0].output.parent)
+    notebook.prepare(jobs[0].output.parent)
     for job in jobs:
         if not force and job.is_unchanged():
             print(f"{job.stem:<19} skipped (unchanged)", flush=True)
@@ -123,12 +144,9 @@ def identify(folder: Path | None, work: Path) -> str:
     """
     if folder is None:
         return "phantom"
-    kinds = (".csv", ".txt", ".gz", ".toml")
-    tables = [path for path in sorted(folder.iterdir()) if path.suffix in kinds]
-    found, ours = [], {work / name for name in WRITES}
-    for here, inner, files in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if Path(here, name).resolve() not in ours]
-        films = [path for name in files if (path := Path(here, name)) not in tables]
+    tables, found = list_tables(folder), []
+    for here, _, files in walk(folder, work):
+        films = [path for name in files if (path := here / name) not in tables]
         found += [(str(path), _stamp(path)) for path in films]
     return sha256(json.dumps([[_digest(path) for path in tables], sorted(found)]).encode())
 
@@ -156,7 +174,7 @@ def _print_results(jobs: list[Step]) -> None:
     if any(job.is_stopped() for job in jobs):
         print("Training stopped at max_hours; the same command goes on from there.")
     path = jobs[0].settings.run / "evaluation" / "summary.json"
-    if jobs[-1].stem == NOTEBOOKS[-1] and path.is_file():
+    if jobs[-1].stem == EVALUATE and path.is_file():
         print(f"Summary: {os.path.relpath(path)}\n")
         print("\n".join(json.loads(path.read_text()).get("headline", [])))
 

@@ -21,6 +21,8 @@ def sweep(
     side by side, and a table on validation films, to choose by, is printed. Raises InputError first
     where `run` would for any, and NotebookFailed at the end: a failure costs its run only.
     """
+    if "compare" in (*grid, *values):
+        raise InputError("compare: a sweep lays its own runs side by side, so it takes none")
     if taken := [key for key in grid if key in (*PREPARES, "name") or key in values]:
         what = f"sweep {taken[0]}: prepares other films or is given already"
         raise InputError(f"{what}; sweep it by a run each, in a work folder each")
@@ -38,7 +40,7 @@ def sweep(
         try:
             beside = {"compare": ",".join(done)} if number == len(runs) else {}
             done.append(run(one | beside, ",".join(chosen), force).name)
-        except NotebookFailed as error:
+        except (InputError, NotebookFailed) as error:
             failures.append(f"{texts}: {error}")
     _print_validation(runs, resolved, list(grid))
     if failures:

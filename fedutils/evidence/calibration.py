@@ -16,7 +16,7 @@ from ..base.scores import both_classes, labelled
 from .bootstrap import Resamples, interval, patient_resamples
 from .intervals import Z, share_interval
 from .metrics import REPEATS, count_patients
-from .tables import LEAST_PATIENTS, MEAN, OWNER, name_model, truth_of
+from .tables import LEAST_PATIENTS, MEAN, OWNER, check_once, name_model, truth_of
 
 BINS = 15
 YOUDEN, SENSITIVE = "Youden", "sensitivity 0.9"
@@ -65,11 +65,23 @@ def calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
 
     Naeini et al. (AAAI 2015), with the 15 bins of equal width of Guo et al. (ICML 2017), for the
     probability of the finding. Of a rare finding nearly all films are in the first bin, so that
-    it mostly compares the mean probability with the prevalence. NaN without any label.
+    it mostly compares the mean probability with the prevalence. It is never 0, however right the
+    probabilities are: see `chance_error`. NaN without any label.
     """
     table = reliability(truth, probability)
     gap = (table["predicted"] - table["observed"]).abs()
     return float(np.average(gap, weights=table["films"])) if len(table) else np.nan
+
+
+def chance_error(probability: np.ndarray) -> float:
+    """Return the calibration error to expect if these probabilities (n,) were right.
+
+    Then the gap of a bin has the variance of its films' draws, which is taken to be normal; films
+    of one patient that go together make it larger. NaN without any film.
+    """
+    variances = np.bincount(_bin(probability), probability * (1 - probability), BINS)
+    expected = np.sqrt(2 / np.pi * variances).sum()
+    return float(expected / len(probability)) if len(probability) else np.nan
 
 
 def recalibrate(truth: np.ndarray, probability: np.ndarray, owners: np.ndarray) -> dict[str, float]:
@@ -123,8 +135,10 @@ def calibrate(
     `image_index, patient_id, client` and the 14 labels. Returns a row for each model, hospital
     (empty: all films) and finding, and the mean over the findings with patients enough: `arm, seed,
     client, hospital, finding, n, positives, prevalence`, then `brier, ece, slope, intercept`, each
-    with `_low` and `_high`. No interval, slope or mean with fewer than LEAST_PATIENTS of a kind.
+    with `_low` and `_high`, and `ece_chance`, the ECE to expect of right probabilities. No
+    interval, slope or mean with fewer than LEAST_PATIENTS of a kind.
     """
+    check_once(predictions)
     index = index.set_index("image_index").loc[predictions["image_index"].unique()]
     hospitals, truth = index["client"].to_numpy(), truth_of(index)
     resamples = patient_resamples(index["patient_id"].to_numpy(), repeats, seed)
@@ -151,7 +165,7 @@ def _calibrate(
         y, p, who = y[known], p[known], owners[known]
         row = {"finding": finding, "n": len(y), "positives": int(y.sum())}
         row |= {"prevalence": y.mean() if len(y) else np.nan}
-        row |= {"brier": brier(y, p), "ece": calibration_error(y, p)}
+        row |= {"brier": brier(y, p), "ece": calibration_error(y, p), "ece_chance": chance_error(p)}
         if judged:
             for name, values in zip(draws, _draw_errors(y, p, who, resamples), strict=True):
                 draws[name].append(values)
@@ -163,7 +177,10 @@ def _calibrate(
         if values:
             of_all = np.mean(values, axis=0)
             mean |= {name: of_all[0]} | _ends(name, of_all)
+    others = pd.DataFrame(rows).reindex(columns=["ece_chance", "slope", "intercept"])[enough]
+    mean |= others.mean().to_dict()
     columns = [f"{c}{end}" for c in ("brier", "ece", "slope", "intercept") for end in ENDS]
+    columns.append("ece_chance")
     return pd.DataFrame([*rows, mean]).reindex(
         columns=["finding", "n", "positives", "prevalence", *columns]
     )
@@ -211,12 +228,13 @@ def rates_at(
 ) -> dict[str, Any]:
     """Sensitivity, specificity, PPV, NPV of films (n,) at a cut, and the prevalence they hold at.
 
-    Each with `_low` and `_high`, its 95 % interval over patients, `owners` (n,). NaN where there is
-    nothing to divide by, and everywhere if there is no cut. With another prevalence PPV and NPV are
-    others.
+    Each with `_low` and `_high`, its 95 % interval over patients, `owners` (n,); none with fewer
+    than LEAST_PATIENTS with the finding, or without. NaN where there is nothing to divide by, and
+    everywhere if there is no cut. With another prevalence PPV and NPV are others.
     """
     owners = np.asarray(owners)[~np.isnan(np.asarray(truth, dtype=float))]
     truth, probability = _known(truth, probability)
+    judged = min(*count_patients(truth[:, None], owners)) >= LEAST_PATIENTS
     called, positive = probability >= threshold, truth == 1
     parts = {
         "sensitivity": (called, positive), "specificity": (~called, ~positive),
@@ -225,7 +243,9 @@ def rates_at(
     found = {}
     for name, (hits, films) in parts.items():
         hits = hits[films] if not np.isnan(threshold) else hits[:0]
-        ends = share_interval(hits, owners[films][: len(hits)])
+        ends = (np.nan, np.nan)
+        if judged:
+            ends = share_interval(hits, owners[films][: len(hits)])
         found |= {name: hits.mean() if len(hits) else np.nan}
         found |= {f"{name}_low": ends[0], f"{name}_high": ends[1]}
     share = positive.mean() if len(positive) else np.nan
@@ -241,9 +261,9 @@ def operating_points(
     own hospital's validation films alone: it has no others. Returns a row for each model, finding
     and rule: `arm, seed, client, finding, rule, threshold, val_positives`, then as `rates_at`.
     """
-    index = index.set_index("image_index")
-    validation, rows = validation.fillna({"client": ""}), []
-    for owner, tested in test.fillna({"client": ""}).groupby(OWNER, sort=False):
+    index, rows = index.set_index("image_index"), []
+    validation, test = (check_once(part).fillna({"client": ""}) for part in (validation, test))
+    for owner, tested in test.groupby(OWNER, sort=False):
         seen = validation[(validation[OWNER] == list(owner)).all(axis=1)]
         if owner[2]:
             seen = seen[(index.loc[seen["image_index"], "client"] == owner[2]).to_numpy()]

@@ -11,7 +11,7 @@ from ..base.findings import FINDINGS, SPLITS
 from ..base.parameters import Parameters
 from ..base.text import bullets, plain
 from ..dataset import read_report
-from ..run import adopted_models, best_rounds, read_films, read_history
+from ..run import best_rounds, read_films, read_history
 from . import tables, words
 
 PHANTOM = (
@@ -65,7 +65,7 @@ def _model(settings: Parameters) -> list[str]:
         f" {start['torch']}, on {start['device']} ({start['machine']})"
         for start in config["starts"]
     )  # fmt: skip
-    adopted = adopted_models(settings.run).items()
+    adopted = tables.adopted_models(settings.run).items()
     return [
         "## Model", "",
         f"- ResNet-34, 14 outputs (one a finding); input one grey film of {settings.image_size}"
@@ -106,7 +106,7 @@ def _figures(metrics: pd.DataFrame, calibration: pd.DataFrame) -> list[str]:
     means = tables.mean_auroc_rows(whole)
     over_seeds = tables.over_seeds(means)
     lines = [
-        "## Figures on test films", "", "95 % intervals over patients.", "",
+        "## Figures on test films", "", "In brackets, 95 % intervals over patients.", "",
         "| arm | client | seed | mean AUROC | findings in it |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for row in (over_seeds if len(over_seeds) else means).itertuples():
@@ -119,7 +119,8 @@ def _figures(metrics: pd.DataFrame, calibration: pd.DataFrame) -> list[str]:
     own, area = (table.merge(main).set_index("finding") for table in (calibration, whole))
     lines += [
         "", f"By finding, of {arm}, seed {seed}{owner}. Slope under 1: too sure;"
-        " intercept above 0: the model says too little.", "",
+        " intercept above 0: the model says too little. Their intervals, and all of it by hospital:"
+        " `evaluation/calibration.csv`.", "",
         "| finding | prevalence | AUROC | Brier | calibration error | slope | intercept |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip

@@ -8,12 +8,11 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import InputError
-from ..base.parameters import Parameters, parameter
+from ..base.parameters import Parameters, parameter, split_list
 from ..dataset import read_index, read_report
-from ..run import check_fingerprint
 from .differences import draws_by_seed, join_rows, pair_rows
 from .metrics import REPEATS, evaluate_parts
-from .predict import read_predictions
+from .predict import check_fingerprint, read_predictions
 from .tables import ALL_FILMS, Evaluation, name_rows, read_summary, rows_of
 
 
@@ -25,6 +24,11 @@ class CompareParameters(Parameters):
         "", "names of other runs, such as A,B, to lay beside this one", identity=False,
         pattern=r"letters, digits, . _ -: [\w.,\s-]*",
     )  # fmt: skip
+
+    @property
+    def compared(self) -> list[str]:
+        """The names in `compare`, each once."""
+        return list(dict.fromkeys(filter(None, split_list(self.compare))))
 
 
 def compare_runs(runs: Sequence[Parameters], repeats: int = REPEATS) -> Evaluation:

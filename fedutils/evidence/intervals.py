@@ -1,5 +1,6 @@
 """Intervals that hold with few positive patients, and with few training seeds."""
 
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -34,6 +35,19 @@ def auroc_interval(
     reach = Z * np.sqrt(scale * hanley_mcneil(GRID, positive, negative))
     held = GRID[np.abs(GRID - inside) <= reach]
     low, high = (held[0], held[-1]) if len(held) else (inside, inside)
+    return float(min(low, value)), float(max(high, value))
+
+
+def mean_auroc_interval(value: float, variance: float, fewest: int) -> tuple[float, float]:
+    """Interval (95 %) of a mean AUROC on the scale of its logit, on which it is symmetric.
+
+    `variance` is the bootstrap's over patients; `fewest` counts the positive patients of that
+    finding of the mean that has fewest. NaN without a value, nothing wider than the value at 1.
+    """
+    inside = np.clip(value, GRID[0], GRID[-1])
+    error = np.sqrt(variance * fewest / max(1, fewest - 1)) / (inside * (1 - inside))
+    middle = np.log(inside / (1 - inside))
+    low, high = 1 / (1 + np.exp(-(middle + np.array([-Z, Z]) * error)))
     return float(min(low, value)), float(max(high, value))
 
 
@@ -90,31 +104,54 @@ def difference_interval(
     """Return the ends of the interval (95 %) of differences, and their two-sided p.
 
     `patients` is their variance over patients, `seeds` that of each side over training seeds, with
-    its degrees of freedom, as from `seed_variance`. The components add up; the quantile is that of
-    t with Satterthwaite's degrees of freedom (1946), of which patients have as many as one likes.
-    NaN where a side has one seed: then nothing is known of how another would have ended.
+    its degrees of freedom, as from `seed_variance`. See `reach_of`; p is 1e-12 at least. NaN where
+    a side has one seed: then nothing is known of how another would have ended.
     """
-    from scipy.stats import t
+    reach = reach_of(1 - LEVEL, patients, seeds)
+    low, high = np.full_like(reach, -12.0), np.zeros_like(reach)  # of log10 p
+    for _ in range(50):
+        middle = (low + high) / 2
+        inside = np.abs(value) < reach_of(10**middle, patients, seeds)
+        low, high = np.where(inside, middle, low), np.where(inside, high, middle)
+    p = np.where(np.isnan(reach), np.nan, 10**high)
+    return value - reach, value + reach, np.where((reach == 0) & (value == 0), 1, p)
 
-    total = patients + sum(variance for variance, _ in seeds)
+
+def reach_of(
+    p: ArrayLike, patients: ArrayLike, seeds: Sequence[tuple[ArrayLike, int]]
+) -> np.ndarray:
+    """Return how far a difference must lie from 0 for this two-sided p.
+
+    Patients and seeds have each their own quantile, normal and t, and the two reaches add as
+    squares do (Howe 1974), so that a variance of few seeds that came out small by luck narrows
+    nothing else. Seeds have Satterthwaite's degrees of freedom (1946), or where the sides are not
+    alike those of the smaller. Arguments as in `difference_interval`.
+    """
+    from scipy.stats import norm, t
+
+    (one, of_one), (two, of_two) = seeds
+    spread = np.asarray(one + two)
     with np.errstate(divide="ignore", invalid="ignore"):
-        wobble = sum(variance**2 / freedom for variance, freedom in seeds if freedom)
-        freedom = np.minimum(total**2 / wobble, 1e6)
-        error = np.sqrt(total)
-        reach = t.ppf((1 + LEVEL) / 2, freedom) * error
-        p = 2 * t.sf(np.abs(value) / error, freedom)
-    same = (total == 0) & (value == 0)  # one model, twice
-    return value - np.where(same, 0, reach), value + np.where(same, 0, reach), np.where(same, 1, p)
+        alike = spread**2 / (one**2 + two**2) * of_one
+    freedom = alike if of_one == of_two else np.full_like(alike, min(of_one, of_two))
+    freedom = np.where(spread == 0, 1, freedom)
+    half = np.asarray(p) / 2
+    return np.sqrt(norm.isf(half) ** 2 * patients + t.isf(half, freedom) ** 2 * spread)
 
 
 def detectable(patients: float, one_seed: float, count: int) -> float:
     """Return the difference that is shown in 80 % of all repetitions with `count` seeds a side.
 
     `patients` is the variance over patients, `one_seed` that of a single training on either side.
+    The power is averaged over how the variance of the seeds may come out, by its chi square.
     """
-    from scipy.stats import t
+    from scipy.optimize import brentq
+    from scipy.stats import chi2, norm
 
-    seeds = one_seed / count
-    total = patients + 2 * seeds
-    freedom = min(total**2 / max(2 * seeds**2 / (count - 1), 1e-300), 1e6)
-    return float((t.ppf((1 + LEVEL) / 2, freedom) + t.ppf(0.8, freedom)) * np.sqrt(total))
+    error = np.sqrt(patients + 2 * one_seed / count)
+    if not error > 0:
+        return float(error)
+    seen = one_seed / count * chi2.ppf((np.arange(20) + 0.5) / 20, count - 1) / (count - 1)
+    sides = [(side, count - 1) for side in np.meshgrid(seen, seen)]
+    reach = reach_of(1 - LEVEL, patients, sides)
+    return brentq(lambda d: norm.cdf((d - reach) / error).mean() - 0.8, 0, reach.max() + 9 * error)

@@ -12,7 +12,7 @@ from ..dataset import ChestXrayDataset
 from . import tables
 from .bootstrap import Resamples, bootstrap, interval, patient_resamples, variance
 from .differences import Enough, difference_rows
-from .intervals import auroc_interval
+from .intervals import auroc_interval, mean_auroc_interval
 from .tables import ALL_FILMS, LEAST_PATIENTS, MEAN, METRICS, OWNER, Draws, Owner
 
 REPEATS = 1000  # resamples of the test patients; under 560 no p survives Holm over 14 findings
@@ -59,8 +59,12 @@ def evaluate_parts(
     counts = {name: count_patients(truth[mask], patients[mask]) for name, mask in masks.items()}
     enough = {name: np.minimum(*both) >= LEAST_PATIENTS for name, both in counts.items()}
     findings: dict[str, list[str]] = {}
-    for family in groups.values():
+    for kind, family in groups.items():
         shared = evaluable_findings(truth, patients, list(family.values()))
+        if kind == "client":
+            at_home = shared
+        elif kind == "outside":  # to be laid beside home
+            shared = [finding for finding in shared if finding in at_home]
         # A mean of a part never holds a finding that the primary mean leaves out.
         shared = [finding for finding in shared if finding in findings.get(ALL_FILMS, shared)]
         for name in family:  # nor one that the part has too few patients of: then it has no mean
@@ -126,6 +130,7 @@ def resample_models(
             for name, mask in masks.items()
         ]
 
+    tables.check_once(predictions)
     truth, result = tables.truth_of(index), {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for owner, rows in predictions.fillna({"client": ""}).groupby(OWNER, sort=False):
@@ -200,10 +205,11 @@ def tabulate_draws(
 
     `draws` (metrics, 15, 1 + repeats) is `bootstrap` by finding and `with_mean` over `findings`;
     `truth` (n, 14) are the labels it was taken on, `positive` and `negative` as `count_patients`
-    has them. An AUROC has a score interval (`auroc_interval`), all else the percentile interval;
-    with fewer patients than LEAST_PATIENTS of either kind there is none. Columns: `finding, metric,
-    value, ci_low, ci_high, n, positives`. `n` is the number of labelled films, `positives` that of
-    positive films; in the row `mean` the number of films, and of findings in the mean.
+    has them. An AUROC has a score interval (`auroc_interval`), their mean one on the logit's scale
+    (`mean_auroc_interval`), all else the percentile interval; with fewer patients than
+    LEAST_PATIENTS of either kind there is none. Columns: `finding, metric, value, ci_low, ci_high,
+    n, positives`. `n` is the number of labelled films, `positives` that of positive films; in the
+    row `mean` the number of films, and of findings in the mean.
     """
     count = {
         "n": [*(~np.isnan(truth)).sum(axis=0), len(truth)],
@@ -212,12 +218,14 @@ def tabulate_draws(
     few = np.minimum(positive, negative) < LEAST_PATIENTS
     parts = []
     for metric, values in zip(METRICS, draws, strict=False):
-        ends = np.array([interval(row[1:]) for row in values])
-        if metric == "auroc":
-            for k in np.flatnonzero(~few):
-                spread = variance(values[k])
-                ends[k] = auroc_interval(values[k, 0], spread, positive[k], negative[k])
-        ends[:-1][few] = np.nan
+        ends, spread = np.full((len(values), 2), np.nan), variance(values)
+        for k in np.flatnonzero(~few):
+            whole = (values[k, 0], spread[k], positive[k], negative[k])
+            ends[k] = auroc_interval(*whole) if metric == "auroc" else interval(values[k, 1:])
+        ends[-1] = interval(values[-1, 1:])
+        if metric == "auroc" and findings:
+            fewest = min(positive[FINDINGS.index(finding)] for finding in findings)
+            ends[-1] = mean_auroc_interval(values[-1, 0], spread[-1], fewest)
         about = {"finding": [*FINDINGS, MEAN], "metric": metric, "value": values[:, 0]}
         parts.append(pd.DataFrame(about | {"ci_low": ends[:, 0], "ci_high": ends[:, 1]} | count))
     return pd.concat(parts, ignore_index=True)

@@ -1,6 +1,10 @@
 """Predictions of a run's models, written to a file and read back."""
 
+import copy
+import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,11 +14,13 @@ from ..base.errors import InputError
 from ..base.files import read_written
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
-from ..dataset import ChestXrayDataset
-from ..model import build_resnet34
+from ..base.state import State
+from ..base.threads import Shared
+from ..dataset import AT_ONCE, ChestXrayDataset
+from ..model import ChestResNet, build_resnet34
 from ..rounds import predict_with
 from ..run import TRUNK, list_models, read_model, read_own_batchnorm
-from .tables import OWNER, name_model
+from .tables import check_once, name_model
 
 
 def predict_films(settings: Parameters, films: ChestXrayDataset, split: str) -> pd.DataFrame:
@@ -25,18 +31,42 @@ def predict_films(settings: Parameters, films: ChestXrayDataset, split: str) -> 
     """
     clients = films.index["client"].unique()
     films = films.where(films.index["split"] == split)
+    devices = find_devices(settings.device)[: max(1, len(films) // AT_ONCE)]  # each has work
     net = build_resnet34("none", settings.tracked, "average", precision=settings.precision)
-    net.place(find_devices(settings.device)[0]).load(read_model(settings.run, TRUNK))
+    net.load(read_model(settings.run, TRUNK))
+    nets = Shared([copy.deepcopy(net).place(device) for device in devices])
     tables = []
     for model in list_models(settings, clients):
         own = read_own_batchnorm(settings.run, model, clients)
-        net.batchnorm = "local" if own else "average"  # whether each client's films have their own
         state = read_model(settings.run, model.name)
-        logits = predict_with(net, films, state, own).astype(np.float64)
+        parts = films.parts(1 if own else len(nets.tools))
+        judge = partial(_judge, state=state, own=own)
+        logits = np.concatenate(list(nets.each(judge, parts, settings.threads)))
         table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=FINDINGS)
         table.insert(0, "image_index", films.index["image_index"])
         tables.append(name_model(table, model))
     return pd.concat(tables, ignore_index=True)
+
+
+def _judge(
+    part: ChestXrayDataset, net: ChestResNet, state: State, own: dict[str, State]
+) -> np.ndarray:
+    """Return logits (N, 14) of some films, in float64."""
+    net.batchnorm = "local" if own else "average"  # whether each client's films have their own
+    return predict_with(net, part, state, own).astype(np.float64)
+
+
+def check_fingerprint(settings: Parameters, report: dict[str, Any]) -> None:
+    """Raise InputError where the prepared data are not those that the run was trained on.
+
+    A run over a network has no fingerprint: its films never left the hospitals.
+    """
+    trained = json.loads((settings.run / "config.json").read_text())["fingerprint"]
+    if trained and report["fingerprint"] != trained:
+        raise InputError(
+            f"run {settings.name} was trained on data {trained[:16]}, but {settings.prepared} holds"
+            f" {report['fingerprint'][:16]}: run notebook 02 again with that run's parameters"
+        )
 
 
 def write_predictions(predictions: pd.DataFrame, path: Path) -> pd.DataFrame:
@@ -49,7 +79,4 @@ def write_predictions(predictions: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 def read_predictions(path: Path) -> pd.DataFrame:
     """Read `predictions.csv.gz`; raise InputError where a model has a film twice."""
-    table = read_written(path, "arm", "client", "image_index")
-    if table.duplicated([*OWNER, "image_index"]).any():
-        raise InputError(f"{path} holds a film twice for one model: run notebook 04 again")
-    return table
+    return check_once(read_written(path, "arm", "client", "image_index"), path)

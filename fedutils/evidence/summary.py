@@ -14,7 +14,7 @@ from ..base.parameters import Parameters
 from ..base.provenance import this_machine
 from ..base.state import state_hash
 from ..dataset import read_report
-from ..run import adopted_models, read_budget, read_films, read_history
+from ..run import read_budget, read_films, read_history
 from . import tables
 from .metrics import evaluate_models
 from .predict import read_predictions
@@ -38,7 +38,7 @@ def write_summary(settings: Parameters, result: tables.Evaluation, source: str) 
         "means": means.astype(object).where(means.notna(), None).to_dict("records"),
         "settings": config,
         "trained": starts,
-        "adopted": adopted_models(settings.run),
+        "adopted": tables.adopted_models(settings.run),
         "privacy": read_budget(settings.run).to_dict("records"),
         "fingerprint": read_report(settings.prepared)["fingerprint"],
         "evaluated": this_machine(),

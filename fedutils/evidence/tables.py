@@ -13,6 +13,7 @@ from ..base.files import read_written
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
 from ..base.scores import undefined
+from ..run import ADOPTED, Model, read_history
 
 OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
 Owner = tuple[str, str, str]  # arm, seed, client
@@ -47,6 +48,13 @@ def is_client(test_set: str) -> bool:
 def is_subgroup(test_set: str) -> bool:
     """Tell whether a test set is all films, a subgroup, or one film a patient: no hospital's."""
     return not is_client(test_set) and not test_set.startswith(OUTSIDE)
+
+
+def check_once(predictions: pd.DataFrame, where: object = "predictions") -> pd.DataFrame:
+    """Return predictions; InputError where a model has a film twice: all values would be false."""
+    if predictions.fillna({"client": ""}).duplicated([*OWNER, "image_index"]).any():
+        raise InputError(f"{where}: a model has a film twice: predict again with notebook 04")
+    return predictions
 
 
 def truth_of(index: pd.DataFrame) -> np.ndarray:
@@ -101,6 +109,15 @@ def read_summary(settings: Parameters) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def adopted_models(run: Path) -> dict[str, str]:
+    """Return which models were not trained in this run from the start, and whose they were."""
+    rows = read_history(run)
+    rows = rows[(rows["client"] == "") | (rows["arm"] == "local")]
+    rows = rows[rows["reason"].str.startswith(ADOPTED)]
+    names = [Model(row.arm, row.seed, row.client).name for row in rows.itertuples()]
+    return dict(zip(names, rows["reason"].str.removeprefix(ADOPTED), strict=True))
+
+
 def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
     """Lay the table out for reading: a row a finding, a column an arm and metric, with intervals.
 
@@ -121,22 +138,23 @@ def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
 def tabulate_homes(result: Evaluation) -> pd.DataFrame:
     """Lay out what each hospital gains by taking part: a row a hospital with a local model.
 
-    At home are its own test films, outside those of all others, each family over the findings that
-    all of it have patients enough of. The gain is that at home, paired; empty without both arms.
+    At home are its own test films, outside those of all others, both over the findings, which are
+    counted, that they and all others' homes have patients enough of. The gain is that at home,
+    paired; empty without both arms.
     """
     rows = mean_auroc_rows(result.metrics, seed="").set_index(["arm", "client", "test_set"])
     gains = mean_auroc_rows(result.differences).set_index(["second", "test_set"])
     table = []
     for name in dict.fromkeys(client for arm, client, _ in rows.index if arm == "local" and client):
-        cells = {"hospital": name}
+        cells = {"hospital": name, "findings": rows.loc[("local", name, name), "positives"]}
         for where, place in (("at home", name), ("outside", f"{OUTSIDE}{name}")):
             for word, model in (("local", ("local", name)), ("federated", ("federated", ""))):
                 if (*model, place) in rows.index:
                     one = rows.loc[(*model, place)]
-                    cells[f"{word}, {where}"] = with_interval(one, without="")
+                    cells[f"{word}, {where}"] = value_or_why_not(one, without="")
         if (f"local {name}", name) in gains.index:
             gain = gains.loc[(f"local {name}", name)]
-            cells["gain at home"] = with_interval(gain, sign="+", without=" (no interval)")
+            cells["gain at home"] = value_or_why_not(gain, sign="+", without=" (no interval)")
             cells["verdict"] = gain["verdict"]
             table.append(cells)
     return pd.DataFrame(table)
@@ -149,11 +167,13 @@ def tabulate_differences_text(differences: pd.DataFrame) -> pd.DataFrame:
         "films": rows["test_set"],
         "difference of mean AUROC": rows["first"] + " − " + rows["second"],
         "value (95 % interval)": [
-            with_interval(row, sign="+", without=" (no interval)") for row in rows.itertuples()
+            value_or_why_not(row, sign="+", without=" (no interval)") for row in rows.itertuples()
         ],
         "seeds": rows["seeds"],
         "by pair of seeds": [span(row.seed_low, row.seed_high) for row in rows.itertuples()],
-        "3 seeds can show": rows["detectable_3"].map("{:.3f}".format),
+        "3 seeds can show": [
+            "" if np.isnan(size) else f"{size:.3f}" for size in rows["detectable_3"]
+        ],
         "verdict": rows["verdict"],
     }
     return pd.DataFrame(table)
@@ -178,7 +198,7 @@ def training_cost(history: pd.DataFrame, local_epochs: int) -> pd.DataFrame:
 
 
 def value_or_why_not(row: Any, **look: str) -> str:
-    """Write a value of the metrics as `with_interval` does, or say why there is none."""
+    """Write a value as `with_interval` does, or say why there is none."""
     if not np.isnan(row.value):
         return with_interval(row, **look)
     return "not defined" if row.finding == MEAN else undefined(row.positives, row.n)
@@ -197,6 +217,8 @@ def with_interval(
 
 def span(low: float, high: float, sign: str = "+") -> str:
     """Write the smallest and the largest of several values, once if they look the same."""
+    if np.isnan(low):
+        return "not defined"
     return " to ".join(dict.fromkeys([f"{low:{sign}.3f}", f"{high:{sign}.3f}"]))
 
 
@@ -235,6 +257,7 @@ def tabulate_calibration(calibration: pd.DataFrame) -> pd.DataFrame:
     table["hospital"] = table["hospital"].replace("", "all films")
     for name, word in columns.items():
         table[word] = _texts(calibration, name)
+    table.insert(6, "ECE if right", calibration["ece_chance"].map("{:.2f}".format).to_numpy())
     return table
 
 

@@ -1,13 +1,19 @@
 """Sentences that are computed from tables."""
 
+import math
+from statistics import NormalDist
+
 import numpy as np
 import pandas as pd
 
+from ..base.errors import InputError
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
 from ..base.scores import undefined
 from ..run import read_budget
 from . import explain, membership, tables
+from .intervals import Z
+from .metrics import count_patients
 from .tables import ALL_FILMS, LEAST_PATIENTS, MEAN, MEAN_LOCAL, SHOWN, with_interval
 
 NAMED = " (95 % interval {} to {})"
@@ -104,13 +110,18 @@ def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
     if len(rows) < 2:
         return []
     worst, best = rows.loc[rows["value"].idxmin()], rows.loc[rows["value"].idxmax()]
-    if worst["ci_high"] >= best["ci_low"]:
+    # The extremes of many lie apart by chance: wider for the number of pairs (Bonferroni).
+    wider = NormalDist().inv_cdf(1 - 0.025 / math.comb(len(rows), 2)) / Z
+    up = worst["value"] + wider * (worst["ci_high"] - worst["value"])
+    down = best["value"] - wider * (best["value"] - best["ci_low"])
+    if up >= down:
         ends = f"{worst['value']:.3f} to {best['value']:.3f}"
-        return [f"no hospital stands out: mean AUROC {ends}, and the intervals overlap."]
+        return [f"no hospital stands out: mean AUROC {ends}, no further apart than by chance."]
     return [
         f"the {worst['arm']} model is worst on the films of {worst['test_set']}: mean AUROC"
         f" {with_interval(worst)} over {worst['positives']} findings on {worst['n']:,} films,"
-        f" against {with_interval(best)} at {best['test_set']}; the intervals lie apart."
+        f" against {with_interval(best)} at {best['test_set']}; the intervals lie apart, also"
+        f" when widened for a choice among {len(rows)} hospitals."
     ]
 
 
@@ -137,22 +148,27 @@ def too_small(result: tables.Evaluation, labels: pd.DataFrame) -> str:
     """Say that the test films of this index are too few, and how many would do; else nothing."""
     if result.mean_over:
         return ""
-    by_patient = labels.groupby("patient_id")[list(FINDINGS)].max()
-    counts = by_patient.sum()
-    positive, count = int(counts.max()), len(by_patient)
+    truth, owners = tables.truth_of(labels), labels["patient_id"].to_numpy()
+    fewer = np.minimum(*count_patients(truth, owners))  # of those with a finding, and without
+    best, count = int(fewer.argmax()), len(np.unique(owners))
     text = (
         f"The test set is too small to judge anything: no finding has {LEAST_PATIENTS} test"
         f" patients with it and {LEAST_PATIENTS} without, of {count}."
     )
-    if not positive:
-        return f"{text} No test patient is known to have any of the findings."
-    wanted = -(-LEAST_PATIENTS * count // min(positive, max(1, count - positive)))
-    return f"{text} About {wanted} test patients would do for {counts.idxmax()} alone."
+    if not fewer[best]:
+        return (
+            f"{text} Of every finding the known labels are all alike, or there are none: more films"
+            " of this kind would not help."
+        )
+    wanted = -(-LEAST_PATIENTS * count // fewer[best])
+    return f"{text} About {wanted} test patients would do for {FINDINGS[best]} alone."
 
 
 def privacy_words(settings: Parameters) -> list[str]:
     """Say in sentences what a run promises its patients, from `privacy.csv` of the run."""
     table = read_budget(settings.run)
+    if not len(table) and settings.dp != "off":
+        raise InputError(f"{settings.run}/privacy.csv is missing: nothing is known of its epsilon")
     if not len(table):
         return ["No differential privacy: films stayed with their client, but updates can leak."]
     worst = table.loc[table.groupby(tables.OWNER, sort=False)["epsilon"].idxmax()]

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -19,14 +20,15 @@ from ..base.findings import FINDINGS
 from ..base.parameters import Parameters, parameter
 from .find import check_films
 from .read import NihData
+from .split import check_splits
 from .twins import find_twins
 
-STORE_VERSION = 1
+STORE_VERSION = 2
 FILMS_A_CHUNK = 256  # films between two entries in the journal: what a kill costs at most
 INDEX_COLUMNS = [
     "image_index", "row", "patient_id", "follow_up", "age", "sex", "view", "scanner", "split",
 ]  # fmt: skip
-FILM_COLUMNS = ["image_index", "problem", "mode", "width", "height", "sha256"]
+FILM_COLUMNS = ["image_index", "problem", "mode", "width", "height", "pixels"]
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[st
     """Decode one film to grey uint8 (image_size, image_size), and describe it.
 
     Whatever its colour mode, a film becomes one grey channel, upright where EXIF says how it was
-    turned. The hash is that of the grey pixels at full size, so that equal films are found whatever
-    their file format. A film that cannot be read, or not in one way alone, gives None and the
-    reason under "problem".
+    turned. `pixels` tells equal films, whatever their file format: a hash of the stored film and a
+    checksum of all grey pixels. A film that cannot be read, or not in one way alone, gives None and
+    the reason under "problem".
     """
     seen: dict[str, Any] = dict.fromkeys(FILM_COLUMNS[1:], "")
     try:
-        if path.is_dir():  # the table's path is empty
+        if path.exists() and not path.is_file():  # the table's path is empty, or it is a pipe
             raise FileNotFoundError("the folder has no film of this name")
         with Image.open(path) as film:
             seen["mode"] = film.mode
@@ -60,7 +62,7 @@ def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[st
             if film.mode.startswith(("I", "F")) or "16" in str([tile[3] for tile in film.tile]):
                 said = "more than 8 bits a pixel; convert it to 8 first"
                 raise ValueError(f"mode {film.mode}: {said}")
-            film = ImageOps.exif_transpose(film)
+            ImageOps.exif_transpose(film, in_place=True)
             seen |= {"width": film.width, "height": film.height}
             clear = "transparency" in film.info or film.mode.endswith(("A", "a"))
             if clear and film.convert("RGBA").getextrema()[3][0] < 255:
@@ -70,8 +72,9 @@ def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[st
     except Exception as error:  # whatever Pillow raises here is this film's fault and is reported
         problem = "empty file" if path.is_file() and not path.stat().st_size else str(error)
         return None, seen | {"problem": f"{type(error).__name__}: {problem}".replace("\n", " ")}
-    seen["sha256"] = sha256(grey.tobytes())
-    return np.asarray(grey.resize((image_size, image_size), Image.Resampling.BILINEAR)), seen
+    small = grey.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    seen["pixels"] = sha256(small.tobytes() + crc32(grey.tobytes()).to_bytes(4))
+    return np.asarray(small), seen
 
 
 def decode_films(
@@ -84,12 +87,12 @@ def decode_films(
     """Decode the films of `table` (image_index, path) on all cores into `prepared/images.npy`.
 
     Returns one row a film in the table's order, which is the order of the store: image_index,
-    problem (empty where it was read), mode, width, height, sha256. Work goes to a folder beside and
+    problem (empty where it was read), mode, width, height, pixels. Work goes to a folder beside and
     is moved into place at the end; a journal written behind each chunk lets a killed run go on, and
     a second process waits. A store is used again while names, sizes and times of the films are the
     same. Raises InputError where no film is there or can be read, or the disk is too small.
     """
-    check_films(table, folder)
+    check_films(table, folder, prepared.parent)
     with run_lock(prepared, wait=True):
         films = _decode_once(table, folder, prepared, image_size, progress)
     if films["problem"].all():
@@ -231,9 +234,10 @@ def _write_index(
     readable = (films["problem"] == "").to_numpy()
     broken, good = films[~readable], films[readable]
     index = table[readable & (table["split"] != "")].sort_values("image_index")
-    near = find_twins(open_store(prepared / "images.npy"), index)
+    near = find_twins(open_store(prepared / "images.npy"), index.join(films["pixels"]))
     if about.get("twins") == "drop":
         index = index[~index["image_index"].isin(near[["film", "twin"]].to_numpy().ravel())]
+        check_splits(index, about.get("seed", 0), "twins=drop left out near-equal films; ")
     index = index[INDEX_COLUMNS + list(FINDINGS)].astype(dict.fromkeys(FINDINGS, "Int8"))
     content = index.to_csv(index=False).encode()
     write_atomic(prepared / "index.csv", content)
@@ -243,8 +247,8 @@ def _write_index(
         inside[name] /= size[side]
     inside = inside[["image_index", "finding", *"xywh"]]
     write_atomic(prepared / "boxes.csv", inside.to_csv(index=False).encode())
-    hashes = "".join(films["sha256"]) + f"{STORE_VERSION}|{about['image_size']}"
-    twins = good[good.duplicated("sha256", keep=False)].groupby("sha256")["image_index"]
+    hashes = "".join(films["pixels"]) + f"{STORE_VERSION}|{about['image_size']}"
+    twins = good[good.duplicated("pixels", keep=False)].groupby("pixels")["image_index"]
     by_split = index.groupby("split")["patient_id"].agg(films="size", patients="nunique")
     report = {
         "fingerprint": sha256(content + hashes.encode()),

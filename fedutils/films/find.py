@@ -3,6 +3,7 @@
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 PHANTOM_MARKER, MAPPING_NAME = "PHANTOM.json", "films.toml"
 TABLE_NAME = re.compile(r"(Data_Entry.*|sample_labels)\.csv(\.gz)?")
 KAGGLE_DEPTH, FILM_DEPTH = 4, 3  # folders below the mount, and below the data folder
+WRITES = ("explore", "notebooks", "phantom", "prepared", "privacy", "runs")  # below the work folder
 
 
 def find_data(data_dir: str = "", kaggle: Path = KAGGLE / "input") -> Path | None:
@@ -64,21 +66,47 @@ def _search_data(root: Path, depth: int) -> Path | None:
     return min(found, key=rank.__getitem__).parent if found else None
 
 
-def check_films(table: "pd.DataFrame", folder: Path) -> None:
+def walk(folder: Path, work: Path | None) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Walk a data folder as `os.walk`, links followed; a caller may prune the list of folders.
+
+    What a run wrote below `work` is no input, should that lie in the data folder, or be it. No
+    folder is entered twice, however many links lead to it.
+    """
+    seen = {(work / name).resolve() for name in WRITES} if work else set()
+    for here, inner, files in os.walk(folder, followlinks=True):
+        seen.add(Path(here).resolve())
+        found = {Path(here, name).resolve(): name for name in sorted(inner, reverse=True)}
+        inner[:] = sorted(name for place, name in found.items() if place not in seen)
+        seen |= set(found)
+        yield Path(here), inner, files
+
+
+def list_tables(folder: Path) -> list[Path]:
+    """List the tables, lists and mapping of a data folder."""
+    return sorted(p for p in folder.iterdir() if p.suffix in (".csv", ".txt", ".gz", ".toml"))
+
+
+def printable(name: str) -> str:
+    """Return a file's name with what is no text, as older archives have it, written out."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def check_films(table: "pd.DataFrame", folder: Path, work: Path | None) -> None:
     """Raise InputError where none of the table's films is there, with what is."""
     if not table["path"].any():
-        found = f"none of the {len(table)} films of the table is there; {describe_files(folder)}"
+        found = describe_files(folder, work)
+        found = f"none of the {len(table)} films of the table is there; {found}"
         raise InputError(f"{folder}: {found}")
 
 
-def describe_files(folder: Path) -> str:
+def describe_files(folder: Path, work: Path | None) -> str:
     """Say which files lie below a folder, at any depth, and what films should be like."""
     found = defaultdict(list)
-    for here, _, files in os.walk(folder, followlinks=True):
+    for here, _, files in walk(folder, work):
         for name in sorted(files):
             if not name.endswith((".csv", ".csv.gz", ".txt", ".toml", ".json")):
-                path = Path(here, name)
-                found[path.suffix].append(path.relative_to(folder).as_posix())
+                path = here / name
+                found[path.suffix].append(printable(path.relative_to(folder).as_posix()))
     kinds = [f"{len(names)} x {kind or 'file'} such as {names[0]}" for kind, names in found.items()]
     wanted = f"unpacked, at most {FILM_DEPTH} folders deep, and named as in the table"
     return f"it holds {', '.join(kinds) or 'no other files'}; films should be {wanted}"

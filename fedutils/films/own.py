@@ -69,10 +69,15 @@ class OwnTable:
             todo = "write train, val or test, or leave it empty"
             raise InputError(f"{self.file}, line {line}: split {split!r}; {todo}")
         # A scanner may become a client, whose name is part of file names.
+        plain = rows["scanner"].str.replace(r"[^\w.-]+", "-", regex=True)
+        for text, several in rows["scanner"].groupby(plain):
+            if several.nunique() > 1:
+                told = " and ".join(map(repr, sorted(several.unique())[:2]))
+                raise InputError(f"{self.file}: scanners {told} would both be {text!r}; rename one")
         return rows.assign(
             labels=[MARK_SEPARATOR.join(row) for row in raw[marks].to_numpy()],
             sex=rows["sex"].str.upper().str[:1], view=rows["view"].str.upper(),
-            scanner=rows["scanner"].str.replace(r"[^\w.-]+", "-", regex=True),
+            scanner=plain,
         )  # fmt: skip
 
     def parse(self, text: str) -> np.ndarray:

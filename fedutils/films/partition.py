@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import InputError
+from ..base.files import sha256
 from ..base.findings import FINDINGS, NO_FINDING, SPLITS, no_finding
 from ..base.parameters import Parameters, parameter
 from ..base.rng import generator
@@ -27,7 +28,7 @@ class PartitionParameters(Parameters):
     """Which hospital has which patients."""
 
     partition: str = parameter("iid", "of patients to clients", allowed=METHODS)
-    num_clients: int = parameter(0, "hospitals", bounds=(1, 100_000), profiles=(3, 5))
+    num_clients: int = parameter(0, "hospitals", bounds=(1, 100_000), profiles=(4, 5))
     alpha: float = parameter(0.5, "of dirichlet: small is skewed", bounds=(1e-12, math.inf))
 
 
@@ -157,8 +158,14 @@ def _scanner(index: pd.DataFrame, split: pd.Series, num_clients: int) -> pd.Seri
         found = f"scanner {'+'.join(merged[0][1])} has no training patient"
         todo = "choose fewer clients, which merges the smallest"
         raise InputError(f"num_clients={num_clients}: {found}; {todo}")
-    client = {scanner: "scanner-" + "+".join(group) for _, group in merged for scanner in group}
+    client = {scanner: _name_scanners(group) for _, group in merged for scanner in group}
     return groups.map(client)
+
+
+def _name_scanners(group: list[str]) -> str:
+    """Name a client by its scanners, shortened where it would not fit into a file's name."""
+    name = "scanner-" + "+".join(group)
+    return name if len(name) <= 80 else f"{name[:70]}-{sha256(name.encode())[:8]}"
 
 
 def _dirichlet(

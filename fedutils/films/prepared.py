@@ -1,19 +1,24 @@
 """What notebook 02 prepared, against what is asked of a later notebook."""
 
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ..base.errors import InputError
+from ..base.files import sha256
 from ..base.parameters import Parameters
+from .find import list_tables
 from .split import check_splits
 
-PREPARED_WITH = ("data_dir", "seed", "max_films", "image_size", "twins")
+PREPARED_WITH = ("data_dir", "tables", "seed", "max_films", "image_size", "twins")
 
 
 def prepared_with(settings: Parameters) -> dict[str, Any]:
-    """Return the parameters that decide what is prepared; of the data folder its name."""
-    asked = settings.identity()
+    """Return what decides what is prepared: parameters; of the data folder name and tables."""
+    tables = list_tables(Path(settings.data_dir)) if settings.data_dir else []
+    content = "".join(path.name + sha256(path.read_bytes()) for path in tables)
+    asked = settings.identity() | {"tables": sha256(content.encode())[:16] if tables else ""}
     return {name: asked[name] for name in PREPARED_WITH}
 
 
@@ -24,8 +29,9 @@ def check_prepared(settings: Parameters, report: dict[str, Any], index: pd.DataF
     """
     for name, asked in prepared_with(settings).items():
         if (used := report.get(name, asked)) != asked:
+            what = f"{name}={asked!r}" if name != "tables" else f"the tables of {settings.data_dir}"
             raise InputError(
-                f"{name}={asked!r}: {settings.prepared} was prepared with {used!r}; give notebooks"
-                f" 02 and 03 the same profile and {name}, or another work_dir"
+                f"{what}: {settings.prepared} was prepared with {used!r}; give notebooks 02 and 03"
+                f" the same profile and {name}, or another work_dir"
             )
     check_splits(index, settings.seed)

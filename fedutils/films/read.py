@@ -19,7 +19,6 @@ Source: Wang et al., "ChestX-ray8", CVPR 2017, and the files that NIH and Kaggle
 
 import gzip
 import io
-import os
 import re
 import unicodedata
 import zlib
@@ -33,7 +32,7 @@ import pandas as pd
 
 from ..base.errors import InputError
 from ..base.findings import FINDINGS, canonical, format_labels, parse_labels
-from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, label_tables
+from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, label_tables, printable, walk
 from .own import OwnTable, film_name, own_lists, read_mapping
 from .phantom.write import write_phantom
 
@@ -42,7 +41,9 @@ LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
 OWN_LISTS = {"train": "train_list.txt", "val": "val_list.txt"}  # more than NIH has
 OWN_FILMS = (".png", ".jpg", ".jpeg")  # NIH has PNG alone
 NIH_FILM = r"\d{8}_\d{3}\.png"  # the number of the patient is in it
-WHOLE_NUMBER = re.compile(r"0*(\d+?)(?:[.,]0*)?")
+WHOLE_NUMBER = re.compile(r"(\d+)(?:[.,]0{0,2})?")  # 1,000 and 1.000 may be a thousand
+CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+MOST_VISITS = 100_000
 DAYS_PER_YEAR = 365.25
 AGE_UNITS = {"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / DAYS_PER_YEAR, "D": 1 / DAYS_PER_YEAR}
 REQUIRED = {
@@ -83,11 +84,15 @@ class NihData:
 
 def open_data(data_dir: str, work_dir: str | Path) -> NihData:
     """Read a run's data set; without a folder the phantom, written below `work_dir` if need be."""
-    return read_nih(Path(data_dir) if data_dir else write_phantom(Path(work_dir) / "phantom"))
+    if data_dir:
+        return read_nih(Path(data_dir), Path(work_dir))
+    return read_nih(write_phantom(Path(work_dir) / "phantom"))
 
 
-def read_nih(folder: Path) -> NihData:
+def read_nih(folder: Path, work: Path | None = None) -> NihData:
     """Read table, boxes, split lists and the list of films of one data folder.
+
+    What a run wrote below `work` is no film, should it lie in that folder.
 
     The release is told by: the marker file PHANTOM.json ("phantom"); the table's name
     ("sample" for sample_labels.csv, "2020" for a name with v2020); for Data_Entry_2017.csv also
@@ -102,9 +107,8 @@ def read_nih(folder: Path) -> NihData:
     own = read_mapping(folder)
     file = own.file if own else label_tables(folder)[0]
     rows, release = _read_rows(file, own)
-    written, rows["patient_id"] = rows["patient_id"], one_spelling(rows["patient_id"])
     names = rows["image_index"]
-    films, found = _films(folder, names, OWN_FILMS if own else (".png",))
+    films, found = _films(folder, work, names, OWN_FILMS if own else (".png",))
     if own and films and not names.isin(films.keys()).any():
         raise InputError(
             f"{file}, line {rows.index[0]}: {names.iloc[0]!r} is no film in the folder, and no"
@@ -115,15 +119,16 @@ def read_nih(folder: Path) -> NihData:
     for split, name in ((OWN_LISTS if own else {}) | LISTS).items():
         if (folder / name).exists():
             text = _read_text(folder / name)
-            lists[split] = text.splitlines() if own else set(text.split())
+            lines = [line.strip() for line in text.splitlines()]
+            lists[split] = lines if own else set(lines) - {""}
     lists = own_lists(rows, lists, file) if own else lists
     _check_names(rows, lists, found["films in two folders"], file, own is not None)
     labels = _parsed(rows["labels"], names, file, own.parse if own else parse_labels)
-    pairs = pd.DataFrame({"id": rows["patient_id"], "written": written}).drop_duplicates()
-    several = pairs[pairs["id"].duplicated(keep=False)].groupby("id")["written"]
+    pairs = rows[["patient_id", "written"]].drop_duplicates()
+    several = pairs[pairs["patient_id"].duplicated(keep=False)].groupby("patient_id")["written"]
     found |= _row_problems(rows, lists, own is not None) | {
         "patients in several spellings": [" = ".join(sorted(ids)) for _, ids in several],
-        "orphaned films": sorted(films.keys() - set(names)),
+        "orphaned films": sorted(map(printable, films.keys() - set(names))),
         "other tables": [other.name for other in label_tables(folder) if other != file],
     }
     table = _tidy(rows, labels, lists, films)
@@ -131,7 +136,7 @@ def read_nih(folder: Path) -> NihData:
 
 
 def _read_rows(file: Path, own: OwnTable | None) -> tuple[pd.DataFrame, str]:
-    """Read a table into text columns with our names, by line, and name its release."""
+    """Read a table into our text columns, by line, ids also as `written`; name its release."""
     if own:
         raw = rows = own.read(_read_text(file))
     else:
@@ -146,9 +151,13 @@ def _read_rows(file: Path, own: OwnTable | None) -> tuple[pd.DataFrame, str]:
     # A column that is optional comes back empty.
     columns = dict.fromkeys([*HEADERS.values(), *rows.columns])
     rows = rows.reindex(columns=list(columns), fill_value="")
-    for name in ("image_index", "patient_id", "sex", "view"):
-        rows[name] = rows[name].str.strip()
+    for line in rows.index[rows["image_index"].str.contains(CONTROL)]:
+        found = repr(rows["image_index"][line])
+        raise InputError(f"{file}, line {line}: {found} holds a line's end or another control sign")
+    for name in rows.columns.intersection(["image_index", "patient_id", "sex", "view", "scanner"]):
+        rows[name] = rows[name].str.replace(CONTROL, " ", regex=True).str.strip()
     rows["image_index"] = film_name(rows["image_index"])
+    rows["written"], rows["patient_id"] = rows["patient_id"], one_spelling(rows["patient_id"])
     for line in rows.index[(rows["image_index"] == "") | (rows["patient_id"] == "")]:
         raise InputError(f"{file}, line {line}: no image index or no patient id; mend the row")
     marks = {
@@ -192,16 +201,16 @@ def one_spelling(ids: pd.Series) -> pd.Series:
     """Write each patient's id (text) in one way, so that no patient is two.
 
     These are one: ids that differ in case, in blanks or invisible characters, in how Unicode
-    composes a letter, and whole numbers with leading zeros or a fraction of zeros (`12`, `012`,
-    `12.0`). Numbers become plain; else the spelling that sorts first stands.
+    composes a letter, and whole numbers with leading zeros or a fraction of one or two zeros (`12`,
+    `012`, `12.0`). Numbers become plain; else the spelling that sorts first stands.
     """
     one, written = {}, {}
     for text in sorted(ids.unique()):
-        seen = "".join(c for c in unicodedata.normalize("NFKC", text) if c.isprintable())
+        seen = "".join(c for c in unicodedata.normalize("NFC", text) if c.isprintable())
         plain = " ".join(seen.split())
         number = WHOLE_NUMBER.fullmatch(plain)
-        plain = number[1] if number else plain
-        written[text] = one.setdefault(plain.casefold(), plain)
+        plain = str(int(number[1])) if number else plain
+        written[text] = one.setdefault(plain.lower(), plain)
     return ids.map(written)
 
 
@@ -214,6 +223,10 @@ def _check_names(rows: pd.DataFrame, lists: dict, twice: list[str], file: Path, 
         who = f"patient {patients[line]!r}, and above one of {first[names[line]]!r}"
         raise InputError(f"{file}, line {line}: {names[line]!r} is a film of {who}; {todo}")
     unclear = names[names.isin(twice)]
+    differing = rows["labels"].groupby(names).transform("nunique") > 1
+    for line, name in unclear[differing[unclear.index]].items():
+        what = f"{name!r} lies in more than one folder, and its rows disagree"
+        raise InputError(f"{file}, line {line}: {what}; {todo}")
     # A mirror of NIH's films beside them is harmless: the name alone says whose film it is.
     for line, name in unclear[own | ~unclear.str.fullmatch(NIH_FILM)].items():
         raise InputError(f"{file}, line {line}: {name!r} lies in more than one folder; {todo}")
@@ -240,15 +253,17 @@ def _row_problems(rows: pd.DataFrame, lists: dict, own: bool) -> dict[str, list[
     }
 
 
-def _films(folder: Path, images: pd.Series, endings: tuple[str, ...]) -> tuple[dict, dict]:
+def _films(
+    folder: Path, work: Path | None, images: pd.Series, endings: tuple[str, ...]
+) -> tuple[dict, dict]:
     """Map each film's name to its path below the folder, for every layout up to `FILM_DEPTH`.
 
     Where the table names films by their paths, these are mapped to themselves.
     """
     by_path = images.str.contains("/", regex=False).any()
     films, twice = {}, []
-    for here, inner, files in os.walk(folder, followlinks=True):
-        below = Path(here).relative_to(folder)
+    for here, inner, files in walk(folder, work):
+        below = here.relative_to(folder)
         deeper = len(below.parts) < FILM_DEPTH
         inner[:] = sorted(name for name in inner if deeper and not name.startswith("."))
         prefix = "" if below == Path() else f"{below.as_posix()}/"
@@ -266,7 +281,7 @@ def _tidy(rows: pd.DataFrame, labels: pd.Series, lists: dict, films: dict) -> pd
     names = rows["image_index"]
     matrix = np.stack(labels.to_list()).astype(np.float32)
     findings = pd.DataFrame(matrix, index=rows.index, columns=list(FINDINGS))
-    spacing = _numbers(rows["spacing"])
+    spacing, visits = _numbers(rows["spacing"]), _numbers(rows["follow_up"])
     splits = ["test", "val", "train_val", "train"]  # of a film in two the first counts
     listed = [names.isin(lists.get(split, ())) for split in splits]
     # Ages such as 58, 060Y, 018M, 003W or 005D, in years.
@@ -275,7 +290,7 @@ def _tidy(rows: pd.DataFrame, labels: pd.Series, lists: dict, films: dict) -> pd
     table = pd.DataFrame({
         "image_index": names,
         "patient_id": rows["patient_id"],
-        "follow_up": _numbers(rows["follow_up"]).fillna(-1).astype(int),
+        "follow_up": visits.where(visits.between(0, MOST_VISITS), -1).fillna(-1).astype(int),
         "age": ages[0].astype(float) * ages[1].map(AGE_UNITS),
         "sex": rows["sex"], "view": rows["view"],
         "width": _numbers(rows["width"]), "height": _numbers(rows["height"]), "spacing": spacing,

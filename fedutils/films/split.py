@@ -52,13 +52,13 @@ def split_patients(table: pd.DataFrame, seed: int) -> pd.Series:
     return split
 
 
-def check_splits(table: pd.DataFrame, seed: int) -> None:
+def check_splits(table: pd.DataFrame, seed: int, why: str = "") -> None:
     """Raise InputError unless the films, which are there, are in train, val and test (`split`)."""
     if empty := [name for name in SPLITS if not (table["split"] == name).any()]:
         raise InputError(
-            f"seed={seed}: of those with films, none of {table['patient_id'].nunique()} patients"
-            f" falls to {' or '.join(empty)}; give more patients or the missing films, a larger"
-            " max_films, another seed, or split lists"
+            f"{why}seed={seed}: of those with films, none of"
+            f" {table['patient_id'].nunique()} patients falls to {' or '.join(empty)}; give more"
+            " patients or the missing films, a larger max_films, another seed, or split lists"
         )
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from ..base.errors import InputError, NotebookFailed
 from ..base.files import PACKAGE, write_atomic
+from ..base.parameters import check_names
+from ..settings import FIELDS
 
 SUPPORTED = "1.42"  # Flower's commands and interfaces move with each minor version
 QUIET = {
@@ -22,6 +24,7 @@ QUIET = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "PYTHONUNBUFFERED": "1",
 }
+HOSPITALS = ("device", "weights")  # the parameters that a hospital sets for itself
 STARTED = re.compile(r"started run (\d+)")
 
 
@@ -51,12 +54,18 @@ def superlink(host: str, port: int, folder: Path, keys: Path | None) -> list[str
     return [*call, *tls, "--enable-supernode-auth"]
 
 
-def supernode(name: str, work: Path, server: str, port: int, keys: Path | None = None) -> list[str]:
+def supernode(
+    name: str, work: Path, server: str, port: int, keys: Path | None, own: Mapping[str, str]
+) -> list[str]:
     """Return the command of a hospital's SuperNode, which only calls out, to `server` (HOST:PORT).
 
-    `port` stays on 127.0.0.1; `keys` holds the server's certificate and this hospital's key.
+    `port` stays on 127.0.0.1; `keys` holds the server's certificate and this hospital's key; `own`
+    are its own parameters: `device`, and `weights`, its copy of the file that a run starts from.
     """
-    config = f'name="{name}" work_dir="{work.resolve()}"'
+    about = {"name": name, "work_dir": str(work.resolve())} | dict(own)
+    if "weights" in own:
+        about["weights"] = str(Path(own["weights"]).expanduser().resolve())
+    config = " ".join(f'{key}="{value}"' for key, value in about.items())
     call = ["flower-supernode", "--superlink", server, "--host", "127.0.0.1"]
     call += ["--port", str(port), "--node-config", config]
     if keys is None:
@@ -179,8 +188,15 @@ def take_step(
     if step == "register":
         return register(Path(name), environment)
     if step == "train":
+        from .server import read_network
+
+        read_network(values)  # what is wrong is said here, before anything starts
         return run_server_app(values, environment)
     call = superlink(host, int(port), work / "flower", keys)
     if step == "hospital":
-        call = supernode(name, work, server, free_port(), keys)
+        own = {key: value for key, value in values.items() if key != "work_dir"}
+        check_names(own, FIELDS)
+        for other in own.keys() - HOSPITALS:
+            raise InputError(f"-p {other}: a hospital sets {' and '.join(HOSPITALS)} alone")
+        call = supernode(name, work, server, free_port(), keys, own)
     os.execvpe(call[0], call, environment)

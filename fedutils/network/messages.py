@@ -9,11 +9,14 @@ import torch
 from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load, save
 
+from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
-from ..base.state import State, find_fault, state_hash
+from ..base.state import State, find_misfit, state_hash
 from ..client import Update
 from ..model import ChestResNet
 
+# The sums of a validation, with their shapes.
+SUMS = {"loss": (), "labels": (), "pairs": (len(FINDINGS),), "ordered": (len(FINDINGS),)}
 SAID = "member/said"  # in what the server keeps of a hospital
 Answer = tuple[dict[str, str], dict[str, Any], State]  # words, numbers, tensors
 Fault = tuple[str, str]  # status and reason, as the history has them
@@ -43,37 +46,62 @@ def read_reply(reply: Message | Fault) -> Answer:
         return {"status": "failed", "reason": f"reply of another kind: {error}"}, {}, {}
 
 
-def find_misfit(state: State, wanted: State) -> str:
-    """Tell why a state from a hospital cannot be used; empty if it can."""
-    found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
-    if found != expected:
-        return "its state does not fit what was sent"
-    return find_fault(state)[1]
-
-
 def read_update(
-    name: str, reply: Message | Fault, wanted: State, withheld: bool = False
+    name: str, reply: Message | Fault, wanted: State, weight: float, withheld: bool = False
 ) -> tuple[Update, State]:
     """Turn a reply into an update and what the server is to keep of it.
 
-    What does not fit the shapes of `wanted`, or lacks a loss that is not `withheld`, has failed.
+    What does not fit the shapes of `wanted`, lacks a loss that is not `withheld`, or claims another
+    `weight` than the hospital came with, has failed.
     """
     words, numbers, state = read_reply(reply)
     status, reason = words["status"], words["reason"]
     examples, loss = (numbers.get(key, math.nan) for key in ("examples", "train_loss"))
     said, fault = read_said(words.get("said", ""))
-    if status == "ok" and (reason := find_misfit(state, wanted) or fault):
+    honest = examples == weight > 0 and (withheld or (is_number(loss) and loss > 0))
+    if status == "ok" and (reason := find_misfit(state, wanted)[1] or fault):
         status = "failed"
-    elif status == "ok" and not (
-        isinstance(examples, int | float) and examples > 0 and (withheld or 0 < loss < math.inf)
-    ):
-        status, reason = "failed", f"examples={examples} train_loss={loss}"
+    elif status == "ok" and not honest:
+        reason = f"examples={examples} (it came with {weight:g}) train_loss={loss}"
+        status = "failed"
     if status != "ok":
         return Update(name, 0, status=status, reason=reason), {}
     spent = said.get("account", {}).get("epsilon", math.nan)
     kept = {SAID: torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)}
     update = Update(name, examples, state, math.nan if withheld else float(loss), epsilon=spent)
     return update, kept if said else {}
+
+
+def read_introduction(reply: Message | Fault) -> tuple[str, float, str]:
+    """Return a hospital's name and weight from the reply to a query; or why it has none."""
+    words, numbers, _ = read_reply(reply)
+    name, weight = words.get("name"), numbers.get("weight")
+    if words["status"] != "ok":
+        return "", 0, words["reason"] or "it has failed"
+    if not (isinstance(name, str) and name and is_number(weight)):
+        return "", 0, f"no introduction: name={name!r} weight={weight!r}"
+    return name, weight, ""
+
+
+def read_sums(reply: Message | Fault) -> tuple[dict[str, np.ndarray], str]:
+    """Return a hospital's validation sums, or why they cannot be: what no films could give."""
+    words, numbers, _ = read_reply(reply)
+    if words["status"] != "ok":
+        return {}, words["reason"]
+    try:
+        sums = {key: np.asarray(numbers[key], dtype=float) for key in SUMS}
+    except (KeyError, TypeError, ValueError) as error:
+        return {}, f"sums of another kind: {error}"
+    fits = all(value.shape == SUMS[key] for key, value in sums.items())
+    fits = fits and all((np.isfinite(value) & (value >= 0)).all() for value in sums.values())
+    if not fits or (sums["ordered"] > sums["pairs"]).any():
+        return {}, "its sums are none of any films"
+    return sums, ""
+
+
+def is_number(value: object) -> bool:
+    """Tell a finite number, 0 or more, from what else a message may hold."""
+    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def read_said(text: str) -> tuple[dict[str, Any], str]:

@@ -5,7 +5,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from ..base.errors import InputError
 from ..base.files import write_atomic
-from ..base.state import State
+from ..base.state import State, find_misfit
 from ..client import Update
 from ..model import ChestResNet
 from ..rounds import Job, Progress, Row
@@ -24,7 +24,8 @@ from ..settings import FIELDS, Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
 from ..training.training import Training
-from .messages import Fault, Member, find_misfit, pack, read_reply, read_update, trunk_hash
+from . import messages
+from .messages import Fault, Member, pack
 
 POLL = 0.5  # seconds between two looks for a reply
 server_app = ServerApp()
@@ -63,10 +64,12 @@ class Network:
         began, about = time.perf_counter(), {"seed": clients[0].seed, "round": round}
         after = {c.name: int(kept.get(c.name, {}).get("round", 0)) for c in clients}
         orders = {name: about | {"kept": before} for name, before in after.items()}
-        kind = client_class(self.settings)
+        kind, weights = client_class(self.settings), {c.name: c.weight for c in clients}
         wanted = {name: sent[name] for name in kind.returns(self.model, sent)}
         for name, reply in self.ask("train", orders, sent):
-            update, said = read_update(name, reply, wanted, kind.withholds_loss)
+            update, said = messages.read_update(
+                name, reply, wanted, weights[name], kind.withholds_loss
+            )
             took = time.perf_counter() - began
             keep = {"round": torch.tensor(round)} | said if update.status == "ok" else {}
             yield dataclasses.replace(update, seconds=took), keep
@@ -78,22 +81,19 @@ class Network:
         orders = {c.name: {"seed": c.seed, "round": round} for c in clients}
         wanted = {k: v for k, v in state.items() if k.endswith((RUNNING_MEAN, RUNNING_VAR))}
         for _, reply in self.ask("train.measure", orders, state):
-            words, _, measured = read_reply(reply)
-            fault = words["reason"] if words["status"] != "ok" else find_misfit(measured, wanted)
+            words, _, measured = messages.read_reply(reply)
+            fault = words["reason"] if words["status"] != "ok" else find_misfit(measured, wanted)[1]
             yield ({}, fault) if fault else (measured, "")
 
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
         """Return loss and mean AUROC over the validation films of the hospitals that answer."""
         about = {"seed": job.seed, "round": now.round}
-        sums = {"loss": 0.0, "labels": 0, "pairs": np.zeros(1), "ordered": np.zeros(1)}
+        sums = {key: np.zeros(shape) for key, shape in messages.SUMS.items()}
         for name, reply in self.ask("evaluate", {c.name: about for c in job.clients}, now.state):
-            try:
-                words, numbers, _ = read_reply(reply)
-                if words["status"] != "ok":
-                    raise ValueError(words["reason"])
-                sums = {key: np.add(value, numbers[key]) for key, value in sums.items()}
-            except (ValueError, KeyError, TypeError) as error:
-                print(f"round {now.round}: not validated at {name}: {error}", flush=True)
+            found, fault = messages.read_sums(reply)
+            sums = {key: value + found.get(key, 0) for key, value in sums.items()}
+            if fault:
+                print(f"round {now.round}: not validated at {name}: {fault}", flush=True)
         some = sums["pairs"] > 0
         areas = sums["ordered"][some] / sums["pairs"][some]
         loss = float(sums["loss"] / sums["labels"]) if sums["labels"] else math.nan
@@ -105,8 +105,8 @@ class Network:
         """Send each hospital its order; yield the replies in that order, one at a time."""
         self.discover()
         record, there = pack(state), [name for name in orders if name in self.nodes]
-        messages = [self.message(kind, self.nodes[n], orders[n], record) for n in there]
-        ids = dict(zip(there, self.grid.push_messages(messages), strict=True))
+        asked = [self.message(kind, self.nodes[n], orders[n], record) for n in there]
+        ids = dict(zip(there, self.grid.push_messages(asked), strict=True))
         limit = self.settings.client_seconds
         end = time.monotonic() + (limit or math.inf)
         for name in orders:
@@ -140,11 +140,12 @@ class Network:
             if reply is None:
                 continue
             self.asked[node] = ""
-            words, numbers, _ = read_reply(reply)
-            if words["status"] == "ok":
-                self.nodes[words["name"]] = node
-                self.weights[words["name"]] = numbers["weight"]
-            print(f"SuperNode {node}: {words.get('name') or words['reason']}", flush=True)
+            name, weight, fault = messages.read_introduction(reply)
+            if name in self.nodes:
+                fault = f"calls itself {name}, as SuperNode {self.nodes[name]} does: left out"
+            if not fault:
+                self.nodes[name], self.weights[name] = node, weight
+            print(f"SuperNode {node}: {fault or name}", flush=True)
 
     def gather(self, seconds: float) -> dict[str, int]:
         """Wait until all hospitals are connected; return what each counts in the mean.
@@ -165,6 +166,29 @@ class Network:
         return weights
 
 
+def read_network(values: Mapping[str, Any]) -> Settings:
+    """Return the parameters of a run over a network; InputError for what it cannot heed."""
+    settings = read_parameters(convert_texts(values))
+    if settings.data_dir:
+        raise InputError(
+            f"over a network not data_dir={settings.data_dir!r} (nor NIH_DATA_DIR): the films stay"
+            " in the hospitals"
+        )
+    check_network(settings)
+    return settings
+
+
+def check_network(settings: Settings) -> None:
+    """Raise InputError for a parameter that a network cannot heed."""
+    for name, why in REFUSED.items():
+        value, only = getattr(settings, name), FIELDS[name].default
+        if value != only:
+            raise InputError(f"over a network only {name}={only!r}, not {value!r}: {why}")
+    if settings.batchnorm == "local":
+        only = "batchnorm=precise, average or frozen"
+        raise InputError(f"over a network only {only}: local models never leave the hospitals")
+
+
 def sent_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what hospitals are told of a run: what its result depends on, and their limit."""
     return config | {"total_epsilon": settings.total_epsilon}
@@ -174,13 +198,7 @@ class NetworkTraining(Training):
     """The simulation's `Training` over a Flower grid; InputError for what it cannot heed."""
 
     def __init__(self, settings: Settings, grid: Grid, seconds: float) -> None:
-        for name, why in REFUSED.items():
-            value, only = getattr(settings, name), FIELDS[name].default
-            if value not in (only, PARTITION):
-                raise InputError(f"over a network only {name}={only!r}, not {value!r}: {why}")
-        if settings.batchnorm == "local":
-            only = "batchnorm=precise, average or frozen"
-            raise InputError(f"over a network only {only}: local models never leave the hospitals")
+        check_network(settings)
         settings = dataclasses.replace(settings, partition=PARTITION)
         self.network, self.wait = Network(grid, settings), seconds
         super().__init__(settings, None)
@@ -197,8 +215,8 @@ class NetworkTraining(Training):
 
     def _executor(self, job: Job) -> Network:
         """Return the hospitals, which must have this server's trunk."""
-        self.network.model = self.models.replicas(job).models[0]
-        self.network.trunk = trunk_hash(self.network.model)
+        self.network.model = self.models.first
+        self.network.trunk = messages.trunk_hash(self.network.model)
         return self.network
 
 
@@ -206,10 +224,7 @@ class NetworkTraining(Training):
 def serve(grid: Grid, context: Context) -> None:
     """Train as the run's `parameters` say, such as "rounds=6 work_dir=/path"; print each round."""
     pairs = [part.partition("=") for part in shlex.split(context.run_config["parameters"])]
-    given = convert_texts({name: value for name, _, value in pairs})
-    if given.get("data_dir"):
-        raise InputError("over a network not data_dir: the films stay in the hospitals")
-    settings = read_parameters(given)
+    settings = read_network({name: value for name, _, value in pairs})
     training = NetworkTraining(settings, grid, float(context.run_config["wait-seconds"]))
     training.train(print_round)
 

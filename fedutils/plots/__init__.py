@@ -1,25 +1,14 @@
-"""Every figure, one look: takes tidy tables, returns a Matplotlib figure; `save` writes it."""
+"""Every figure, one look: `fedutils.plots.NAME`, wherever in this wing it is drawn."""
 
-from .films import (
-    client_heatmap,
-    cooccurrence,
-    demographics,
-    film_grid,
-    films_per_patient,
-    finding_grid,
-    prevalence,
-    split_overlap,
-)
-from .scores import (
-    auroc_forest,
-    client_matrix,
-    difference_forest,
-    pr_curves,
-    roc_curves,
-    run_forest,
-    subgroup_forest,
-    subgroup_heatmap,
-)
-from .style import save
-from .training import cost_curves, learning_curves
-from .trust import gallery, pointing, reliability_diagram
+from importlib import import_module
+from typing import Any
+
+DRAWN_IN = ("films", "scores", "style", "training", "trust")
+
+
+def __getattr__(name: str) -> Any:
+    """Return the figure, or what else the rooms have, of this name."""
+    for room in DRAWN_IN if not name.startswith("__") else ():
+        if name in (there := vars(import_module(f".{room}", __name__))):
+            return there[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

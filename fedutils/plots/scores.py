@@ -157,26 +157,6 @@ def subgroup_forest(metrics: pd.DataFrame, title: str = "") -> Figure:
 
 
 @in_our_style
-def subgroup_heatmap(metrics: pd.DataFrame, title: str = "") -> Figure:
-    """AUROC of the first arm by subgroup and finding; grey where there are under 30 positives."""
-    rows = metrics[(metrics["metric"] == "auroc") & (metrics["finding"] != MEAN)]
-    arm = rows["arm"].iloc[0]
-    rows = rows[(rows["arm"] == arm) & blank(rows["seed"]) & blank(rows["client"])]
-    names = [name for name in rows["test_set"].unique() if is_subgroup(name)]
-    wide = rows.pivot(index="test_set", columns="finding").loc[names]
-    value, positives = (wide[name][list(FINDINGS)].astype(float) for name in ("value", "positives"))
-    shown = value.where(positives >= LEAST_POSITIVES)
-    texts = value.map("{:.2f}".format).where(value.notna(), "–").to_numpy()
-    heading = f"AUROC by subgroup, {arm} (grey: under {LEAST_POSITIVES} positives)"
-    fig, (ax,) = canvas(heading, title, 1.9 + 0.28 * len(names))
-    style.heat(ax, shown, texts, [VERMILION, "white", BLUE], vmin=0, vmax=1, cbar=False)
-    for row, column in np.argwhere(shown.isna()):
-        place = {"ha": "center", "va": "center", "size": 9, "color": GREY}
-        ax.text(column + 0.5, row + 0.5, texts[row, column], **place)
-    return fig
-
-
-@in_our_style
 def client_matrix(metrics: pd.DataFrame, title: str = "") -> Figure:
     """Mean AUROC of every model (rows) on every client's test films (columns), as metrics.csv.
 

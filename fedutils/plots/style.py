@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -61,10 +62,10 @@ def _png(figure: Figure) -> bytes:
     return picture.getvalue()
 
 
-def save(figure: Figure, path: Path) -> Figure:
-    """Write a figure to a file, and return it for the notebook to show."""
+def save(figure: Figure, path: Path) -> Image:
+    """Write a figure to a PNG file, and return that for the notebook to show: drawn but once."""
     figure.savefig(path)
-    return figure
+    return Image(filename=str(path))
 
 
 def canvas(

@@ -25,6 +25,7 @@ from ..base.state import State
 from ..client import Client, Update, make_optimizer
 from ..dataset import draw_motion
 from ..model import ChestResNet
+from ..strategies import STRATEGIES
 from . import gradients
 from .accountant import calibrate_noise, epsilon
 from .ledger import Ledger, Release
@@ -46,7 +47,7 @@ class PrivacyParameters(Parameters):
     )  # fmt: skip
     noise_multiplier: float = parameter(
         0.0, "deviation of the noise, in units of clip; 0: from target_epsilon",
-        bounds=(0.0, math.inf),
+        bounds=(0.0, 1e4),
     )  # fmt: skip
     delta: float = parameter(
         1e-5, "chance that the promise of epsilon fails; well below one in the patients",
@@ -63,21 +64,11 @@ class PrivacyParameters(Parameters):
     )  # fmt: skip
 
     def check(self) -> None:
-        """Raise InputError where a run would be less private than it says, or cannot be private."""
+        """Raise InputError for what means nothing without it; the mechanism checks the rest."""
         if self.dp == "off":
             asked = ("target_epsilon", "noise_multiplier", "total_epsilon", "secure")
             for name in [name for name in asked if getattr(self, name)]:
                 raise InputError(f"{name}={getattr(self, name)!r} means nothing without dp=patient")
-            return
-        if not self.target_epsilon and not self.noise_multiplier:
-            raise InputError("dp=patient wants target_epsilon or noise_multiplier above 0")
-        if self.batchnorm != "frozen":
-            what = f"dp=patient wants batchnorm=frozen, not {self.batchnorm!r}"
-            raise InputError(f"{what}: BatchNorm mixes the patients of a batch, and tells of them")
-        if self.strategy == "scaffold":
-            raise InputError("dp=patient: strategy=scaffold is not supported; choose another one")
-        if not find_spec("opacus"):
-            raise InputError("dp=patient needs Opacus: pip install 'opacus>=1.5'")
 
 
 class PrivateClient(Client):
@@ -96,6 +87,9 @@ class PrivateClient(Client):
     def __init__(self, *about: Any, **more: Any) -> None:
         super().__init__(*about, **more)
         settings = self.settings
+        if not self.strategy.bears_noise:
+            name = type(self.strategy).__name__
+            raise InputError(f"dp=patient: {name} is not supported; choose another strategy")
         self.weight = 1 if self.films.weight else 0
         films = self.films.index["patient_id"]
         self.names, self.owners = np.unique(films.to_numpy(), return_inverse=True)  # by film
@@ -108,12 +102,32 @@ class PrivateClient(Client):
             what = f"delta={settings.delta:g}: {self.name} has {len(self.patients)} patients"
             raise InputError(f"{what}; one in that many allows to publish one of them, choose less")
 
+    @classmethod
+    def check(cls, settings: Parameters) -> None:
+        """Raise InputError where a run would be less private than it says, or cannot be private."""
+        if not settings.target_epsilon and not settings.noise_multiplier:
+            raise InputError("dp=patient wants target_epsilon or noise_multiplier above 0")
+        if settings.batchnorm != "frozen":
+            what = f"dp=patient wants batchnorm=frozen, not {settings.batchnorm!r}"
+            raise InputError(f"{what}: BatchNorm mixes the patients of a batch, and tells of them")
+        if not STRATEGIES[settings.strategy].bears_noise:
+            what = f"dp=patient: strategy={settings.strategy} is not supported"
+            raise InputError(f"{what}; choose another one")
+        if not find_spec("opacus"):
+            raise InputError("dp=patient needs Opacus: pip install 'opacus>=1.5'")
+
     @property
     def noise(self) -> float:
         """The noise multiplier: as given, or so that all rounds end within `target_epsilon`."""
         s = self.settings
-        planned = self.rate, s.rounds * self.steps
-        return s.noise_multiplier or calibrate_noise(s.target_epsilon, s.delta, *planned)
+        rounds = s.rounds * self.steps
+        try:
+            return s.noise_multiplier or calibrate_noise(
+                s.target_epsilon, s.delta, self.rate, rounds
+            )
+        except ValueError as error:
+            what = f"target_epsilon={s.target_epsilon:g}: no noise keeps {rounds} steps within it"
+            raise InputError(f"{what} ({error})") from error
 
     def keep_ledger(self, work: Path, model: str, always: bool = False) -> None:
         """Write what is released of a model, named by all that it depends on, into a ledger.
@@ -177,7 +191,7 @@ class PrivateClient(Client):
             return ""
         return (
             f"would take the patients of {self.name} to epsilon {spent:.3f} over all that"
-            f" {self.ledger.file} holds, beyond total_epsilon={limit:g}"
+            f" the ledger of their work folder holds, beyond total_epsilon={limit:g}"
         )
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:

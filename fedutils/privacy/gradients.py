@@ -84,8 +84,9 @@ def convolution_gradients(
     layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
     """Return each film's gradient, (B, out, in, k, k), of a convolution without groups or bias."""
-    how = layer.kernel_size, layer.dilation, layer.padding, layer.stride
-    windows = F.unfold(activations[0], *how)  # (B, in k k, positions)
+    windows = F.unfold(  # (B, in k k, positions)
+        activations[0], layer.kernel_size, layer.dilation, layer.padding, layer.stride
+    )
     gradients = torch.einsum("bop,bip->boi", backprops.flatten(2), windows)
     return {layer.weight: gradients.view(-1, *layer.weight.shape)}
 

@@ -37,8 +37,9 @@ class Ledger:
         """Write down who the patients of a hospital are; return the hash that names them."""
         names = json.dumps(sorted(patients)).encode()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (path := self._names(sha256(names))).is_file():
-            write_atomic(path, names)
+        with self._lock():
+            if not (path := self._names(sha256(names))).is_file():
+                write_atomic(path, names)
         return sha256(names)
 
     def read(self) -> dict[str, Release]:
@@ -53,7 +54,7 @@ class Ledger:
 
     def write(self, releases: Mapping[str, Release]) -> None:
         """Write down what has been released in all of some models at a hospital, by their key."""
-        with FileLock(self.folder / "ledger.lock"):
+        with self._lock():
             entries = {k: entry._asdict() for k, entry in (self.read() | dict(releases)).items()}
             write_atomic(self.file, json.dumps(entries, indent=1).encode())
 
@@ -66,12 +67,21 @@ class Ledger:
         that hold a patient (Mironov, CSF 2017, proposition 1).
         """
         releases = (self.read() | dict(planned or {})).values()
-        holders = {
-            r.patients: set(json.loads(self._names(r.patients).read_text())) for r in releases
-        }
+        holders = {r.patients: self._holders(r.patients) for r in releases}
         kinds = {frozenset(h for h, names in holders.items() if p in names) for p in patients}
         sums = [[(r.noise, r.rate, r.steps) for r in releases if r.patients in k] for k in kinds]
         return max((compose(parts, delta) for parts in sums), default=0.0)
+
+    def _holders(self, patients: str) -> set[str]:
+        """Return the patients whom a hash names; InputError where that is not what lies there."""
+        path = self._names(patients)
+        text = path.read_bytes() if path.is_file() else b""
+        if sha256(text) != patients:
+            raise InputError(f"{path} is missing or damaged: nothing is released")
+        return set(json.loads(text))
+
+    def _lock(self) -> FileLock:
+        return FileLock(self.folder / "ledger.lock")
 
     def _names(self, patients: str) -> Path:
         return self.folder / f"patients-{patients[:16]}.json"

@@ -14,7 +14,7 @@ from ..fedavg import AggregationParameters, FedAvg
 from ..films.partition import PartitionParameters
 from ..privacy.client import PrivateClient
 from ..rounds import Job, RoundParameters, sample_clients
-from ..strategies import StrategyParameters
+from ..strategies import STRATEGIES, StrategyParameters
 
 CLIENTS = {kind.mechanism: kind for kind in (Client, PrivateClient)}
 # What means nothing to a client that trains alone, and to one that holds everything.
@@ -37,7 +37,8 @@ class ArmParameters(Parameters):
     )
 
     def check(self) -> None:
-        """Raise InputError where a model would be trained twice."""
+        """Raise InputError where a model would be trained twice, or not by these clients."""
+        client_class(self).check(self)
         for name, values in (("arms", self.arm_list), ("seeds", self.seed_list)):
             if len(set(values)) < len(values):
                 raise InputError(f"{name}={getattr(self, name)!r} names one twice")
@@ -56,6 +57,16 @@ class ArmParameters(Parameters):
 def client_class(settings: Parameters) -> type[Client]:
     """Return the class of client that the settings ask for, here and over a network."""
     return CLIENTS[settings.dp]
+
+
+def with_strategy(settings: Parameters, strategy: type[FedAvg]) -> Parameters:
+    """Return the settings for a strategy of one's own: its `server_lr` where none was given.
+
+    Raises InputError for what it cannot work with.
+    """
+    strategy.check(settings)
+    left_open = settings.server_lr == STRATEGIES[settings.strategy].server_lr
+    return dataclasses.replace(settings, server_lr=strategy.server_lr) if left_open else settings
 
 
 def defaults(*rooms: type[Parameters]) -> dict[str, Any]:
@@ -80,8 +91,9 @@ def arm_settings(settings: Parameters, arm: str) -> Parameters:
 
 def check_rule(job: Job) -> Job:
     """Return a job; InputError where its rule would cut off nobody, and so bear no liar."""
-    drawn = len(sample_clients(job, job.settings, 1))
-    if drawn < job.settings.least_clients:
+    share = {"mean": 1.0, "median": 0.5}.get(job.settings.aggregation, job.settings.trim)
+    drawn = min(len(sample_clients(job, job.settings, 1)), sum(c.weight > 0 for c in job.clients))
+    if share < 1 and drawn < max(3, math.ceil(1 / share - 1e-9)):
         what = f"trim={job.settings.trim:g}" if job.settings.aggregation == "trimmed" else "median"
         better = f"trim={math.ceil(100 / drawn) / 100:g} would" if drawn > 2 else "use mean"
         what = f"aggregation={job.settings.aggregation}: {what} of {drawn} clients"

@@ -15,6 +15,7 @@ from ..base.files import sha256, write_atomic
 from ..base.state import State, state_hash
 from ..rounds import Progress
 from ..run import ADOPTED, TRUNK, Model, model_file
+from .identity import note_adopted
 
 BROKEN = KeyError, TypeError, ValueError, SafetensorError
 KEPT_ROUNDS = 2  # the last one, and the one before it should the last be damaged
@@ -44,15 +45,14 @@ def save_progress(folder: Path, progress: Progress, identity: str) -> Path:
     path = folder / f"round-{progress.round:05d}-{_checksum(text)}.safetensors"
     tensors = {f"{part}|{k}": v.contiguous() for part, s in parts.items() for k, v in s.items()}
     write_atomic(path, partial(save_file, tensors, metadata={"json": text}))
-    for old in _files(folder)[KEPT_ROUNDS:]:
+    killed = folder.glob(".round-*.tmp")
+    for old in [*_files(folder)[KEPT_ROUNDS:], *killed]:
         old.unlink()
     return path
 
 
 def load_progress(folder: Path, identity: str) -> Progress | None:
     """Return the newest round boundary that is whole and of this run, with a warning for others."""
-    for left in folder.glob(".round-*.tmp"):
-        left.unlink()
     for path in _files(folder):
         owner, progress = _read(path)
         if progress is None:
@@ -85,6 +85,7 @@ def adopt_progress(run: Path, model: Model, identity: str, rounds: int) -> Progr
             for row in now.rows:
                 row["reason"] = row["reason"] or f"{ADOPTED}{other.name}"
             save_progress(run / part, now, identity)
+            note_adopted(run, other)
             print(f"{model.name}: {now.rows[-1]['reason']}, which trained the same", flush=True)
             return now
     return None

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..base.state import State, state_hash, to_cpu
+from ..base.state import State, state_hash
 from ..client import predict
+from ..dataset import ChestXrayDataset
 from ..fedavg import FedAvg
+from ..model import ChestResNet
 from ..rounds import Job, Progress
+from .batchnorm import MEASURED_FILMS
 from .checkpoint import save_progress
 from .features import FeatureStore
 from .replicas import Models
@@ -30,28 +33,45 @@ def estimate_seconds(
         return 0.0
     settings, ahead = models.settings, features.seconds_left() if features else 0.0
     largest = max((c for job, _ in left for c in job.clients), key=lambda client: client.weight)
-    model = models.replicas(left[0][0]).models[0]
-    sent = strategy(settings, set()).download(to_cpu(model.tracked_state()), {})
+    sent = strategy(settings, set()).download(models.start(left[0][0].seed), {})
     films = largest.films.holding(features.stand_in()) if features else largest.films
+    shared, count = models.shared, len(models.devices)
     sizes, took = [], []
-    for batches in (2, 2, 6):  # the first warms up
+
+    def trial(some: ChestXrayDataset, model: ChestResNet) -> float:
+        """Time a client's round on some films."""
+        client = type(largest)("trial", some, settings, 0, strategy)
+        return client.fit(model, sent, {}, 1)[0].seconds
+
+    few, more = (1, 3) if models.devices[0].type == "cpu" else (2, 6)
+    for batches in (few, few, more):  # the first warms up; all replicas work, as they will
         some = films.where(np.arange(len(films)) < batches * settings.batch_size)
         sizes.append(len(some) * settings.local_epochs)
-        trial = type(largest)("trial", some, settings, 0, strategy)
-        took.append(trial.fit(model, sent, {}, 1)[0].seconds)
-    more = sizes[2] - sizes[1]
-    film = (took[2] - took[1]) / more if more and took[2] > took[1] else took[2] / sizes[2]
+        took.append(float(np.mean(list(shared.each(trial, [some] * count)))))
+    apart = sizes[2] - sizes[1]
+    film = (took[2] - took[1]) / apart if apart and took[2] > took[1] else took[2] / sizes[2]
     fixed = max(0.0, took[2] - film * sizes[2])
     began = time.perf_counter()
-    predict(model, some)
-    judge = (time.perf_counter() - began) / len(some)
-    boundary = _boundary_seconds(models, sent)
+    list(shared.each(lambda films, model: predict(model, films), [some] * count))
+    judge = (time.perf_counter() - began) / len(some) / count
+    boundary, whole, longest = _boundary_seconds(models, sent), 0.0, 0.0
     for job, rounds in left:
-        share = job.settings.client_fraction / min(len(job.clients), len(models.models))
-        seen = sum(len(client.films) for client in job.clients) * job.settings.local_epochs
-        train = share * (film * seen + fixed * len(job.clients))
-        ahead += rounds * (train + judge * len(job.validation) + boundary)
-    return ahead
+        share, epochs = job.settings.client_fraction, job.settings.local_epochs
+        most = MEASURED_FILMS if job.settings.batchnorm == "precise" else 0
+        sizes = [len(client.films) for client in job.clients]
+        costs = [fixed + film * epochs * n + judge * count * min(most, n) for n in sizes]
+        beside = judge * len(job.validation) + boundary
+        longest = max(longest, rounds * (share * _side_by_side(costs, count) + beside))
+        whole += rounds * (share * sum(costs) / count + beside)
+    return ahead + max(longest, whole)
+
+
+def _side_by_side(costs: Sequence[float], count: int) -> float:
+    """Return when the last client is done, if each takes the replica that is free first."""
+    ends = [0.0] * count
+    for cost in costs:
+        ends[ends.index(min(ends))] += cost
+    return max(ends)
 
 
 def _boundary_seconds(models: Models, state: State) -> float:

@@ -24,6 +24,7 @@ from ..base.errors import InputError
 from ..base.files import KAGGLE, sha256, write_atomic
 from ..base.parameters import Parameters, parameter, split_list
 from ..base.state import state_hash
+from ..base.threads import Shared
 from ..dataset import ChestXrayDataset, read_report
 from ..model import ChestResNet, build_resnet34
 from ..run import TRUNK, read_model
@@ -60,9 +61,14 @@ class FeatureStore:
     """The output of conv1 to layer3 for every film; its name is a key of all that it depends on."""
 
     def __init__(
-        self, model: ChestResNet, films: ChestXrayDataset, settings: Parameters, fingerprint: str
+        self,
+        models: Shared[ChestResNet],
+        films: ChestXrayDataset,
+        settings: Parameters,
+        fingerprint: str,
     ) -> None:
-        self.model, self.films = model, films.store
+        self.models, self.films = models, films.store
+        model = models.tools[0]
         self.dtype = np.dtype(DTYPES[settings.feature_dtype])
         side = -(-films.store.shape[1] // 16)
         self.shape = (len(films.store), side, side, model.layer4[0].conv1.in_channels)
@@ -96,10 +102,9 @@ class FeatureStore:
         if not self.is_there:
             write_atomic(self.path, self._allocate)
             self.is_there = True
-        while self.missing:
-            number = self.missing[0]
+        numbers = list(self.missing)
+        for number, block in zip(numbers, self.models.each(self.compute, numbers), strict=True):
             start, stop = self.bounds[number : number + 2]
-            block = self.compute(start, stop)
             np.load(self.path, mmap_mode="r+")[start:stop] = block
             self.sums[str(number)] = zlib.crc32(block)
             write_atomic(self.path.with_suffix(".json"), json.dumps(self.sums).encode())
@@ -108,11 +113,12 @@ class FeatureStore:
         return self.open()
 
     @torch.no_grad()
-    def compute(self, start: int, stop: int) -> np.ndarray:
-        """Return the features of the films from `start` to `stop`, as they are stored."""
-        self.model.eval()
+    def compute(self, number: int, model: ChestResNet) -> np.ndarray:
+        """Return the features of one block of films, as they are stored."""
+        start, stop = self.bounds[number : number + 2]
+        model.eval()
         films = torch.from_numpy(np.array(self.films[start:stop]))[:, None]
-        output = self.model.features(films.to(next(self.model.parameters()).device))
+        output = model.features(films.to(next(model.parameters()).device))
         block = output.permute(0, 2, 3, 1).float().cpu().numpy().astype(self.dtype)
         if not np.isfinite(block).all():
             what = f"features of films {start} to {stop} do not fit into {self.dtype}"
@@ -120,18 +126,20 @@ class FeatureStore:
         return np.ascontiguousarray(block)
 
     def seconds_left(self) -> float:
-        """Estimate the time that `fill` will take, from one block on this device."""
+        """Estimate the time that `fill` will take, from a block on each device, side by side."""
         if not self.missing:
             return 0.0
-        start, stop = self.bounds[:2]
-        self.compute(start, stop)  # the first pass of a network prepares its kernels
+        some = self.missing[:1] * len(self.models.tools)
+        list(self.models.each(self.compute, some))  # the first pass prepares a network's kernels
         began = time.perf_counter()
-        self.compute(start, stop)
-        return (time.perf_counter() - began) / (stop - start) * self._films_left()
+        list(self.models.each(self.compute, some))
+        films = sum(self.bounds[number + 1] - self.bounds[number] for number in some)
+        return (time.perf_counter() - began) / films * self._films_left()
 
     def stand_in(self) -> np.ndarray:
         """Return the features of the first film in place of all, for timing; it takes no memory."""
-        return np.broadcast_to(self.compute(0, min(2, self.shape[0]))[0], self.shape)
+        (block,) = self.models.each(self.compute, [0])
+        return np.broadcast_to(block[0], self.shape)
 
     def describe(self) -> str:
         """Say in a sentence what is stored where, and what is left to compute."""
@@ -204,5 +212,5 @@ def stored_features(settings: Parameters, films: ChestXrayDataset) -> ChestXrayD
     model = build_resnet34("none", settings.tracked, "average", precision=settings.precision)
     model.place(find_devices(settings.device)[0]).load(read_model(settings.run, TRUNK))
     fingerprint = read_report(settings.prepared)["fingerprint"]
-    features = FeatureStore(model, films, settings, fingerprint).open()
+    features = FeatureStore(Shared([model]), films, settings, fingerprint).open()
     return films if features is None else films.holding(features)

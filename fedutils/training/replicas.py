@@ -1,21 +1,20 @@
 """Replicas: one model a device; clients train side by side."""
 
+import copy
 import dataclasses
 import math
-import queue
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-import torch
 
 from ..base.device import find_devices
 from ..base.errors import in_a_line
 from ..base.parameters import Parameters, parameter
 from ..base.scores import log_loss, mean_auroc
-from ..base.state import State, find_fault, to_cpu
+from ..base.state import State, find_misfit, to_cpu
+from ..base.threads import Item, Result, Shared
 from ..client import Client, Update
 from ..films.phantom.write import draw_batch
 from ..model import ChestResNet, build_resnet34
@@ -23,19 +22,19 @@ from ..rounds import Job, Progress, predict_with
 from ..run import TRUNK, model_file, read_model, write_model
 from .batchnorm import measure_safely
 
-Result = TypeVar("Result")
-
 
 @dataclass(frozen=True)
 class ReplicaParameters(Parameters):
     """What a run computes on, and for how long."""
 
     device: str = parameter(
-        "auto", "auto, cpu, cuda:0 or several such as cuda:0,cuda:1", identity=False
-    )
+        "auto", "a model replica on each: auto (all GPUs, else cpu), cpu (one a core), or a list"
+        " such as cuda:0,cuda:1", identity=False,
+    )  # fmt: skip
     threads: int = parameter(
-        0, "CPU threads a model replica; 0: the cores divided among the replicas", bounds=(0, 1024)
-    )
+        0, "CPU threads of a replica; 0: one on the CPU, the cores divided among GPUs",
+        bounds=(0, 1024),
+    )  # fmt: skip
     max_hours: float = parameter(
         0.0, "stop cleanly at a round boundary before this; 0: never", bounds=(0.0, math.inf),
         identity=False,
@@ -55,42 +54,75 @@ def start_model(settings: Parameters, seed: int) -> ChestResNet:
 
 
 class Models:
-    """One model a device, as the jobs of a run start from it; built once for all arms of a seed."""
+    """The model replicas of a run, one for each device, which its jobs share; built at first use.
 
-    def __init__(self, settings: Parameters, threads: int) -> None:
-        self.settings, self.threads = settings, threads
-        self.seed, self.models = -1, []
-        self.start: State = {}
+    There are at most `most`, as many as clients may ever train at once. All seeds share the trunk
+    of the run's first one.
+    """
+
+    def __init__(self, settings: Parameters, most: int) -> None:
+        self.settings, self.devices = settings, find_devices(settings.device)[:most]
+        self.known: tuple[int, State] = (-1, {})  # the last seed asked for, and where it starts
+        self.built: Shared[ChestResNet] | None = None
+        self.local: set[str] = set()  # BatchNorm's state, which may stay with the clients
+        self.lock = threading.Lock()
+
+    @property
+    def shared(self) -> Shared[ChestResNet]:
+        """The replicas."""
+        with self.lock:
+            self.built = self.built or self._build()
+            return self.built
+
+    @property
+    def first(self) -> ChestResNet:
+        """A replica to ask for names, sizes and the trunk, while it may be in use."""
+        return self.shared.tools[0]
+
+    def _build(self) -> Shared[ChestResNet]:
+        """Build the replicas on the trunk of the run, which the first one writes."""
+        model = start_model(self.settings, self.settings.seed_list[0])
+        self.known = self.settings.seed_list[0], to_cpu(model.tracked_state())
+        if not model_file(self.settings.run, TRUNK).is_file():
+            state = {k: v for k, v in to_cpu(model.state_dict()).items() if not model.is_tracked(k)}
+            write_model(self.settings.run, TRUNK, state)
+        model.load(read_model(self.settings.run, TRUNK))
+        model.batchnorm = "local"
+        self.local, model.batchnorm = model.local_names(), self.settings.batchnorm
+        shared = Shared([model, *(copy.deepcopy(model) for _ in self.devices[1:])])
+
+        def interrupt(*about: object) -> None:
+            """Stop whoever computes."""
+            if shared.stopped.is_set():
+                raise KeyboardInterrupt
+
+        for replica, device in zip(shared.tools, self.devices, strict=True):
+            replica.place(device).register_forward_pre_hook(interrupt)
+        return shared
+
+    def start(self, seed: int) -> State:
+        """Return the tracked state that a seed's models start from, on the CPU."""
+        with self.lock:
+            self.built = self.built or self._build()  # which knows the first seed's
+            if seed != self.known[0]:
+                self.known = seed, to_cpu(start_model(self.settings, seed).tracked_state())
+            return self.known[1]
 
     def replicas(self, job: Job) -> "Replicas":
-        """Return the models as a job starts from them."""
-        if job.seed != self.seed:
-            self.models = self._build(job.seed)
-            self.start, self.seed = to_cpu(self.models[0].state_dict()), job.seed
-        for model in self.models:
-            model.load(self.start)
-            model.batchnorm = job.settings.batchnorm
-        local = {name: self.start[name] for name in self.models[0].local_names()}
-        return Replicas(self.models, self.threads, local)
-
-    def _build(self, seed: int) -> list[ChestResNet]:
-        """Build one model a device; all seeds share the first one's trunk."""
-        if not model_file(self.settings.run, TRUNK).is_file():
-            first = start_model(self.settings, self.settings.seed_list[0])
-            state = {k: v for k, v in to_cpu(first.state_dict()).items() if not first.is_tracked(k)}
-            write_model(self.settings.run, TRUNK, state)
-        devices = find_devices(self.settings.device)
-        models = [start_model(self.settings, seed).place(device) for device in devices]
-        for model in models:
-            model.load(read_model(self.settings.run, TRUNK))
-        return models
+        """Return the executor of a job."""
+        shared, start = self.shared, {}
+        if job.settings.batchnorm == "local":
+            start = {name: self.start(job.seed)[name] for name in self.local}
+        return Replicas(shared, job.settings.batchnorm, start)
 
 
 class Replicas:
-    """One model for each device; clients train side by side and come back in the order given."""
+    """The executor of a job on this machine: its clients train side by side, on what is free."""
 
-    def __init__(self, models: list[ChestResNet], threads: int, start: State | None = None) -> None:
-        self.models, self.threads = models, threads
+    def __init__(
+        self, models: Shared[ChestResNet], batchnorm: str, start: State | None = None
+    ) -> None:
+        self.models, self.batchnorm = models, batchnorm
         self.start = start or {}  # local BatchNorm, for clients that have kept none of their own
 
     def fit(
@@ -99,43 +131,35 @@ class Replicas:
         """Train each client from `sent`; yield its update and what it keeps, in the given order."""
         start = self.start | sent
         return self._each(
-            clients, lambda c, model: fit_safely(c, model, start, kept.get(c.name, {}), round)
+            lambda c, model: fit_safely(c, model, start, kept.get(c.name, {}), round), clients
         )
 
     def measure(
         self, clients: list[Client], state: State, round: int
     ) -> Iterator[tuple[State, str]]:
         """Let each client measure BatchNorm under a state; yield that, or why not, in order."""
-        return self._each(clients, lambda c, model: measure_safely(c, model, state, round))
-
-    def _each(self, clients: list[Client], task: Callable[..., Result]) -> Iterator[Result]:
-        """Call task(client, model) on whichever replica is free; yield in the given order."""
-        free: queue.SimpleQueue[ChestResNet] = queue.SimpleQueue()
-        for model in self.models:
-            free.put(model)
-
-        def work(client: Client) -> Result:
-            """Borrow a replica."""
-            model = free.get()
-            try:
-                return task(client, model)
-            finally:
-                free.put(model)
-
-        if len(self.models) == 1:
-            yield from map(work, clients)  # lazily: one update in memory at a time
-            return
-        start = torch.set_num_threads, (self.threads,)  # it counts for the calling thread alone
-        with ThreadPoolExecutor(len(self.models), "replica", *start) as pool:
-            yield from pool.map(work, clients)
+        return self._each(lambda c, model: measure_safely(c, model, state, round), clients)
 
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
         """Return loss and mean AUROC of the aggregated model on the job's validation films."""
-        labels = job.validation.labels
-        logits = predict_with(self.models[0], job.validation, now.state, now.clients)
+        parts = job.validation.parts(1 if self.start else len(self.models.tools))
+        found = self._each(lambda p, model: predict_with(model, p, now.state, now.clients), parts)
+        labels, logits = job.validation.labels, np.concatenate(list(found))
         if not np.isfinite(logits).all():  # a model that is broken is no better than none
             return math.nan, math.nan
         return log_loss(labels, logits), mean_auroc(labels, logits)
+
+    def _each(
+        self, task: Callable[[Item, ChestResNet], Result], items: list[Item]
+    ) -> Iterator[Result]:
+        """Yield task(item, model) in the given order, each on whichever replica is free."""
+
+        def work(item: Item, model: ChestResNet) -> Result:
+            """Work by the job's policy of BatchNorm: another job may have used the replica."""
+            model.batchnorm = self.batchnorm
+            return task(item, model)
+
+        return self.models.each(work, items)
 
 
 def fit_safely(
@@ -146,14 +170,17 @@ def fit_safely(
         update, keep = client.fit(model, sent, kept, round)
         if update.status != "ok":
             return update, kept
+        wanted = client.returns(model, sent) - model.local_names()
+        status, reason = find_misfit(update.state, {name: sent[name] for name in wanted})
     except Exception as error:  # any fault of a client is named in the history
         return Update(client.name, 0, status="failed", reason=in_a_line(error)), kept
-    status, reason = find_fault(update.state)
     limit = client.settings.client_seconds
     if not (status or client.withholds_loss or math.isfinite(update.train_loss)):
         status, reason = "non-finite", "training loss is not finite"
     if not status and limit and update.seconds > limit:
         status, reason = "late", f"took {update.seconds:.1f} s, client_seconds is {limit:g}"
+    if client.withholds_loss:
+        update = dataclasses.replace(update, train_loss=math.nan)
     if not status:
         return update, keep
     # The server has seen an update that it leaves out: what it cost is spent.

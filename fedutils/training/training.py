@@ -3,30 +3,32 @@
 import dataclasses
 import json
 import math
+import queue
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from .. import rounds
 from ..base.device import set_up
 from ..base.errors import InputError
 from ..base.files import run_lock, write_atomic
 from ..base.parameters import Parameters
-from ..base.state import to_cpu
 from ..dataset import ChestXrayDataset, read_report
 from ..fedavg import FedAvg
-from ..privacy.client import refuse_beyond_total
 from ..privacy.ledger import note_open
 from ..run import HISTORY, write_global_model, write_model
 from ..strategies import STRATEGIES
-from .arms import plan
+from . import identity
+from .arms import plan, with_strategy
 from .batchnorm import refresh_batchnorm
 from .checkpoint import Writer, adopt_progress, load_progress, save_progress
 from .estimate import estimate_seconds
 from .features import FeatureStore
-from .identity import model_identity, name_class, note_start, open_run
 from .replicas import Models
 
 OnRound = Callable[[rounds.Row, pd.DataFrame], None]
@@ -42,23 +44,26 @@ class Training:
     def __init__(
         self, settings: Parameters, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
+        self.strategy = strategy or STRATEGIES[settings.strategy]
+        settings = with_strategy(settings, self.strategy)
         self.settings, self.run, self.films = settings, settings.run, films
         self.writer = Writer()
-        self.strategy = strategy or STRATEGIES[settings.strategy]
-        self.config = open_run(settings, name_class(self.strategy), self._fingerprint())
+        known_as = identity.name_class(self.strategy)
+        self.config = identity.open_run(settings, known_as, self._fingerprint())
         # Before a model is built, whose calibration depends on the threads in its last bits.
         set_up(self.config["threads"], settings.precision)
-        self.models = Models(settings, self.config["threads"])
         self.jobs = self._plan(films)
+        at_once = sum(len(job.clients) for job in self.jobs)
+        self.models = Models(settings, 1 if films is None else at_once)
+        self.lock = threading.RLock()  # of the history, which jobs side by side write
         self.seconds = 0.0  # that train() took in this session
-        self.local: set[str] = set()  # BatchNorm that stays with the clients of the job in work
         there = [(job, now) for job in self.jobs if (now := self._load(job))]
         self.rows = {job.name: now.rows for job, now in there}
         self.spent = {job.name: rounds.budget(job, now) for job, now in there}
         self.features = None
         if settings.cache_features:
-            trunk = self.models.replicas(self.jobs[0]).models[0]
-            self.features = FeatureStore(trunk, films, settings, self.config["fingerprint"])
+            fingerprint = self.config["fingerprint"]
+            self.features = FeatureStore(self.models.shared, films, settings, fingerprint)
             self.features.check_disk()
 
     def train(
@@ -75,16 +80,38 @@ class Training:
         with run_lock(self.run):
             (self.run / "finished.json").unlink(missing_ok=True)
             if any(self._rounds_left()):
-                note_start(self.settings)
+                identity.note_start(self.run)
+                self.models.shared.stopped.clear()
+            self._write_tables()  # also of a run whose models are all another's
             deadline = time.monotonic() + (self.settings.max_hours or math.inf) * 3600
             if self.features:
                 self._compute_features(on_features)
-            if all([self._train_job(job, deadline, on_round) for job in self.jobs]):
+            whole = all(self._train_jobs(deadline, on_round))
+            self._account_for_all()
+            if whole:
                 for job in [job for job in self.jobs if job.arm == "federated"][:1]:
                     write_global_model(self.run, job.name)
                 write_atomic(self.run / "finished.json", json.dumps(self.config).encode())
         self.seconds = time.perf_counter() - began
         return self.history()
+
+    def _write_tables(self) -> None:
+        """Write the history and the budgets so far, and whose patients are where, if nobody has."""
+        write_atomic(self.run / "history.csv", self.history().to_csv(index=False).encode())
+        if spent := [row for job in self.jobs for row in self.spent.get(job.name, [])]:
+            budgets = pd.DataFrame(spent).to_csv(index=False)
+            write_atomic(self.run / "privacy.csv", budgets.encode())
+        if self.films is not None and not (self.run / "clients.csv").is_file():
+            placed = self.films.index[["patient_id", "client", "split"]].drop_duplicates()
+            write_atomic(self.run / "clients.csv", placed.to_csv(index=False).encode())
+
+    def _account_for_all(self) -> None:
+        """Bring the budgets of models that ended early up to what the last one has released."""
+        if self.settings.dp != "off":
+            for job in self.jobs:
+                if now := load_progress(self.run / "checkpoint" / job.name, self._identity(job)):
+                    self.spent[job.name] = rounds.budget(job, now)
+            self._write_tables()
 
     def history(self) -> pd.DataFrame:
         """Return the rows of all rounds so far, as `history.csv` has them."""
@@ -111,10 +138,7 @@ class Training:
 
     def _plan(self, films: ChestXrayDataset) -> list[rounds.Job]:
         jobs = plan(self.settings, films, self.strategy)
-        for job in jobs:
-            for client in job.clients:
-                client.keep_ledger(*self._release(job))
-        refuse_beyond_total(client for job in jobs for client in job.clients)
+        identity.keep_ledgers(jobs, self.config)
         return jobs
 
     def _executor(self, job: rounds.Job) -> rounds.Executor:
@@ -133,11 +157,7 @@ class Training:
         return report["fingerprint"]
 
     def _identity(self, job: rounds.Job) -> str:
-        return model_identity(job, self.config)
-
-    def _release(self, job: rounds.Job) -> tuple[Path, str]:
-        """Name a job's model in the ledger: the work folder, and the model with what it is."""
-        return Path(self.settings.work_dir), f"{job.name} {self._identity(job)[:16]}"
+        return identity.model_identity(job, self.config)
 
     def _load(self, job: rounds.Job) -> rounds.Progress | None:
         """Load how far a job has come, here or in a finished run that shares its model."""
@@ -146,18 +166,50 @@ class Training:
             return own
         return adopt_progress(self.run, job.model, self._identity(job), self.settings.rounds)
 
+    def _train_jobs(self, deadline: float, on_round: OnRound | None) -> list[bool]:
+        """Train all models, as many side by side as there are replicas; tell which are whole.
+
+        `on_round` is called in this thread. Where a model fails, or this is interrupted, the others
+        are interrupted, too: each goes on from its last round boundary.
+        """
+        count = min(len(self.models.devices), len(self.jobs))
+        if count == 1 or self.settings.total_epsilon:  # another model would spend the same budget
+            return [self._train_job(job, deadline, on_round) for job in self.jobs]
+        said: queue.SimpleQueue[rounds.Row | Future] = queue.SimpleQueue()
+        threads = torch.set_num_threads, (self.config["threads"],)
+        with ThreadPoolExecutor(count, "job", *threads) as pool:
+            futures: list[Future] = []
+            try:  # from the first one on: it trains by now, and would keep an interrupt waiting
+                for job in self.jobs:
+                    futures.append(
+                        pool.submit(self._train_job, job, deadline, lambda row, _: said.put(row))
+                    )
+                    futures[-1].add_done_callback(said.put)
+                while not all(future.done() for future in futures) or not said.empty():
+                    news = said.get()  # of a round, or of the end of a model's training
+                    if isinstance(news, Future):
+                        news.result()
+                    elif on_round:
+                        on_round(news, self.history())
+                return [future.result() for future in futures]
+            except BaseException:
+                self.models.shared.stopped.set()
+                for future in futures:
+                    future.cancel()
+                raise
+
     def _train_job(self, job: rounds.Job, deadline: float, on_round: OnRound | None) -> bool:
         """Train one model until its last round; return False if the time is up before."""
         now, seconds = self._load(job), 0.0
         if now and now.round >= self.settings.rounds:
             return True
-        executor, model = self._executor(job), self.models.models[0]
+        executor = self._executor(job)
+        local = self.models.local if job.settings.batchnorm == "local" else set()
         server = self.strategy if job.arm == "federated" else FedAvg
-        strategy = server(job.settings, {name for name, _ in model.named_parameters()})
-        self.local = model.local_names()
+        strategy = server(job.settings, {n for n, _ in self.models.first.named_parameters()})
         if now is None:
-            first = to_cpu(model.tracked_state())
-            now = rounds.Progress({k: v for k, v in first.items() if k not in self.local})
+            first = self.models.start(job.seed)
+            now = rounds.Progress({k: v for k, v in first.items() if k not in local})
         self._note_open(job)
         try:
             while now.round < self.settings.rounds:
@@ -165,29 +217,33 @@ class Training:
                 if began + seconds > deadline:
                     return False
                 if reason := rounds.over_budget(job, now, strategy.settings):
-                    self._stop(job, now, reason)
+                    with self.lock:
+                        self._stop(job, now, local, reason)
                     return True
                 self._one_round(job, now, executor, strategy)
-                self._write_boundary(job, now)
+                with self.lock:
+                    self._write_boundary(job, now, local)
                 seconds = time.monotonic() - began
                 if on_round:
                     on_round(now.rows[-1], self.history())
             return True
         finally:
-            self.writer.wait()
+            with self.lock:
+                self.writer.wait()
 
     def _note_open(self, job: rounds.Job) -> None:
         """Write into the ledger whose films are trained on here without privacy."""
         if self.settings.dp == "off" and self.films is not None:
+            about = Path(self.settings.work_dir), identity.name_release(job, self.config)
             for client in job.clients:
-                note_open(*self._release(job), client.name, client.films.index["patient_id"])
+                note_open(*about, client.name, client.films.index["patient_id"])
 
-    def _stop(self, job: rounds.Job, now: rounds.Progress, reason: str) -> None:
+    def _stop(self, job: rounds.Job, now: rounds.Progress, local: set[str], reason: str) -> None:
         """End a model before its last round, name the reason in the history, and say so."""
         if not now.rows:
             raise InputError(f"{job.name} {reason}: not even one round is possible")
         now.rows[-1]["reason"] = reason
-        self._write_boundary(job, now)
+        self._write_boundary(job, now, local)
         print(f"{job.name} {reason}", flush=True)
 
     def _one_round(
@@ -198,8 +254,10 @@ class Training:
         try:
             rows = rounds.run_round(job, now, executor, strategy)
         except rounds.FederationError as error:
-            self.writer.wait()
-            write_atomic(self.run / "history.csv", self._history_with(job, now.rows + error.rows))
+            with self.lock:
+                self.writer.wait()
+                self.rows[job.name] = now.rows + error.rows
+                self._write_tables()
             raise
         if strategy.settings.batchnorm == "precise":
             refresh_batchnorm(job, now, executor, rows, strategy)
@@ -208,40 +266,30 @@ class Training:
         # A single client's row says the same as that of its model.
         now.rows += [*rows, row] if job.arm == "federated" else [row]
         score = [-math.inf if math.isnan(v) else v for v in (row["val_auroc"], -row["val_loss"])]
-        if score > now.best or score[1] == -math.inf:  # without validation films the last is kept
+        unjudged = now.best == [-math.inf, -math.inf]  # so far: then the last round is kept
+        if score > now.best or unjudged:
             now.best, now.best_round = score, now.round
 
-    def _write_boundary(self, job: rounds.Job, now: rounds.Progress) -> None:
+    def _write_boundary(self, job: rounds.Job, now: rounds.Progress, local: set[str]) -> None:
         """Write a round boundary, and the model if it is the best, while the next round trains."""
         now = dataclasses.replace(now, clients=dict(now.clients), rows=list(now.rows))
-        history = self._history_with(job, now.rows)
-        self.spent[job.name] = rounds.budget(job, now)
-        spent = [row for job in self.jobs for row in self.spent.get(job.name, [])]
+        self.rows[job.name], self.spent[job.name] = now.rows, rounds.budget(job, now)
 
         def write() -> None:
             """Write the model, the checkpoint, the history and the budgets, in this order."""
             if now.best_round == now.round:
-                self._write_models(job, now)
+                self._write_models(job, now, local)
             save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
-            write_atomic(self.run / "history.csv", history)
-            if spent:
-                budgets = pd.DataFrame(spent).to_csv(index=False)
-                write_atomic(self.run / "privacy.csv", budgets.encode())
+            self._write_tables()
 
         self.writer.start(write)
 
-    def _history_with(self, job: rounds.Job, rows: list[rounds.Row]) -> bytes:
-        """Return the content of `history.csv` with these rows of a job."""
-        self.rows[job.name] = rows
-        return self.history().to_csv(index=False).encode()
-
-    def _write_models(self, job: rounds.Job, now: rounds.Progress) -> None:
+    def _write_models(self, job: rounds.Job, now: rounds.Progress, local: set[str]) -> None:
         """Write the tracked state, and each client's own BatchNorm beside it where it is local."""
-        parts = {job.name: now.state | rounds.local_state(now.clients, self.local)}
-        if self.local and job.arm == "federated":
+        parts = {job.name: now.state | rounds.local_state(now.clients, local)}
+        if local and job.arm == "federated":
             parts |= {
-                f"{job.name}-{k}": rounds.local_state({k: v}, self.local)
-                for k, v in now.clients.items()
+                f"{job.name}-{k}": rounds.local_state({k: v}, local) for k, v in now.clients.items()
             }
         for name, state in parts.items():
             write_model(self.run, name, state, round=str(now.round))

@@ -5,15 +5,20 @@ import os
 import pandas as pd
 import pytest
 from ownfilms import write_films
+from tiny import tiny_films, tiny_settings
+from torch import save
+from torchvision.models import resnet34
 
-from fedutils.__main__ import main
 from fedutils.base.errors import InputError
-from fedutils.batch import run as batch
 from fedutils.batch.early import check_early
 from fedutils.batch.notebook import NOTEBOOKS
 from fedutils.batch.run import identify
+from fedutils.films.partition import partition_patients
 from fedutils.films.prepared import check_prepared, prepared_with
+from fedutils.run import read_budget
 from fedutils.settings import read_parameters
+from fedutils.training.identity import open_run
+from fedutils.training.training import Training
 
 
 def settings_of(folder, work, **changes):
@@ -24,43 +29,6 @@ def settings_of(folder, work, **changes):
 @pytest.fixture
 def folder(tmp_path):
     return write_films(tmp_path / "own")
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"num_clients": 500}, "num_clients|clients"), ({"batch_size": 1}, "batch_size=1"),
-     ({"max_films": 4}, "max_films")],
-)  # fmt: skip
-def test_what_cannot_be_trained_is_refused_before_the_first_notebook(
-    tmp_path, folder, monkeypatch, capsys, changes, said
-):
-    started = []
-    monkeypatch.setattr(batch, "execute", lambda *about: started.append(about))
-    with pytest.raises(InputError, match=said):
-        check_early([settings_of(folder, tmp_path / "work", **changes)], NOTEBOOKS)
-    given = [f"-p{name}={value}" for name, value in changes.items()]
-    given += ["-pimage_size=32", "--profile", "demo", "-pweights=none"]
-    place = ["--data", str(folder), "--work", str(tmp_path / "work")]
-    assert main(["run", *place, *given]) == 2 and not started
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
-
-
-def test_a_partition_by_scanner_wants_a_scanner_in_the_table(tmp_path, folder):
-    mapping = folder / "films.toml"
-    lines = [line for line in mapping.read_text().splitlines() if not line.startswith("scanner")]
-    mapping.write_text("\n".join(lines) + "\n")
-    settings = settings_of(folder, tmp_path / "work", partition="scanner")
-    with pytest.raises(InputError, match="partition='scanner'"):
-        check_early([settings], NOTEBOOKS)
-
-
-def test_weights_of_another_network_are_refused_before_the_first_notebook(tmp_path, folder):
-    import torch
-
-    torch.save({"layer.weight": torch.ones(2)}, tmp_path / "other.pth")
-    settings = settings_of(folder, tmp_path / "work", weights=str(tmp_path / "other.pth"))
-    with pytest.raises(InputError, match="no ResNet-34"):
-        check_early([settings], NOTEBOOKS)
 
 
 def test_what_is_possible_passes(tmp_path, folder):
@@ -86,6 +54,44 @@ def test_a_split_without_films_is_refused(tmp_path, folder, empty):
     index = pd.DataFrame({"split": ["train", "val", "test"], "patient_id": ["1", "2", "3"]})
     with pytest.raises(InputError, match=f"falls to {empty}"):
         check_prepared(settings, prepared_with(settings), index[index["split"] != empty])
+
+
+def test_a_name_that_a_run_of_other_parameters_has_is_refused_at_once(tmp_path, folder):
+    work = tmp_path / "work"
+    open_run(settings_of(folder, work, name="A", seed=7), "FedAvg", "data")
+    check_early([settings_of(folder, work, name="A", seed=7)], NOTEBOOKS)
+    other = settings_of(folder, work, name="A")
+    check_early([other], NOTEBOOKS[:2])  # which a run's name says nothing about
+    with pytest.raises(InputError, match="is a run with seed=7, not 0: choose another name"):
+        check_early([other], NOTEBOOKS)
+
+
+def test_weights_of_other_content_are_another_run_under_a_name_too(tmp_path, folder):
+    def given():
+        return settings_of(folder, tmp_path / "work", name="A", weights=str(tmp_path / "w.pth"))
+
+    save(resnet34().state_dict(), tmp_path / "w.pth")
+    open_run(given(), "FedAvg", "data")
+    check_early([given()], NOTEBOOKS)
+    save(resnet34().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(InputError, match="is a run with weights_sha256="):
+        check_early([given()], NOTEBOOKS)
+
+
+def test_a_total_is_kept_before_the_start_and_the_same_model_costs_nothing_more(tmp_path):
+    films = tiny_films(tmp_path)
+    private = {"dp": "patient", "batchnorm": "frozen", "noise_multiplier": 2.0, "delta": 1e-3}
+    how = private | {"num_clients": 3, "rounds": 1, "seed": 0}
+    placed = partition_patients(films.index, "iid", 3, 0.5, 0).set_index("patient_id")["client"]
+    films.index["client"] = films.index["patient_id"].map(placed)
+    Training(tiny_settings(tmp_path, name="first", **how), films).train()
+    spent = read_budget(tmp_path / "runs/first")["total_epsilon"].max()
+    limit = how | {"total_epsilon": 1.05 * spent, "name": "second"}
+    check_early([tiny_settings(tmp_path, **limit)], NOTEBOOKS[2:3])
+    with pytest.raises(
+        InputError, match=r"this run would take the patients .* beyond total_epsilon"
+    ):
+        check_early([tiny_settings(tmp_path, **limit | {"seeds": "1"})], NOTEBOOKS[2:3])
 
 
 def test_our_own_output_in_the_data_folder_is_no_input_and_a_film_come_again_is(folder):

@@ -1,5 +1,6 @@
 """The pipeline, proved on four stand-in notebooks that leave the files that the real ones leave."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,10 @@ from threading import Thread
 
 import jupytext
 import pytest
+import torch
+from ownfilms import write_films
+from tiny import tiny_films
+from torchvision.models import resnet34
 
 from fedutils import __main__, batch
 from fedutils.base.errors import NotebookFailed
@@ -19,6 +24,8 @@ from fedutils.base.files import PACKAGE
 from fedutils.batch import notebook
 from fedutils.batch.notebook import NOTEBOOKS, read_notebook
 from fedutils.batch.run import Step, run
+from fedutils.films.read import read_nih
+from fedutils.films.split import split_patients
 
 HEADER = """# ---
 # jupyter:
@@ -58,7 +65,7 @@ print("films explored")
 # %%
 for number in range(1, rounds + 1):
     print("round", number)
-(run / "config.json").write_text(f'{{"lr": {lr}}}')
+(run / "config.json").write_text("{}")  # as of a run whose parameters never differ
 (run / "history.csv").write_text("arm,seed,client,round,val_loss,val_auroc,data\\n" + "".join(
     f"federated,{s},,{rounds},0.5,{lr + s},{(work / 'prepared/report.json').stat().st_size}\\n"
     for s in (0, 1)))
@@ -228,8 +235,8 @@ def test_a_sweep_ends_with_what_each_run_reached_on_validation(project, executed
     table = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
     assert table[0] == "| lr | run | arm | models | AUROC | loss | best round |"
     assert table[2:] == [
-        "| 0.1 | S-0.1 | federated | 2 | 0.600 | 0.500 | 6.0 |",
-        "| 0.2 | S-0.2 | federated | 2 | 0.700 | 0.500 | 6.0 |",
+        "| 0.1 | S-0.1 | federated | 2 | 0.600 | 0.500 | 4.0 |",
+        "| 0.2 | S-0.2 | federated | 2 | 0.700 | 0.500 | 4.0 |",
     ]
 
 
@@ -287,6 +294,47 @@ def test_a_parameter_that_no_cell_shows_repeats_what_reads_it(project, executed)
     assert again(executed) == ["03"]
 
 
+def test_weights_of_another_content_repeat_the_training(project, executed):
+    def write():
+        torch.save(resnet34().state_dict(), project / "w.pth")
+
+    write()
+    assert again(executed, "-p", "weights=w.pth") == ["01", "02", "03", "04"]
+    assert again(executed, "-p", "weights=w.pth") == []
+    write()
+    assert again(executed, "-p", "weights=w.pth") == ["03"]
+
+
+def test_a_compared_run_that_was_evaluated_anew_is_compared_anew(project, executed):
+    again(executed, "--name", "B")
+    assert again(executed, "-p", "compare=B, B,") == ["01", "02", "03", "04"]
+    assert again(executed, "-p", "compare=B, B,") == []
+    edit(project / "work/runs/B/evaluation/summary.json", "0.75", "0.76")
+    assert again(executed, "-p", "compare=B, B,") == ["04"]
+    assert again(executed) == ["04"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("seed=3", "seed=3: run A was trained with 0; choose another run"),
+        ("max_films=60", "max_films=60: run A was trained with 0"),
+        ("lr=0.5", "lr=0.5: run A was trained with"),
+    ],
+)
+def test_04_alone_refuses_what_its_run_was_not_trained_with(
+    project, executed, capsys, given, message
+):
+    settings = run({"work_dir": "work", "profile": "demo", "name": "A"})
+    config = json.dumps(settings.identity())
+    (project / "work/runs/A/config.json").write_text(config)
+    assert again(executed, "--only", "04") == ["04"]
+    assert again(executed, "--only", "04", "-p", "seed=0", "-p", "rounds=9") == []
+    capsys.readouterr()
+    assert command("--only", "04", "-p", given) == 2 and executed == []
+    assert message in capsys.readouterr().err
+
+
 def test_changed_code_of_a_notebook_repeats_it(project, executed):
     again(executed)
     edit(project / "notebooks/03_federated_train.py", '"weights"', '"other weights"')
@@ -339,17 +387,106 @@ def test_an_output_that_is_missing_or_different_is_made_again(project, executed)
     assert again(executed) == ["01"]
 
 
-def test_changed_data_repeats_what_reads_films(project, executed, monkeypatch):
-    films = project / "films"
-    (films / "images").mkdir(parents=True)
-    (films / "Data_Entry_2017.csv").write_text("one")
-    monkeypatch.setattr(batch.run, "check_early", lambda runs, due: None)
+def test_changed_data_repeats_what_reads_films(project, executed):
+    films = write_films(project / "films")
     again(executed, "--data", "films")
     assert again(executed, "--data", "films") == []
-    (films / "Data_Entry_2017.csv").write_text("two")
+    edit(films / "table.csv", ";50;", ";51;")
     assert again(executed, "--data", "films") == ["01", "02"]
-    (films / "images/00000001_000.png").touch()
+    (films / "pictures/new.png").touch()
     assert again(executed, "--data", "films") == ["01", "02"]
+    (films / "pictures/new.png").write_bytes(b"the rest of a download")
+    assert again(executed, "--data", "films") == ["01", "02"]
+    os.utime(films / "pictures/P-00/0.PNG", (1, 1))  # as large as before, and another film
+    assert again(executed, "--data", "films") == ["01", "02"]
+    (films / "pictures/gone.png").symlink_to("nowhere.png")
+    assert again(executed, "--data", "films") == ["01", "02"]
+    assert again(executed, "--data", "films") == []
+
+
+@pytest.mark.parametrize("work", ["films", "films/results", "link"])
+def test_what_a_run_wrote_into_the_data_folder_is_no_input(project, executed, work):
+    write_films(project / "films")
+    (project / "link").symlink_to("films")
+    assert again(executed, "--data", "films", "--work", work) == ["01", "02", "03", "04"]
+    assert again(executed, "--data", "films", "--work", work) == []
+
+
+def test_prepared_films_of_another_choice_are_prepared_again_though_they_are_the_same(
+    project, executed
+):
+    again(executed)
+    report = project / "work/prepared/report.json"
+    edit(report, "{", '{"max_films": 0, ')
+    assert again(executed, "--only", "02") == ["02"]
+
+
+# What the films on hand show to be impossible.
+
+
+OWN, DRAWN, HERE = (
+    ["--data", "films"],
+    [],
+    ["--only", "03,04"],
+)  # the last: as notebook 02 left them
+
+
+@pytest.mark.parametrize(
+    ("source", "parameters", "message"),
+    [
+        (OWN, "partition=scanner", "60 patients have no pixel spacing"),
+        (OWN, "num_clients=70", "num_clients=70: there are .* training patients"),
+        (OWN, "aggregation=trimmed", "trim=0.2 of 4 clients cuts off nobody"),
+        (OWN, "batch_size=1 image_size=32", "batch_size=1: client-1 has .*one film of 32 pixels"),
+        (OWN, "max_films=3", "none of .* patients falls to"),
+        (OWN, "compare=B", "no run in .*work/runs/B"),
+        (OWN, "weights=bad.pth", "bad.pth'?: .*cannot be read"),
+        (OWN, "weights=other.pth", "no ResNet-34 state dict"),
+        (DRAWN, "partition=scanner num_clients=9", "num_clients=9: only 5 scanners"),
+        (DRAWN, "num_clients=5000", "num_clients=5000: there are .* training patients"),
+        (DRAWN, "max_films=4", "none of .* patients falls to"),
+        (HERE, "num_clients=60 image_size=32", "num_clients=60: there are 36 training patients"),
+        (HERE, "batch_size=11 image_size=32 num_clients=36", "has 1 training film,"),
+        (HERE, "seed=3 image_size=32", "seed=3: .* was prepared with 0"),
+        (HERE, "max_films=40 image_size=32", "max_films=40: .* was prepared with 0"),
+        (HERE, "image_size=48", "image_size=48: .* was prepared with 32"),
+        ([*OWN, *HERE], "image_size=32", "data_dir='films': .* was prepared with 'phantom'"),
+    ],
+)
+def test_what_would_stop_a_later_notebook_is_said_before_the_first(
+    project, executed, capsys, source, parameters, message
+):
+    data = write_films(project / "films", patients=60)
+    mapping = (data / "films.toml").read_text()
+    (data / "films.toml").write_text(re.sub("(?m)^scanner.*$", "", mapping))
+    if source[-2:] == HERE:
+        tiny_films(project / "work")
+        stated = {"fingerprint": "tiny", "data_dir": "phantom", "seed": 0, "max_films": 0}
+        report = json.dumps(stated | {"image_size": 32})
+        (project / "work/prepared/report.json").write_text(report)
+    torch.save({"weight": torch.zeros(1)}, project / "other.pth")
+    (project / "bad.pth").write_text("not one")
+    pairs = [word for pair in parameters.split() for word in ("-p", pair)]
+    assert command(*source, *pairs) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(message, error) and executed == []
+
+
+@pytest.mark.parametrize("gone", ["train", "val", "test"])
+def test_a_split_of_which_all_films_are_missing_stops_a_run_before_it_starts(
+    project, executed, capsys, gone
+):
+    data = write_films(project / "films")
+    table = read_nih(data).table
+    for path in table["path"][split_patients(table, 0) == gone]:
+        (data / path).unlink()
+    assert command("--data", "films") == 2 and executed == []
+    assert re.search(f"none of .* patients falls to {gone};", capsys.readouterr().err)
+
+
+def test_a_sweep_of_which_one_run_is_impossible_does_not_begin(project, executed, capsys):
+    assert sweep("num_clients=2|5000", "--name", "S") == 2 and executed == []
+    assert "num_clients=5000" in capsys.readouterr().err
 
 
 def test_training_that_stopped_at_its_time_limit_goes_on(project, executed, capsys):
@@ -480,14 +617,6 @@ def test_the_kernel_dies_with_a_killed_pipeline(project):
     process.kill()
     process.wait()
     wait_for(lambda: is_dead(pid.read_text()), 30)  # it would sleep 60 s
-
-
-@pytest.fixture
-def interruptible():
-    """Answer SIGINT as in a terminal: a job that a shell runs in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupt_ends_the_kernel_too(project, capsys, interruptible):

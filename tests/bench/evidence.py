@@ -42,7 +42,7 @@ def train_trunk(work: Path, values: dict[str, str]) -> str:
     """Train all layers on public phantom films; return the file of weights."""
     data = write_phantom(work / "public", seed=1)
     values = values | {"data_dir": str(data), "work_dir": str(work / "trunk"), "name": "trunk"}
-    values |= {"arms": "centralised", "rounds": "8"}
+    values |= {"arms": "centralised", "rounds": "8", "lr": "0.001"}
     return str(run(values, only="02,03").run / "models/centralised-s0.safetensors")
 
 
@@ -103,7 +103,12 @@ def evidence(name: str, title: str, values: dict[str, str], root: Path) -> str:
 def null_rates(values: dict[str, str], root: Path) -> str:
     """Train one arm from scratch with many seeds; tabulate how often groups of them differ."""
     values = values | {"work_dir": str(root / "null"), "name": "null", "num_clients": "3"}
-    values |= {"seeds": ",".join(map(str, NULL_SEEDS)), "image_size": "32", "rounds": "6"}
+    values |= {
+        "seeds": ",".join(map(str, NULL_SEEDS)),
+        "image_size": "32",
+        "rounds": "6",
+        "lr": "0.001",
+    }
     settings = run(values, only="02,03")
     films = read_films(settings)
     predictions = predict_films(settings, films, "test")
@@ -136,7 +141,7 @@ def main() -> None:
     """Run everything, resuming where it was; write work/evidence/evidence.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="auto", help="auto, or bf16 where the CPU has it")
-    parser.add_argument("--threads", default="0", help="of a run; 0: all cores")
+    parser.add_argument("--threads", default="0", help="of a replica; 0: one")
     parser.add_argument("--only", choices=("phantom", "nih64", "null"), help="one part")
     options = parser.parse_args()
     root = find_root() / "work" / "evidence"

@@ -91,7 +91,7 @@ class Flower:
 
     def join(self, name: str, work: Path) -> None:
         """Start the SuperNode of a hospital."""
-        self.start(name, supernode(name, work, self.address, free_port(), self.keys))
+        self.start(name, supernode(name, work, self.address, free_port(), self.keys, {}))
 
 
 def demo(values: Mapping[str, Any]) -> None:

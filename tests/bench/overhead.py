@@ -1,26 +1,31 @@
 """Federation against a bare loop on the same batches, turn by turn in one process; itemised.
 
-After each round of the federation, from sending the state to its history, the bare loop trains one
-model of its own on the batches of that round and validates the same films. A checkpoint is written
+After each round of the federation, from sending the state to its history, the bare loop trains on the
+batches of that round, with as many models side by side, and validates the same films: it does nothing
+but what arithmetic asks for, and is the limit of a round. A checkpoint is written
 while the next round trains: here it begins after the bare loop's turn, so that the federation's next
-round meets it, as in use, and the bare loop never does. Two local epochs make it 384 films a client and
-round; a client of the demo has 482, one of five with all of NIH's has 17,000.
+round meets it, as in use, and the bare loop never does. With two local epochs a client trains on 384
+films a round; one of the demo on 360, one of five with all of NIH's on 17,000.
 """
 
+import itertools
+import queue
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import workload
-from torch import Tensor
 
-from fedutils import FedAvg, Training, rounds
+from fedutils import ChestXrayDataset, Client, FedAvg, Training, rounds
 from fedutils.base.scores import log_loss, mean_auroc
 from fedutils.client import predict
 from fedutils.fedavg import WeightedMean
+from fedutils.model import ChestResNet
 from fedutils.training import training as boundary
 from fedutils.training.checkpoint import Writer
 from fedutils.training.replicas import Models
@@ -31,7 +36,7 @@ ITEMS = [
     (FedAvg, "step", "aggregation"),
     (rounds, "state_hash", "hash of the state"),
     (Writer, "wait", "waiting for the checkpoint"),
-    (Training, "_history_with", "history"),
+    (Training, "_write_tables", "history, beside the next round"),
     (boundary, "save_progress", "checkpoint, beside the next round"),
     (Training, "_write_models", "best model, beside the next round"),
 ]
@@ -55,27 +60,39 @@ class Deferred(Writer):
 
 
 def bare_loop(training: Training) -> Callable[[int], None]:
-    """Return the function that trains one model on a round's batches, and validates it."""
-    job = training.jobs[0]
-    films = [client.films.batch(np.arange(len(client.films))) for client in job.clients]
-    model = workload.build()
+    """Return the function that trains on a round's batches, and validates: what no code can spare.
 
-    def batches(round: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield what the federation's clients train on in that round, in their order."""
-        for client, (pixels, truth) in zip(job.clients, films, strict=True):
-            for positions in client._batches(round):
-                yield pixels[positions], truth[positions]
+    As many models as the run has replicas, each with as many threads, train side by side; a client's
+    batches lie in memory, as films or as what the trunk made of them.
+    """
+    job, threads = training.jobs[0], training.config["threads"]
+    films = {c.name: c.films.batch(np.arange(len(c.films))) for c in job.clients}
+    models: queue.SimpleQueue[ChestResNet] = queue.SimpleQueue()
+    count = len(training.models.devices)
+    for _ in range(count):
+        model = workload.random_network("frozen").place("cpu")
+        model.precision = training.settings.precision
+        models.put(model)
+
+    def train_client(client: Client, round: int) -> None:
+        """Train a model that is free on what a client trains on in that round."""
+        model, (pixels, truth) = models.get(), films[client.name]
+        batches = ((pixels[chosen], truth[chosen]) for chosen in client._batches(round))
+        workload.train_alone(model, batches)
+        models.put(model)
+
+    def judge(part: ChestXrayDataset) -> np.ndarray:
+        """Predict a part of the validation films."""
+        model = models.get()
+        logits = predict(model, part)
+        models.put(model)
+        return logits
 
     def train(round: int) -> None:
         """Train and validate."""
-        model.train()
-        optimizer = workload.optimizer(model)
-        for pixels, truth in batches(round):
-            loss = workload.loss(model, pixels, truth)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        logits = predict(model, job.validation)
+        with ThreadPoolExecutor(count, "bare", torch.set_num_threads, (threads,)) as pool:
+            list(pool.map(train_client, job.clients, itertools.repeat(round)))
+            logits = np.concatenate(list(pool.map(judge, job.validation.parts(count))))
         log_loss(job.validation.labels, logits)
         mean_auroc(job.validation.labels, logits)
 
@@ -85,9 +102,9 @@ def bare_loop(training: Training) -> Callable[[int], None]:
 def main(work: str, pairs: int, **changes: Any) -> None:
     """Measure so many pairs after one round of warming up; seconds of each, and the items' share.
 
-    `changes` are parameters of the federation's run. The bare loop has all threads in any case.
+    `changes` are parameters of the federation's run.
     """
-    settings = workload.settings(Path(work), rounds=pairs + 1, local_epochs=2, **changes)
+    settings = workload.settings(Path(work), rounds=pairs + 1, **changes)
     shutil.rmtree(settings.run, ignore_errors=True)
     films, began = workload.films(Path(work)), time.perf_counter()
     watch = workload.Watch()
@@ -97,8 +114,7 @@ def main(work: str, pairs: int, **changes: Any) -> None:
     training = Training(settings, films)
     training.writer = Deferred()
     startup = time.perf_counter() - began
-    bare = bare_loop(training)
-    laps, federated, plain = workload.Laps(), [], []
+    laps, federated, plain, bare = workload.Laps(), [], [], []
 
     def turn(*_: object) -> None:
         """End a round of the federation, and let the bare loop have its turn."""
@@ -106,7 +122,9 @@ def main(work: str, pairs: int, **changes: Any) -> None:
         federated.append(laps.seconds[-1])
         if len(federated) == 1:
             watch.seconds = {"start": watch.seconds["start"]}
-        bare(len(federated))
+            bare.append(bare_loop(training))  # features, if any, are there by now
+            laps.lap()
+        bare[0](len(federated))
         laps.lap()
         plain.append(laps.seconds[-1])
         training.writer.release()

@@ -69,14 +69,14 @@ def main() -> None:
     """Run everything, resuming where it was; write work/privacy/trade.csv and trade.png."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="auto", help="auto, or bf16 where the CPU has it")
-    parser.add_argument("--threads", default="0", help="of a run; 0: all cores")
+    parser.add_argument("--threads", default="0", help="of a replica; 0: one")
     parser.add_argument(
         "--only", choices=[*RATES, "liars", "attack"], help="one part, without the summary"
     )
     options = parser.parse_args()
     work = find_root() / "work"
     common = {"profile": "demo", "threads": options.threads, "precision": options.precision}
-    values = common | {"work_dir": str(work / "privacy"), "batchnorm": "frozen"}
+    values = common | {"work_dir": str(work / "privacy"), "batchnorm": "frozen", "num_clients": "3"}
     values |= {"weights": train_trunk(work / "evidence", common), "augment": "false"}
     values |= {"cache_features": "true"}
     for tracked in RATES:
@@ -84,7 +84,8 @@ def main() -> None:
             trade(values, tracked)
     if options.only in (None, "liars"):
         run(values | {"name": "films"}, only="01,02")
-        print(compare_rules(values | {"tracked": "layer4,fc", "num_clients": "5", "rounds": "3"}))
+        about = {"tracked": "layer4,fc", "num_clients": "5", "rounds": "3", "lr": "0.001"}
+        print(compare_rules(values | about))
     if options.only in (None, "attack"):
         attack(values, work / "membership")
     if options.only is None:

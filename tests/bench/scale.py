@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fedutils
 from fedutils.base.state import to_cpu
+from fedutils.base.threads import Shared
 from fedutils.client import Client
 from fedutils.dataset import normalise
 from fedutils.model import ChestResNet
@@ -57,7 +58,7 @@ def main(work: str, clients: int, films: int, batch_size: int, network: str) -> 
     size = films // clients
     parts = [everything.where(everything.index.index // size == i) for i in range(clients)]
     hospitals = [Client(f"client-{i:04d}", part, settings, 0) for i, part in enumerate(parts)]
-    now, replicas = Progress(to_cpu(model.tracked_state())), Replicas([model], 1)
+    now, replicas = Progress(to_cpu(model.tracked_state())), Replicas(Shared([model]), "average")
     strategy = fedutils.FedAvg(settings, set())
     run_round(Job("federated", 0, hospitals[:2], everything), now, replicas, strategy)  # warms up
     began = time.perf_counter()

@@ -41,7 +41,7 @@ HISTORY = [
 ]  # fmt: skip
 TINY = {
     "profile": "demo", "image_size": 32, "num_clients": 3, "tracked": "layer1,fc", "batch_size": 8,
-    "rounds": 2, "threads": 1, "device": "cpu", "name": "run",
+    "rounds": 2, "lr": 0.001, "threads": 1, "device": "cpu", "name": "run",
 }  # fmt: skip
 SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "lr": 0.05}
 PRIVATE = {"dp": "patient", "batchnorm": "frozen", "clip": 1.0}

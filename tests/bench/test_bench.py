@@ -4,8 +4,12 @@ import json
 import sys
 
 import bench
+import overhead
 import pytest
+import workload
 from bench import Bench, Skip, measure, median_interval
+
+from fedutils import write_phantom
 
 
 def steady(value, target, calls=2):
@@ -76,4 +80,56 @@ def test_the_exit_status_tells_whether_a_target_was_missed(
 def test_every_target_of_the_table_can_be_read():
     for benchmark in bench.BENCHMARKS.values():
         for target in filter(None, benchmark.targets.values()):
-            assert isinstance(bench.meets(1.0, target), bool)
+            assert isinstance(bench.meets(1.0, target, 1.0), bool)
+    assert workload.FILMS[64] == bench.FILMS
+
+
+def test_a_limit_stands_beside_its_row_and_a_target_may_be_a_share_of_it(tmp_path):
+    rows = {"row": [1.8], "limit of row": [2.0]}
+    near = Bench(lambda *_: rows, {"row": ">= 0.9 of the limit"}, 1, 1)
+    [row] = measure(near, tmp_path, False)
+    assert (row.measured, row.limit, row.met) == (1.8, 2.0, True)
+    assert bench.line(row) == "| row | 1.8 | 2 | 90% | >= 0.9 of the limit | yes |"
+    far = Bench(lambda *_: rows | {"row": [1.7]}, {"row": ">= 0.9 of the limit"}, 1, 1)
+    assert not measure(far, tmp_path, True)[0].met
+    beaten = Bench(lambda *_: rows | {"row": [2.2]}, {"row": ">= 0.9 of the limit"}, 1, 1)
+    assert "| 110% |" in bench.line(measure(beaten, tmp_path, True)[0])  # it was no limit
+    fewer = Bench(lambda *_: rows | {"row": [2.5]}, {"row": "<= 3"}, 1, 1)
+    assert measure(fewer, tmp_path, True)[0].share == 0.8
+    with pytest.raises(ValueError, match="no limit was measured"):
+        bench.meets(1.8, ">= 0.9 of the limit")
+
+
+def test_a_row_that_was_promised_and_is_not_there_is_missed(tmp_path):
+    half = Bench(lambda *_: {"row": [1.0]}, {"row": "<= 1", "other": "<= 1"}, 1, 1)
+    assert [row.met for row in measure(half, tmp_path, False)] == [True, False]
+
+
+def test_what_fails_in_any_way_costs_its_benchmark_only(tmp_path, capsys):
+    def broken(*_):
+        raise KeyError("rounds")
+
+    [row] = measure(Bench(broken, {"row": "<= 1"}, 1, 1), tmp_path, True)
+    assert row.met is False and "KeyError: 'rounds'" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_each_arm_that_needs_no_peer_runs(tmp_path):
+    folder = str(tmp_path)
+    workload.prepare(tmp_path, 64)
+    assert len(bench.run("reading.py", work=folder, pairs=1)["steps"]) == 1
+    for change in ({}, bench.CACHED):
+        assert (
+            len(bench.run("overhead.py", work=folder, pairs=1, **bench.SIDE | change)["bare"]) == 1
+        )
+    films = str(write_phantom(tmp_path / "films", 20, 64))
+    bench.write_handwritten(tmp_path, films, tmp_path / "table.csv", tmp_path / "first.pth")
+    how = {"films": str(tmp_path / "table.csv"), "weights": str(tmp_path / "first.pth")}
+    how |= {"size": 64, "batch": 4, "epochs": 1, "rounds": 1}
+    bound, hand = (bench.run(name, **how) for name in ("bound.py", "peer_handwritten.py"))
+    assert 0 < bound["seconds"] < hand["total"]
+
+
+def test_all_that_is_itemised_exists():
+    for owner, name, _ in overhead.ITEMS:
+        assert callable(getattr(owner, name))

@@ -19,7 +19,7 @@ from fedutils.evidence.tables import tabulate
 from fedutils.evidence.words import headline
 from fedutils.plots.scores import (
     auroc_forest, client_matrix, difference_forest, pr_curves, roc_curves,
-    subgroup_forest, subgroup_heatmap)
+    subgroup_forest)
 from fedutils.base.findings import FINDINGS
 
 films, people, rng = 25_596, 2_797, np.random.default_rng(0)
@@ -53,7 +53,7 @@ result = evaluate_models(read, SimpleNamespace(index=index), seed=0)
 mark("evaluated")
 assert headline(result, "invented")
 tabulate(result.metrics)
-for draw in (auroc_forest, subgroup_forest, subgroup_heatmap, client_matrix):
+for draw in (auroc_forest, subgroup_forest, client_matrix):
     draw(result.metrics, title="invented").savefig(folder / "figure.png")
 difference_forest(result.differences, "invented").savefig(folder / "figure.png")
 first = read[(read["arm"] == "federated") & (read["seed"] == 0)][list(FINDINGS)].to_numpy()

@@ -47,8 +47,8 @@ def write_run(work, name, auroc, epsilon, tracked="fc"):
             "noise_multiplier": 2.0,
         }
         hospitals = [
-            {"hospital": "a", "patients": 50, "epsilon": epsilon},
-            {"hospital": "b", "patients": 90, "epsilon": epsilon / 2},
+            {"hospital": "a", "patients": 50, "epsilon": epsilon, "total_epsilon": 2 * epsilon},
+            {"hospital": "b", "patients": 90, "epsilon": epsilon / 2, "total_epsilon": epsilon},
         ]
         pd.DataFrame(hospitals).assign(**about).to_csv(run / "privacy.csv", index=False)
 
@@ -79,7 +79,7 @@ def test_a_row_is_the_mean_over_seeds_on_all_test_films_at_the_worst_hospitals_e
 
 
 def test_words_say_where_the_gradient_drowns_and_how_many_patients_it_would_take(work):
-    fc, layer4 = trade_words(privacy_trade(work))
+    fc, layer4, _ = trade_words(privacy_trade(work))
     assert (
         "0.550 (0.520 to 0.580) at epsilon 1, 0.650 (0.620 to 0.680) at epsilon 8; 0.750 without"
         in fc
@@ -91,8 +91,17 @@ def test_words_say_where_the_gradient_drowns_and_how_many_patients_it_would_take
 def test_noise_is_not_blamed_where_nothing_was_learned_without_it(tmp_path):
     write_run(tmp_path, "fc-1", 0.5, 1.0)
     write_run(tmp_path, "fc", 0.5, math.inf)
-    (text,) = trade_words(privacy_trade(tmp_path))
+    text, _ = trade_words(privacy_trade(tmp_path))
     assert "not told from guessing; that it would be without noise is not shown" in text
+
+
+def test_words_and_figure_say_what_all_models_cost_together(work):
+    table = privacy_trade(work)
+    said = "ll models of this work folder together, by its ledger: epsilon 16.00"
+    assert f"A{said}." in trade_words(table)
+    assert f"a{said}" in plot_trade(table).axes[0].get_xlabel()
+    table.loc[0, "total"] = math.inf
+    assert "together, by its ledger: no bound (epsilon is infinite)." in trade_words(table)[-1]
 
 
 def test_runs_without_privacy_alone_are_refused(tmp_path):

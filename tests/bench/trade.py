@@ -36,7 +36,8 @@ def privacy_trade(work: Path) -> pd.DataFrame:
 
     Columns: `run, tracked, seeds, value, ci_low, ci_high, lowest, highest`: the mean test AUROC of
     the federated models, mean over the seeds, its 95 % interval over patients, the seeds' range;
-    `epsilon` (infinite without privacy) and `patients` of the hospital that spent most, and
+    `epsilon` (infinite without privacy) and `patients` of the hospital that spent most, `total`,
+    what all models of the work folder had cost a patient together when this run ended, and
     `wanted`: the patients it would take for the noise of a step, of norm noise x clip x sqrt(d) for
     d parameters, to be no longer than the sum of the gradients, at most clip x patients drawn.
     Raises InputError where no evaluated run is private.
@@ -68,7 +69,7 @@ def _spent(settings: Settings) -> dict[str, float]:
     """Return what the worst hospital of the federated arm spent, and how many patients it wants."""
     budget = read_budget(settings.run)
     if not len(budget):
-        return {"epsilon": math.inf, "patients": math.nan, "wanted": math.nan}
+        return {"epsilon": math.inf} | dict.fromkeys(("total", "patients", "wanted"), math.nan)
     rows = budget[budget["arm"] == "federated"]
     worst = rows.loc[rows["epsilon"].idxmax()]
     file = next((settings.run / "models").glob("federated-s*.safetensors"))
@@ -76,12 +77,22 @@ def _spent(settings: Settings) -> dict[str, float]:
     trained = sum(v.numel() for name, v in state if v.ndim > 1 or name == "fc.bias")
     batch = worst["noise_multiplier"] * math.sqrt(trained)
     wanted = batch / worst["sampling_rate"]
-    return {"epsilon": worst["epsilon"], "patients": worst["patients"], "wanted": wanted}
+    total = budget["total_epsilon"].max()
+    about = {"epsilon": worst["epsilon"], "total": total}
+    return about | {"patients": worst["patients"], "wanted": wanted}
 
 
 def trade_words(table: pd.DataFrame) -> list[str]:
-    """Say for each choice of tracked layers what privacy costs, and where all drowns in noise."""
-    return [_sentence(tracked, rows) for tracked, rows in table.groupby("tracked", sort=False)]
+    """Say what privacy costs for each choice of tracked layers, and what all runs cost together."""
+    said = [_sentence(tracked, rows) for tracked, rows in table.groupby("tracked", sort=False)]
+    return [*said, f"{together(table)[0].upper()}{together(table)[1:]}."]
+
+
+def together(table: pd.DataFrame) -> str:
+    """Say what all models of the work folder cost a patient, by its ledger."""
+    total = table["total"].max()
+    cost = "no bound (epsilon is infinite)" if math.isinf(total) else f"epsilon {total:.2f}"
+    return f"all models of this work folder together, by its ledger: {cost}"
 
 
 def _sentence(tracked: str, rows: pd.DataFrame) -> str:
@@ -141,7 +152,8 @@ def plot_trade(table: pd.DataFrame, title: str = "") -> Figure:
     names = ["no privacy" if np.isinf(v) else f"{v:.3g}" for v in values]
     ax.set_xticks(range(len(values)), names)
     ax.set(
-        xlim=(-0.35, len(values) - 0.6), xlabel="epsilon of the worst hospital (small is private)"
+        xlim=(-0.35, len(values) - 0.6),
+        xlabel=f"epsilon of one model, at the worst hospital (small is private)\n{together(table)}",
     )
     ax.set_ylabel("mean test AUROC")
     end_labels(ax, ends)

@@ -8,11 +8,10 @@ hundredth of what one of five clients has of NIH's films.
 
 import functools
 import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fedutils
+from fedutils.base.device import count_cores
 from fedutils.base.scores import mean_auroc
 from fedutils.client import predict
 from fedutils.dataset import ChestXrayDataset
@@ -33,7 +33,7 @@ CLIENTS, VALIDATION = 4, 96
 FILMS = {64: 768, 224: 192}  # by their size in pixels
 BATCH, EPOCHS, RATE, MOMENTUM = 32, 1, 0.01, 0.9
 PATIENTS = {64: 1000, 224: 600}  # of the phantom: enough for that many films at each client
-THREADS = os.cpu_count() or 1
+THREADS = count_cores()
 
 
 def settings(work: Path, **changes: Any) -> fedutils.Settings:
@@ -44,7 +44,7 @@ def settings(work: Path, **changes: Any) -> fedutils.Settings:
     values |= {
         "batch_size": BATCH,
         "local_epochs": EPOCHS,
-        "device": "cpu",
+        "device": "cpu:0",
         "threads": THREADS,
         "augment": False,
     }
@@ -123,6 +123,15 @@ def optimizer(model: ChestResNet) -> torch.optim.Optimizer:
     """Return a fresh optimiser of what is trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(trained, lr=RATE, momentum=MOMENTUM)
+
+
+def train_alone(model: ChestResNet, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Train a model on batches that lie in memory, and do nothing else: the limit of a client."""
+    sgd = optimizer(model.train())
+    for batch, labels in batches:
+        sgd.zero_grad()
+        loss(model, batch, labels).backward()
+        sgd.step()
 
 
 def report(**measured: Any) -> None:

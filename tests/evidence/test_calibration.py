@@ -12,6 +12,7 @@ from fedutils.evidence.calibration import (
     brier,
     calibrate,
     calibration_error,
+    chance_error,
     choose_threshold,
     operating_points,
     rates_at,
@@ -197,7 +198,10 @@ def test_tables_have_a_row_a_model_hospital_and_finding_or_rule(predicted):
     assert main_model(table).values.tolist() == [["federated", 0, ""]]
     shown = tabulate_calibration(table[table["arm"] == "federated"])
     assert shown["hospital"].unique().tolist() == ["all films", "a", "b"]
-    assert " to " in shown["slope"][0] and shown["slope"][14] == "–"
+    assert " to " in shown["slope"][0] and " to " not in shown["slope"][14]  # a mean of slopes
+    assert float(shown["slope"][14]) == pytest.approx(
+        shown["slope"][:13].str[:4].astype(float).mean(), abs=0.2
+    )
 
 
 def test_intervals_of_the_brier_score_cover_over_patients():
@@ -258,3 +262,23 @@ def test_a_class_absent_on_validation_gives_no_cut_and_says_so(predicted):
     assert said.loc["Hernia", (YOUDEN, "sensitivity")] == "no cut"
     assert list(said.index) == list(FINDINGS)
     assert said.loc["Mass", ("test films", "prevalence")] == f"{index[200:]['Mass'].mean():.3f}"
+
+
+def test_rates_of_a_finding_with_few_patients_have_no_interval():
+    rng = np.random.default_rng(0)
+    truth = np.r_[np.ones(9), np.zeros(90)]
+    owners, p = np.arange(99).astype(str), rng.random(99)
+    few = rates_at(truth, p, 0.5, owners)
+    assert np.isnan(
+        [few[f"{rate}_low"] for rate in ("sensitivity", "specificity", "ppv", "npv")]
+    ).all()
+    enough = rates_at(np.r_[1, truth[:-1]], p, 0.5, owners)
+    assert np.isfinite([enough[f"{rate}_low"] for rate in ("sensitivity", "ppv", "npv")]).all()
+
+
+@pytest.mark.parametrize(("films", "shift"), [(100, -2.0), (400, 0.0)])
+def test_the_chance_error_is_the_calibration_error_of_right_probabilities(films, shift):
+    rng = np.random.default_rng(1)
+    p = 1 / (1 + np.exp(-(shift + 1.2 * rng.standard_normal(films))))
+    drawn = [calibration_error((rng.random(films) < p).astype(float), p) for _ in range(300)]
+    assert chance_error(p) == pytest.approx(np.mean(drawn), rel=0.06)

@@ -269,12 +269,13 @@ def differences(values, seeds, enough=ENOUGH, second="centralised"):
 
 
 def test_a_difference_is_shown_beyond_patients_and_seeds():
-    clear = differences([0.1] * 14, seeds=[0.0, 0.01, -0.01])
+    clear = differences([0.1] * 14, seeds=[0.0, 0.001, -0.001])
     assert (clear["verdict"] == "shown").all() and (clear["seeds"] == 3).all()
     far_apart = differences([0.1] * 14, seeds=[0.1, 0.05, -0.15])
     assert (far_apart["ci_low"] < 0).all() and (far_apart["verdict"] == "no difference shown").all()
     assert far_apart["seed_low"]["mean"] == pytest.approx(-0.05)
-    assert (far_apart["detectable_5"] < far_apart["detectable_3"]).all()
+    size = far_apart["detectable_3"]  # only of what Holm leaves alone
+    assert size.drop("mean").isna().all() and far_apart["detectable_5"]["mean"] < size["mean"]
     undefined = differences([np.nan] + [0.1] * 13, seeds=[0.0, 0.01])
     assert undefined["verdict"].iloc[0] == "not defined" == undefined["verdict"]["mean"]
 
@@ -285,7 +286,7 @@ def test_with_one_seed_nothing_is_shown():
 
 
 def test_too_few_patients_give_no_verdict():
-    few = differences([0.1] * 14, [0.0, 0.01], np.arange(14) > 0)
+    few = differences([0.1] * 14, [0.0, 1e-4], np.arange(14) > 0)
     assert few["verdict"].tolist() == ["too few patients"] + ["shown"] * 14
     assert few["p"].isna().tolist() == [True] + [False] * 14
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from fedutils.base.errors import InputError
 from fedutils.base.findings import FINDINGS, format_labels, parse_labels
 from fedutils.films.check import check_table, summary
-from fedutils.films.find import find_data
-from fedutils.films.read import read_nih
+from fedutils.films.decode import decode_film
+from fedutils.films.find import describe_files, find_data
+from fedutils.films.read import one_spelling, open_data, read_nih
 
 UNQUOTED = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
@@ -174,6 +175,17 @@ def test_orphaned_and_double_films_are_counted(tmp_path):
     data = read_nih(tmp_path)
     assert count(data, "orphaned films") == 1 and count(data, "films in two folders") == 1
     assert data.table["path"].iloc[1] == "images/00000013_000.png"
+
+
+@pytest.mark.parametrize("work", [".", "work"])
+def test_figures_of_runs_in_the_data_folder_are_no_films(tmp_path, work):
+    write(tmp_path)
+    add_film(tmp_path, "images/x.png")
+    add_film(tmp_path, f"{work}/runs/A/evaluation/auroc.png")
+    data = open_data(str(tmp_path), tmp_path / work)
+    assert data.found["orphaned films"] == ["x.png"]
+    said = describe_files(tmp_path, tmp_path / work)
+    assert said.startswith("it holds 1 x .png such as images/x.png;")
 
 
 def test_a_name_that_is_not_nihs_and_lies_twice_is_refused(tmp_path):
@@ -446,3 +458,60 @@ def test_the_real_64_pixel_set_reads_without_lists(nih_test_data: Path):
     assert data.table["patient_id"].nunique() == 249
     assert (data.table[list(FINDINGS)].sum() > 0).all()
     assert summary(data)["missing"] == ["split lists", "boxes"]
+
+
+def test_numbers_that_may_be_thousands_and_letters_that_differ_stay_apart():
+    ids = pd.Series(
+        ["1", "1.0", "1.00", "01", "1,0", "1,000", "1.000", "x2", "x²", "Weiß", "Weiss", "A", "a "]
+    )
+    assert one_spelling(ids).tolist() == [
+        "1", "1", "1", "1", "1", "1,000", "1.000", "x2", "x²", "Weiß", "Weiss", "A", "A"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sign", ["\u200b", "\u2060\u200b"])
+def test_an_id_of_nothing_visible_is_none(tmp_path, sign):
+    write(tmp_path, rows=[FIRST.replace(",13,", f",{sign},")])
+    with pytest.raises(InputError, match="line 2: no image index or no patient id"):
+        read_nih(tmp_path)
+
+
+def test_a_split_list_names_a_film_a_line(tmp_path):
+    write(tmp_path, rows=[FIRST.replace("00000013_000", "film 13"), SECOND])
+    (tmp_path / "test_list.txt").write_text("film 13.png\r\n\n")
+    (tmp_path / "train_val_list.txt").write_text(" 00000002_000.png \n")
+    assert read_nih(tmp_path).table["official_split"].tolist() == ["train_val", "test"]
+
+
+def test_nihs_name_at_two_sites_with_rows_that_disagree_is_refused(tmp_path):
+    write(tmp_path, rows=[FIRST, FIRST.replace("Effusion|Mass", "Hernia")])
+    for site in "ab":
+        add_film(tmp_path, f"{site}/00000013_000.png")
+    with pytest.raises(InputError, match="lies in more than one folder, and its rows disagree"):
+        read_nih(tmp_path)
+
+
+def test_links_that_lead_back_end_and_a_pipe_is_no_film(tmp_path):
+    write(tmp_path)
+    add_film(tmp_path, "images/00000013_000.png")
+    for name in ("a", "b", "images/c"):
+        (tmp_path / name).symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "images/00000002_000.png")
+    began = time.monotonic()
+    data = read_nih(tmp_path, tmp_path / "work")
+    assert describe_files(tmp_path, None).startswith("it holds 2 x .png")
+    assert data.found["films in two folders"] == []
+    pixels, seen = decode_film(tmp_path / "images/00000002_000.png", 32)
+    assert pixels is None and "no film" in seen["problem"] and time.monotonic() - began < 10
+
+
+def test_a_name_that_is_no_text_is_written_out(tmp_path):
+    write(tmp_path)
+    (tmp_path / os.fsdecode(b"orph\xe4n.png")).touch()
+    (name,) = read_nih(tmp_path).found["orphaned films"]
+    assert name.encode() == b"orph\\udce4n.png"
+
+
+def test_a_number_of_visits_that_none_has_is_unreadable(tmp_path):
+    write(tmp_path, rows=[FIRST.replace(",0,13,", ",1e30,13,")])
+    assert read_nih(tmp_path).table["follow_up"].tolist() == [-1]

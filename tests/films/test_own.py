@@ -376,3 +376,24 @@ def test_an_error_in_a_row_and_too_few_patients_end_with_status_2_before_any_not
     status, said = run(MARKS_TABLE)
     assert status == 2 and "none of 2 patients falls to " in said and "give more patients" in said
     assert not list((tmp_path / "work").rglob("*.ipynb"))
+
+
+@pytest.mark.parametrize("sign", ["\n", "\r", "\u2028"])
+def test_a_line_end_in_a_films_name_is_refused_and_elsewhere_a_blank(tmp_path, sign):
+    lines = MARKS_TABLE.splitlines()
+    name = lines[1].split(";")[0]
+    folder = write(tmp_path / "name", table=MARKS_TABLE.replace(name, f'"a{sign}b.png"'))
+    with pytest.raises(InputError, match=r"line 2: .* another control sign"):
+        read_nih(folder)
+    view = write(
+        tmp_path / "view", table=MARKS_TABLE.replace(";PA;", f';"p{sign}a";', 1), films=[name]
+    )
+    assert "P A" in set(read_nih(view).table["view"])
+
+
+def test_two_scanners_that_would_be_one_hospital_are_refused(tmp_path):
+    folder = write_films(tmp_path, patients=4)
+    table = (folder / "table.csv").read_text().replace("Room 1", "Room/0")
+    (folder / "table.csv").write_text(table)
+    with pytest.raises(InputError, match="'Room 0' and 'Room/0' would both be 'Room-0'"):
+        read_nih(folder)

@@ -122,7 +122,10 @@ def test_the_report_names_twins_and_drop_leaves_them_out(tmp_path, drawn):
     names = [f"{patient}.png" for patient in patients]
     table = pd.DataFrame({"image_index": names, "path": names, "patient_id": patients})
     table[["follow_up", "age", "sex", "view", "scanner"]] = [0, 50.0, "F", "PA", "0.143"]
-    table = table.assign(**dict.fromkeys(FINDINGS, np.float32(0)), split=["train"] * 7 + ["test"])
+    table = table.assign(
+        **dict.fromkeys(FINDINGS, np.float32(0)),
+        split=["train", "train", "train", "train", "val", "test", "train", "test"],
+    )
     boxes = pd.DataFrame(columns=["image_index", "finding", *"xywh"])
     seen = {}
     for what in ("keep", "drop"):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,15 +18,23 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from torchvision.models import resnet34
 
 from fedutils import rounds, run
 from fedutils.base.errors import InputError
 from fedutils.base.findings import FINDINGS
 from fedutils.base.state import to_cpu
 from fedutils.model import build_resnet34
-from fedutils.network import hospital, server
+from fedutils.network import hospital, messages, server
 from fedutils.network.hospital import Hospital, client_app
-from fedutils.network.messages import pack, read_update, unpack
+from fedutils.network.messages import (
+    Member,
+    pack,
+    read_introduction,
+    read_sums,
+    read_update,
+    unpack,
+)
 from fedutils.network.server import REFUSED, NetworkTraining
 from fedutils.privacy.ledger import Ledger
 from fedutils.rounds import FederationError
@@ -51,12 +60,13 @@ def one_process():
         about = "weights", "tracked", "batchnorm", "precision"
         model, fresh = built(Start(*(getattr(settings, name) for name in about)), seed)
         model.load(fresh)
+        model._forward_pre_hooks.clear()  # of the run before
         return model.train()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replicas, "start_model", start)
         patch.setattr(hospital, "start_model", start)
-        for room in (hospital, server):
+        for room in (hospital, messages):
             patch.setattr(room, "trunk_hash", lambda model: "trunk")
         yield
 
@@ -243,6 +253,24 @@ def test_another_trunk_than_the_servers_is_refused(tmp_path):
         Hospital(order, {"work_dir": str(home), "name": "client-1"}).model()
 
 
+def test_a_hospitals_own_copy_of_the_weights_stands_for_the_servers_file(tmp_path):
+    torch.save(resnet34().state_dict(), tmp_path / "copy.pth")
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    config = dataclasses.asdict(tiny_settings(tmp_path)) | {"threads": 1}
+    order = {"config": json.dumps(config | {"weights": "/the/servers.pth"}), "run": "run"}
+    order["trunk"] = "trunk"
+    node = {"work_dir": str(home), "name": "client-1"}
+    with pytest.raises(InputError, match="no such file"):
+        Hospital(order, node).model()
+    node["weights"] = str(tmp_path / "copy.pth")
+    Hospital(order, node).model()
+    order["trunk"] = "another file's"
+    with pytest.raises(InputError, match="not the trunk of the server"):
+        Hospital(order, node).model()
+    order["config"] = json.dumps(config)  # from scratch: then a copy means nothing
+    assert Hospital(order, node).settings.weights == "none"
+
+
 SPOILT = {
     "shape": {"w": torch.zeros(2)},
     "dtype": {"w": torch.zeros(3).double()},
@@ -260,9 +288,9 @@ def test_what_does_not_fit_costs_its_update_not_the_round(state):
     for tensors, status in ((good, {"ok"}), (state, {"failed", "non-finite"})):
         words = ConfigRecord({"status": "ok", "reason": ""})
         content = {"words": words, "numbers": numbers, "state": pack(tensors)}
-        update, _ = read_update("a", Message(RecordDict(content), reply_to=ask), good)
+        update, _ = read_update("a", Message(RecordDict(content), reply_to=ask), good, 5)
         assert update.status in status
-    assert read_update("a", Message(RecordDict({}), reply_to=ask), good)[0].status == "failed"
+    assert read_update("a", Message(RecordDict({}), reply_to=ask), good, 5)[0].status == "failed"
 
 
 def test_local_models_and_other_arms_are_refused(tmp_path):
@@ -393,6 +421,10 @@ def test_a_hospital_whose_budget_is_spent_says_so_and_trains_no_more(tmp_path):
     afresh = tmp_path / "afresh"  # a server that has forgotten what was spent
     with pytest.raises(FederationError, match=r"stopped \(stopped: the next round would take"):
         over_flower(afresh, Grid(homes), **changes)
+    another = changes | {"seeds": "1", "total_epsilon": 12.5}
+    reason = over_flower(tmp_path / "another", Grid(homes), **another)["reason"].iloc[-1]
+    assert "beyond total_epsilon=12.5" in reason
+    assert SECRET not in reason, "where its ledger lies has left a hospital"
 
 
 # Every parameter is heed or refused.
@@ -440,3 +472,71 @@ def test_every_other_parameter_reaches_the_hospitals_or_is_the_servers(tmp_path)
     for name in SERVER - {"profile"}:
         rooms = "".join(Path(room.__file__).read_text() for room in (server, training, rounds, run))
         assert f".{name}" in rooms or f"self.{name}" in rooms, name
+
+
+def reply_with(numbers, words=None, state=None):
+    """A hospital's reply, whatever it holds."""
+    ask = Message(RecordDict({}), 11, "train")
+    content = {"words": ConfigRecord({"status": "ok", "reason": ""} | (words or {}))}
+    content |= {"numbers": MetricRecord(numbers), "state": pack(state or {})}
+    return Message(RecordDict(content), reply_to=ask)
+
+
+@pytest.mark.parametrize("examples", [math.inf, 1e308, 6, 4.99, -5, math.nan])
+def test_a_hospital_that_claims_another_weight_than_it_came_with_is_left_out(examples):
+    state = {"w": torch.ones(3)}
+    reply = reply_with({"examples": examples, "train_loss": 0.5}, state=state)
+    update, _ = read_update("a", reply, state, 5)
+    assert update.status == "failed" and "it came with 5" in update.reason
+    honest = reply_with({"examples": 5, "train_loss": 0.5}, state=state)
+    assert read_update("a", honest, state, 5)[0].status == "ok"
+    nothing = reply_with({"examples": 0, "train_loss": 0.5}, state=state)
+    assert read_update("a", nothing, state, 0)[0].status == "failed"
+    silent = reply_with({"examples": 5, "train_loss": 0.0}, state=state)
+    assert read_update("a", silent, state, 5)[0].status == "failed"
+
+
+SUMS = {"loss": 2.0, "labels": 28, "pairs": [4] * 14, "ordered": [3.0] * 14}
+
+
+@pytest.mark.parametrize("wrong", [
+    {"ordered": [3.0] * 13}, {"pairs": [4] * 13}, {"labels": [1, 2]}, {"loss": [1.0, 2.0]},
+    {"ordered": [400.0] * 14}, {"ordered": [math.inf] * 14}, {"labels": -42}, {"loss": math.nan},
+    {"pairs": [-1] * 14, "ordered": [-2.0] * 14},
+])  # fmt: skip
+def test_sums_that_no_films_could_give_are_that_hospitals_fault(wrong):
+    assert read_sums(reply_with(SUMS))[1] == "" and read_sums(reply_with(SUMS))[0]["labels"] == 28
+    found, fault = read_sums(reply_with(SUMS | wrong))
+    assert found == {} and fault
+    assert read_sums(reply_with({"loss": 1.0}))[1].startswith("sums of another kind")
+
+
+def test_a_lying_hospital_neither_ends_the_validation_nor_moves_it(tmp_path, capfd):
+    network = server.Network(Grid({}), tiny_settings(tmp_path))
+    replies = {"a": reply_with(SUMS | {"ordered": [400.0] * 14}), "b": reply_with(SUMS)}
+    network.ask = lambda kind, orders, state: replies.items()
+    job = rounds.Job("federated", 0, [Member(name, 1, None, 0) for name in "ab"], None)
+    loss, area = network.validate(job, rounds.Progress({}))
+    assert area == 0.75 and loss == pytest.approx(2 / 28)
+    assert "not validated at a: its sums are none of any films" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("numbers", [{}, {"weight": math.nan}, {"weight": -5}, {"weight": [1]}])
+def test_an_introduction_that_is_none_is_named_and_its_node_takes_no_part(numbers):
+    assert read_introduction(reply_with({"weight": 5}, {"name": "north"})) == ("north", 5, "")
+    assert read_introduction(reply_with(numbers, {"name": "north"}))[2].startswith(
+        "no introduction"
+    )
+    assert read_introduction(reply_with({"weight": 5}))[2].startswith("no introduction")
+
+
+def test_a_second_node_of_the_same_name_does_not_replace_the_first(tmp_path, capfd):
+    network = server.Network(Grid({}), tiny_settings(tmp_path))
+    network.grid.nodes = {11: "a", 12: "a"}
+    network.asked = {11: "first", 12: "second"}
+    network.wait = lambda asked, end: reply_with(
+        {"weight": {"first": 5, "second": 99}[asked]}, {"name": "a"}
+    )
+    network.discover()
+    assert network.nodes == {"a": 11} and network.weights == {"a": 5}
+    assert "SuperNode 12: calls itself a, as SuperNode 11 does" in capfd.readouterr().out

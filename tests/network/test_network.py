@@ -1,10 +1,12 @@
 """A real Flower network on 127.0.0.1, bounded in time: bits, keys, quiet, and honest failures."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,6 +17,7 @@ from flower import (
 )
 from tiny import tiny_films, tiny_homes, tiny_settings
 
+from fedutils.__main__ import main
 from fedutils.base.errors import InputError, NotebookFailed
 from fedutils.films.partition import partition_patients
 from fedutils.films.phantom.write import write_phantom
@@ -33,8 +36,6 @@ from fedutils.network.commands import (
 )
 from fedutils.training.training import Training
 
-GIVEN = ("profile", "image_size", "num_clients", "tracked", "batch_size", "rounds", "threads", "device", "batchnorm")  # fmt: skip
-
 
 @pytest.fixture
 def flwr():
@@ -42,7 +43,7 @@ def flwr():
 
 
 def values(settings, work):
-    return {key: getattr(settings, key) for key in GIVEN} | {"work_dir": work, "name": "run"}
+    return dataclasses.asdict(settings) | {"work_dir": work, "name": "run"}
 
 
 def rows(work):
@@ -216,3 +217,46 @@ def test_both_hashes_are_printed_and_compared(tmp_path, capsys):
     assert printed.count("a" * 64) == 2 and printed.endswith("identical\n")
     with pytest.raises(NotebookFailed, match="differ"):
         compare_models(tmp_path / "simulation", tmp_path / "other", about)
+
+
+def test_a_hospital_is_told_what_it_cannot_set(tmp_path, monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(commands, "check_flower", lambda: None)
+    monkeypatch.setattr(commands.os, "execvpe", lambda *call: started.append(call[1]))
+    here = ["flower", "hospital", "north", "--work", str(tmp_path)]
+    assert main([*here, "-p", "clip=2"]) == 2 and not started
+    assert "clip: a hospital sets device and weights alone" in capsys.readouterr().err
+    assert main([*here, "-p", "wieghts=a"]) == 2 and not started
+    assert "did you mean weights?" in capsys.readouterr().err
+    main([*here, "-p", "weights=copy of it.pth"])
+    assert f'weights="{Path("copy of it.pth").resolve()}"' in started[0][-2]
+    main([*here, "-p", "device=cuda:1"])
+    assert 'device="cuda:1"' in started[1][-2]
+    with pytest.raises(SystemExit):  # no step but training has parameters
+        main(["flower", "server", "-p", "rounds=2"])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("rouns=20", "did you mean rounds?"), ("partition=scanner", "over a network only partition"),
+        ("arms=local", "over a network only arms"), ("compare=network", "only compare=''"),
+        ("data_dir=.", "data_dir"), ("rounds=0.5", "rounds="), ("batchnorm=local", "batchnorm"),
+    ],
+)  # fmt: skip
+def test_the_server_says_what_a_network_cannot_heed_before_anything_starts(
+    flwr, tmp_path, monkeypatch, capsys, given, said
+):
+    monkeypatch.setattr(commands, "show", lambda *call: pytest.fail("Flower was started"))
+    assert main(["flower", "train", "--work", str(tmp_path), "-p", given]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_the_servers_own_films_are_refused_however_they_are_named(flwr, tmp_path, monkeypatch):
+    from fedutils.network.server import read_network
+
+    assert read_network({"work_dir": str(tmp_path)}).data_dir == ""
+    monkeypatch.setenv("NIH_DATA_DIR", str(write_phantom(tmp_path / "films", patients=20)))
+    with pytest.raises(InputError, match="NIH_DATA_DIR"):
+        read_network({"work_dir": str(tmp_path)})

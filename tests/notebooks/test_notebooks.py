@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import sys
 
 import nbformat
 import pandas as pd
@@ -11,16 +12,21 @@ import pytest
 from ownfilms import write_films
 from papermill.exceptions import PapermillExecutionError
 from safetensors.torch import load_file
+from tiny import tiny_films
 from torchvision.models import resnet34
 
 from fedutils.__main__ import main
+from fedutils.base.errors import InputError
 from fedutils.base.parameters import convert
 from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
 from fedutils.films.phantom.write import write_phantom
+from fedutils.films.read import read_nih
+from fedutils.films.split import split_patients
 from fedutils.settings import FIELDS
 
 QUICK = ["-p", "image_size=32", "-p", "rounds=1", "-p", "device=cpu", "--name", "quick"]
-ALL_ARMS = ["-p", "arms=federated,centralised,local", "-p", "mu=0.3"]  # no cell shows mu
+ALL_ARMS = ["-p", "arms=federated,centralised,local", "-p", "num_clients=3"]
+ALL_ARMS += ["-p", "mu=0.3"]  # no cell shows mu
 
 
 def run(work, data, *options):
@@ -109,7 +115,7 @@ def test_calibration_and_operating_points_are_there_for_every_model(phantom):
 
 def test_a_parameter_that_no_cell_shows_reaches_the_run_and_its_trace(phantom):
     config = json.loads((phantom / "runs/quick/config.json").read_text())
-    assert (config["mu"], config["lr"]) == (0.3, 0.001)
+    assert (config["mu"], config["lr"]) == (0.3, 0.0004)
     assert "mu" not in shown(NOTEBOOKS[2])
     node = nbformat.read(phantom / "notebooks/quick/03_federated_train.ipynb", as_version=4)
     (injected,) = [c.source for c in node.cells if "injected-parameters" in c.metadata["tags"]]
@@ -145,7 +151,7 @@ def test_more_rounds_go_on_and_another_parameter_under_the_same_name_is_refused(
     first = after[after["round"] == 1]["state_sha256"].dropna().tolist()
     assert first == before["state_sha256"].dropna().tolist()
     assert run(phantom, data, *options, "-p", "lr=0.5", "--only", "03") == 2
-    assert "is a run with lr=0.001, not 0.5" in capsys.readouterr().err
+    assert "is a run with lr=0.0004, not 0.5" in capsys.readouterr().err
 
 
 # With papermill itself.
@@ -158,13 +164,37 @@ def papermill_run(stem, folder, **parameters):
     papermill.execute_notebook(node, str(output), parameters, **named)
 
 
+@pytest.fixture
+def run_cells(monkeypatch, tmp_path):
+    """Execute a notebook's code in this process, as a session with papermill's cell does."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return execute_cells
+
+
+def execute_cells(stem, **parameters):
+    cells = [c.source for c in read_notebook(FOLDER, stem).cells if c.cell_type == "code"]
+    injected = "\n".join(["# Parameters", *(f"{k} = {v!r}" for k, v in parameters.items())])
+    cells.insert(1, injected)
+    scope = {"In": cells}
+    for cell in cells:
+        exec(cell, scope)
+
+
 @pytest.mark.parametrize("stem", NOTEBOOKS)
-def test_a_mistyped_parameter_stops_a_notebook_and_the_nearest_name_is_said(stem, tmp_path):
+def test_a_mistyped_parameter_stops_a_notebook_and_the_nearest_name_is_said(
+    stem, tmp_path, run_cells
+):
+    with pytest.raises(InputError, match=r"^unknown parameter 'ruonds'; did you mean rounds\?$"):
+        run_cells(stem, work_dir=str(tmp_path / "work"), ruonds=3)
+    assert not (tmp_path / "work").exists()
+
+
+def test_papermill_itself_says_what_a_notebook_refuses(tmp_path):
     with pytest.raises(PapermillExecutionError) as caught:
-        papermill_run(stem, tmp_path, work_dir=str(tmp_path / "work"), ruonds=3)
+        papermill_run(NOTEBOOKS[2], tmp_path, work_dir=str(tmp_path / "work"), ruonds=3)
     assert caught.value.ename == "InputError"
     assert caught.value.evalue == "unknown parameter 'ruonds'; did you mean rounds?"
-    assert not (tmp_path / "work").exists()
 
 
 def test_papermill_may_give_a_known_parameter_that_a_notebook_does_not_show(phantom, tmp_path):
@@ -172,6 +202,52 @@ def test_papermill_may_give_a_known_parameter_that_a_notebook_does_not_show(phan
     assert not {"rounds", "mu"} & set(shown(NOTEBOOKS[0]))
     papermill_run(NOTEBOOKS[0], tmp_path, **places, rounds=3, mu=0.3)
     assert (tmp_path / "work/explore/checks.csv").is_file()
+
+
+def test_02_refuses_films_of_which_a_split_is_missing_before_it_decodes_any(tmp_path, run_cells):
+    data = write_films(tmp_path / "films")
+    table = read_nih(data).table
+    for path in table["path"][split_patients(table, 0) == "test"]:
+        (data / path).unlink()
+    with pytest.raises(InputError, match="patients falls to test"):
+        places = {"data_dir": str(data), "work_dir": str(tmp_path / "work")}
+        run_cells(NOTEBOOKS[1], **places, profile="demo")
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"keep": "train test"}, "falls to val"),
+        ({"keep": "train val"}, "falls to test"),
+        ({"seed": 4}, "seed=4: .* was prepared with 0"),
+        ({"data_dir": "films"}, "data_dir='films': .* was prepared with 'phantom'"),
+        ({"max_films": 50}, "max_films=50: .* was prepared with 0"),
+    ],
+)
+def test_03_refuses_what_02_left_if_a_split_is_empty_or_other_films_were_asked_for(
+    tmp_path, run_cells, wrong, message
+):
+    prepared = tmp_path / "work/prepared"
+    tiny_films(tmp_path / "work")
+    index = pd.read_csv(prepared / "index.csv")
+    kept = index["split"].isin(wrong.pop("keep", "train val test").split())
+    index[kept].to_csv(prepared / "index.csv", index=False)
+    stated = {"data_dir": "phantom", "seed": 0, "max_films": 0, "image_size": 32}
+    report = json.loads((prepared / "report.json").read_text()) | {"release": "phantom"} | stated
+    (prepared / "report.json").write_text(json.dumps(report))
+    write_films(tmp_path / "films")
+    given = {"work_dir": str(tmp_path / "work"), "profile": "demo", "image_size": 32} | wrong
+    with pytest.raises(InputError, match=message):
+        run_cells(NOTEBOOKS[2], **given)
+    assert not (tmp_path / "work/runs").exists()
+
+
+def test_02_says_in_its_report_what_it_prepared_with(phantom):
+    report = json.loads((phantom / "prepared/report.json").read_text())
+    config = json.loads((phantom / "runs/quick/config.json").read_text())
+    for name in ("data_dir", "seed", "max_films", "image_size"):
+        assert report[name] == config[name], name
 
 
 @pytest.mark.parametrize("stem", NOTEBOOKS)

@@ -16,6 +16,7 @@ from fedutils.base.rng import generator
 from fedutils.base.state import to_cpu
 from fedutils.client import Client, make_optimizer
 from fedutils.dataset import draw_motion, normalise
+from fedutils.evidence.tables import adopted_models
 from fedutils.evidence.words import privacy_words
 from fedutils.films.phantom.write import draw_batch
 from fedutils.model import build_resnet34
@@ -34,7 +35,7 @@ from fedutils.privacy.gradients import (
 )
 from fedutils.privacy.ledger import Ledger
 from fedutils.rounds import FederationError
-from fedutils.run import adopted_models
+from fedutils.strategies import Scaffold
 from fedutils.training.training import Training
 
 pytest.importorskip("opacus", reason="differential privacy needs Opacus")
@@ -602,3 +603,57 @@ def test_a_ledger_that_cannot_be_read_stops_all_releases(tmp_path):
     (tmp_path / "privacy/ledger.json").write_text("{")
     with pytest.raises(InputError, match=r"ledger\.json cannot be read"):
         train(tmp_path, rounds=1, name="second", seeds="1")
+
+
+def test_an_adopted_private_model_says_what_it_promises(tmp_path):
+    train(tmp_path, rounds=1, name="first")
+    train(tmp_path, rounds=1, name="second")
+    said = [privacy_words(tiny_settings(tmp_path, name=name, **DP)) for name in ("first", "second")]
+    assert said[0] == said[1] and "Differential privacy of each training patient" in said[0][0]
+    (tmp_path / "runs/second/privacy.csv").unlink()
+    with pytest.raises(InputError, match=r"privacy\.csv is missing"):
+        privacy_words(tiny_settings(tmp_path, name="second", **DP))
+
+
+def test_at_the_end_every_model_of_a_hospital_states_the_same_total(tmp_path):
+    train(tmp_path, rounds=1, name="run", arms="federated,centralised,local", seeds="0,1")
+    table = pd.read_csv(tmp_path / "runs/run/privacy.csv")
+    assert table.groupby("hospital")["total_epsilon"].nunique().max() == 1
+    assert table.groupby("hospital")["total_epsilon"].first().round(9).nunique() == 1
+
+
+@pytest.mark.parametrize("damage", ["[]", '["1"'])
+def test_a_ledger_whose_list_of_patients_is_not_what_was_written_stops_all(tmp_path, damage):
+    train(tmp_path, rounds=1, name="first")
+    path = next((tmp_path / "privacy").glob("patients-*.json"))
+    path.write_text(damage)
+    with pytest.raises(InputError, match="missing or damaged: nothing is released"):
+        train(tmp_path, rounds=1, name="second", seeds="1", total_epsilon=100.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise_multiplier": math.inf}, "noise_multiplier=inf: allowed is 0 to 10000"),
+        ({"clip": math.inf}, "clip=inf"), ({"lr": math.inf}, "lr=inf"),
+        ({"noise_multiplier": 0.0, "target_epsilon": 1e-6}, "no noise keeps .* steps within it"),
+    ],
+)  # fmt: skip
+def test_extreme_parameters_are_refused_by_name(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        train(tmp_path, rounds=1, **changes)
+
+
+def test_an_own_strategy_that_bears_no_noise_is_refused(tmp_path):
+    class Own(Scaffold):
+        pass
+
+    settings = tiny_settings(tmp_path, **DP | SGD)
+    with pytest.raises(InputError, match="dp=patient: Own is not supported"):
+        Training(settings, tiny_films(tmp_path), Own)
+
+
+def test_a_mechanism_that_withholds_the_loss_shows_none_in_the_simulation(tmp_path, monkeypatch):
+    monkeypatch.setattr(Client, "withholds_loss", True)
+    history = Training(tiny_settings(tmp_path, rounds=1), tiny_films(tmp_path)).train()
+    assert history["train_loss"].isna().all() and (history["status"] == "ok").all()

@@ -18,6 +18,7 @@ from tiny import tiny_films, tiny_settings
 
 from fedutils.base.errors import InputError
 from fedutils.base.findings import FINDINGS
+from fedutils.base.threads import Shared
 from fedutils.evidence.predict import predict_films
 from fedutils.model import build_resnet34
 from fedutils.training import features
@@ -41,7 +42,7 @@ def train(work, films=60, **changes):
 def open_store(work, model=None, fingerprint="tiny", size=32, films=FILMS, **changes):
     settings = tiny_settings(work, cache_features=True, **(FROZEN | changes))
     model = model or build_resnet34("none", "layer4,fc")
-    return FeatureStore(model, tiny_films(work, films, size=size), settings, fingerprint)
+    return FeatureStore(Shared([model]), tiny_films(work, films, size=size), settings, fingerprint)
 
 
 LAYERS = ["fc" if name in ("fedavgm", "fedadam", "fedprox") else "layer4,fc" for name in NAMES]

@@ -1,7 +1,9 @@
 """A run is what its result depends on; what trained it, and where, is written down."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,10 +12,11 @@ from tiny import tiny_films, tiny_settings
 from fedutils.base import provenance
 from fedutils.base.errors import InputError
 from fedutils.client import Client
+from fedutils.evidence.tables import adopted_models
 from fedutils.fedavg import FedAvg
-from fedutils.run import adopted_models
+from fedutils.run import read_history
 from fedutils.settings import read_parameters
-from fedutils.training import identity
+from fedutils.training import identity, replicas
 from fedutils.training.training import Training
 
 
@@ -101,13 +104,75 @@ def test_each_start_that_trains_is_written_down_and_looking_is_not_one(tmp_path)
     assert {"code", "torch", "dtype", "weights_sha256"} <= config(tmp_path).keys()
 
 
-def test_an_own_strategy_is_known_by_its_code(tmp_path, monkeypatch):
+def test_an_own_strategy_is_known_by_its_code(tmp_path):
     class Own(FedAvg):
         pass
 
     first = identity.name_class(Own)
     assert first.startswith("Own ") and identity.name_class(FedAvg) == "FedAvg"
-    monkeypatch.setattr(identity.inspect, "getsource", lambda _: "class Own: another body")
-    assert identity.name_class(Own) != first
     train(tmp_path, Own)
     assert config(tmp_path)["server"] == identity.name_class(Own)
+
+
+def test_a_run_whose_models_are_all_adopted_has_its_history_and_says_whose_they_are(tmp_path):
+    first = train(tmp_path, name="first", arms="federated,centralised", seeds="0,1")
+    second = train(tmp_path, name="second")
+    written = read_history(tmp_path / "runs/second")
+    assert len(written) == len(second) == 4 and (tmp_path / "runs/second/clients.csv").is_file()
+    assert second["state_sha256"].iloc[-1] in set(first["state_sha256"])
+    assert adopted_models(tmp_path / "runs/second") == {"federated-s0": "first"}
+    (start,) = config(tmp_path, "second")["starts"]
+    assert start == {"run": "first"} | config(tmp_path, "first")["starts"][0]
+
+
+def test_where_nothing_is_left_to_train_no_model_is_built(tmp_path, monkeypatch):
+    train(tmp_path, name="first")
+    monkeypatch.setattr(replicas, "start_model", lambda *about: pytest.fail("built"))
+    train(tmp_path, name="first")
+
+
+def test_an_adopted_model_that_trains_on_is_named_all_the_same(tmp_path):
+    train(tmp_path, name="first")
+    history = train(tmp_path, name="more", rounds=3)
+    assert history["reason"].iloc[-1] == ""
+    assert adopted_models(tmp_path / "runs/more") == {"federated-s0": "first"}
+    assert len(config(tmp_path, "more")["starts"]) == 2
+
+
+def test_other_threads_make_another_model(tmp_path):
+    train(tmp_path, name="one", threads=1)
+    assert (train(tmp_path, name="two", threads=2)["reason"] == "").all()
+    assert (train(tmp_path, name="open", threads=0)["reason"] == "adopted from run one").all()
+
+
+OWN = """
+from fedutils.fedavg import FedAvg
+HALF = {half}
+class Base(FedAvg):
+    def step(self, state, mean, server, share):
+        return super().step(state, {{k: HALF * v for k, v in mean.items()}}, server, share)
+class Mine(Base):
+    pass
+"""
+
+
+@pytest.mark.parametrize("from_a_file", [True, False])
+def test_an_own_strategy_is_another_where_what_it_uses_is(tmp_path, monkeypatch, from_a_file):
+    """In a file, and typed in a notebook, of which no source can be had."""
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+    for number, half in enumerate((0.5, 0.0, 0.5)):
+        if from_a_file:
+            (tmp_path / "ours.py").write_text(OWN.format(half=half))
+            sys.modules.pop("ours", None)
+            importlib.invalidate_caches()
+            names.append(checkpoint_name("ours"))
+        else:
+            scope = {"__name__": f"cell{number}"}
+            exec(OWN.format(half=half), scope)
+            names.append(identity.name_class(scope["Mine"]))
+    assert names[0] == names[2] != names[1] and names[0].startswith("Mine ")
+
+
+def checkpoint_name(module):
+    return identity.name_class(importlib.import_module(module).Mine)

@@ -18,7 +18,7 @@ print(" ".join(history["state_sha256"].dropna()))
 
 def test_three_processes_and_two_devices_give_the_same_hashes_in_every_round(tmp_path):
     tests, hashes = str(Path(__file__).parents[1]), set()
-    for number, device in enumerate(["cpu", "cpu", "cpu,cpu"]):
+    for number, device in enumerate(["cpu:0", "cpu", "cpu,cpu"]):
         command = [sys.executable, "-c", CHILD, tests, str(tmp_path / str(number)), device]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         hashes.add(done.stdout)
