@@ -115,7 +115,8 @@ def run_flower(options: argparse.Namespace) -> None:
     """Do one step of a federation over a network."""
     from .network.commands import take_step
 
-    values = split_pairs(options.pairs, "-p") | {"work_dir": str(find_work(options.work))}
+    values = {"work_dir": options.work} | split_pairs(options.pairs, "-p")
+    values["work_dir"] = str(find_work(values["work_dir"]))
     take_step(options.step, options.name, options.server, options.keys, values)
 
 
@@ -130,7 +131,10 @@ def sweep_notebooks(options: argparse.Namespace) -> None:
     """Execute a run for each combination of values."""
     from .batch.sweep import sweep
 
-    grid = {key: value.split("|") for key, value in split_pairs(options.grid, "sweep").items()}
+    pairs = split_pairs(options.grid, "sweep")
+    if len(pairs) < len(options.grid):
+        raise InputError(f"sweep {' '.join(options.grid)}: a parameter is there twice")
+    grid = {key: value.split("|") for key, value in pairs.items()}
     sweep(read_values(options), grid, options.only, options.force)
 
 

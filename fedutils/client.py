@@ -86,8 +86,9 @@ class Client:
         if not len(self.films):
             raise ValueError("no training films")
         if not self.weight:
-            why = "none of its labels is known: it weighs nothing"
-            return Update(self.name, 0, status="unlabelled", reason=why), kept
+            return Update(
+                self.name, 0, status="unlabelled", reason="none of its labels known"
+            ), kept
         model.load({k: v for k, v in (sent | kept).items() if not is_beside(k)})
         trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
         correct = self.strategy.begin(trained, sent, kept)

@@ -29,14 +29,10 @@ class ModelParameters(Parameters):
         "", "layers trained and sent; empty: all if weights=none, else layer4,fc", parts=LAYERS
     )
     batchnorm: str = parameter(
-        "precise",
-        "BatchNorm of the tracked layers",
-        allowed=("average", "precise", "frozen", "local"),
+        "precise", "that of tracked layers", allowed=("average", "precise", "frozen", "local")
     )
     precision: str = parameter(
-        "auto",
-        "fp32 on the CPU, bf16 on GPUs that have it, else fp16",
-        allowed=("auto", *PRECISIONS),
+        "auto", "fp32 on the CPU, bf16 where a GPU has it, else fp16", allowed=("auto", *PRECISIONS)
     )
 
     def check(self) -> None:

@@ -178,7 +178,7 @@ def budget(job: Job, now: Progress) -> list[Row]:
 def over_budget(job: Job, now: Progress, settings: RoundParameters) -> str:
     """Say which client's budget the next round would exceed; empty where it may begin."""
     drawn = sample_clients(job, settings, now.round + 1)
-    reasons = [client.over_budget(now.clients.get(client.name, {})) for client in drawn]
+    reasons = (client.over_budget(now.clients.get(client.name, {})) for client in drawn)
     return next(filter(None, reasons), "")
 
 

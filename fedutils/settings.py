@@ -1,7 +1,8 @@
-"""Settings: the union of what each room declares, filled and checked."""
+"""All parameters: the union of what each room declares, filled and checked."""
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from .films.split import SplitParameters
 from .model import ModelParameters
 from .privacy.client import PrivacyParameters
 from .rounds import RoundParameters
-from .run import RunParameters
+from .run import RunParameters, read_history
 from .strategies import STRATEGIES, StrategyParameters
 from .training.arms import ArmParameters
 from .training.features import FeatureParameters
@@ -76,11 +77,11 @@ FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
 def read_parameters(values: Mapping[str, Any]) -> Settings:
     """Pick the parameters out of a mapping, such as a notebook's globals(), check and resolve them.
 
-    Names that are no parameter are ignored, for a notebook has many, but not those that papermill
-    injected; the command line checks all. Raises InputError that names the parameter, what was
+    Names that are no parameter are ignored, for a notebook has many, but not in the cells that give
+    parameters; the command line checks all. Raises InputError that names the parameter, what was
     found and what is allowed.
     """
-    check_names(injected(values), FIELDS)
+    check_names(given_names(values), FIELDS)
     given = {name: convert(FIELDS[name], values[name]) for name in FIELDS if name in values}
     filled = fill(Settings(**given))
     filled.check()
@@ -95,9 +96,14 @@ def convert_texts(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: convert(FIELDS[name], value) for name, value in values.items()}
 
 
-def injected(values: Mapping[str, Any]) -> list[str]:
-    """Return the names that papermill injected into a notebook, whose globals these are."""
-    return assigned(*(cell for cell in values.get("In", ()) if cell.startswith("# Parameters\n")))
+def given_names(values: Mapping[str, Any]) -> list[str]:
+    """Return the names that a notebook, whose globals these are, assigns as its parameters.
+
+    In the cell that declares them, as it ran last, and in the one that papermill puts below it.
+    """
+    kinds = rf"(?m)^({'|'.join(FIELDS)}): \w+ = ", r"\A# Parameters\n"
+    cells = [[cell for cell in values.get("In", ()) if re.search(kind, cell)] for kind in kinds]
+    return assigned(*(cell for found in cells for cell in found[-1:]))
 
 
 def fill(given: Settings) -> Settings:
@@ -134,9 +140,11 @@ def read_run(
     if not found:
         attached = f" and none in {KAGGLE / 'input'}" if KAGGLE.is_dir() else ""
         raise InputError(f"no run in {work / 'runs' / name}{attached}: run notebook 03 first")
-    config = json.loads(found[-1].read_text())
+    config, run = json.loads(found[-1].read_text()), found[-1].parent
     given = {key: config[key] for key in FIELDS if key in config}
-    here = {"work_dir": str(work), "name": found[-1].parent.name, "device": device}
+    here = {"work_dir": str(work), "name": run.name, "device": device}
+    if (run / "history.csv").is_file():  # the rounds that there are, whatever was asked for
+        given.setdefault("rounds", int(read_history(run)["round"].max()))
     settings = dataclasses.replace(Settings(**given), **here)
     # A run may have been trained without a cache: then there is none to be used.
     return dataclasses.replace(settings, cache_features=cache_features and not settings.augment)
@@ -145,9 +153,9 @@ def read_run(
 def read_evaluated(values: Mapping[str, Any]) -> Settings:
     """Return the settings of the run that notebook 04, whose globals these are, is to evaluate.
 
-    Raises InputError for a parameter that was injected and is not that of the run.
+    Raises InputError for a parameter that was given and is not that of the run.
     """
-    names = injected(values)
+    names = given_names(values)
     check_names(names, FIELDS)
     settings = read_run(**{name: values[name] for name in EVALUATES[:4]})
     check_trained({name: values[name] for name in names}, settings)
@@ -157,13 +165,19 @@ def read_evaluated(values: Mapping[str, Any]) -> Settings:
 def check_trained(given: Mapping[str, Any], settings: Settings) -> None:
     """Raise InputError for a parameter that is not that of a run, whose `settings` were read.
 
-    What may change without another run passes, and so does what is left to the profile.
+    What is left to the profile passes; what only training heeds, such as `max_hours`, does not.
     """
+    empty = {name: field.default for name, field in FIELDS.items() if field.metadata["profiles"]}
     asked = {n: convert(FIELDS[n], value) for n, value in given.items() if n not in EVALUATES}
-    asked = {n: value for n, value in asked.items() if value or not FIELDS[n].metadata["profiles"]}
+    asked = {n: value for n, value in asked.items() if value or n not in empty}
+    known = {"rounds": settings.rounds} | settings.identity()
+    if other := asked.keys() - known.keys() - {"profile"}:
+        raise InputError(f"{min(other)}: only training heeds it, notebook 03; leave it out here")
+    of_profile = {} if asked.get("profile", "auto") == "auto" else empty
     beside = {"data_dir": "", "profile": "demo"}  # a run keeps but the folder's name
-    wanted = fill(dataclasses.replace(settings, **beside | asked)).identity()
-    for name, trained in settings.identity().items():
-        if name in asked and wanted[name] != trained:
-            said = f"{name}={asked[name]!r}: run {settings.name} was trained with {trained!r}"
-            raise InputError(f"{said}; choose another run by its name")
+    wanted = fill(dataclasses.replace(settings, **beside | of_profile | asked))
+    wanted = {"rounds": wanted.rounds} | wanted.identity()
+    compared = asked.keys() | of_profile.keys() - {"rounds"}
+    for name in [n for n in known if n in compared and wanted[n] != known[n]]:
+        said = f"{name}={wanted[name]!r}: run {settings.name} was trained with {known[name]!r}"
+        raise InputError(f"{said}; choose another run by its name")

@@ -118,12 +118,9 @@ class Scaffold(FedAvg):
 
 
 STRATEGIES: dict[str, type[FedAvg]] = {
-    "fedavg": FedAvg,
-    "fedavgm": FedAvgM,
-    "fedadam": FedAdam,
-    "fedprox": FedProx,
+    "fedavg": FedAvg, "fedavgm": FedAvgM, "fedadam": FedAdam, "fedprox": FedProx,
     "scaffold": Scaffold,
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

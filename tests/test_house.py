@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 import fedutils
-from fedutils.settings import FIELDS, ROOMS, Settings
+from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
+from fedutils.batch.notebook import declared as notebook_declares
+from fedutils.batch.run import READS
+from fedutils.settings import EVALUATES, FIELDS, ROOMS, Settings
 
 PACKAGE = Path(fedutils.__file__).parent
 DOORS = {"__init__", "__main__", "settings"}
@@ -54,6 +57,44 @@ def targets(parts, node):
         return {".".join(base)}
     # From the package itself: a name may be loaded from where it is at its first use.
     return {fedutils.PLACES.get(a.name, ".".join([*base, a.name])) for a in node.names}
+
+
+def disguised(package):
+    """The modules that import something of ours under another name, or by a text that is no name.
+
+    The rules below read names; the two `__init__` that load at first use are tables of them.
+    """
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        for node in ast.walk(ast.parse(path.read_text())):
+            renamed = isinstance(node, ast.ImportFrom) and targets(parts, node)
+            renamed = renamed or (
+                isinstance(node, ast.Import) and node.names[0].name.startswith("fedutils")
+            )
+            renamed = renamed and any(a.asname not in (None, a.name) for a in node.names)
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            loads = called.rpartition(".")[2] in ("import_module", "__import__")
+            if renamed or (
+                loads
+                and parts[-1] != "__init__"
+                and not ast.unparse(node.args[0]).startswith("f'opacus.")
+            ):
+                found.append(".".join(parts))
+    return found
+
+
+@pytest.mark.parametrize("line", [
+    "from .privacy.client import PrivateClient as Kind",
+    "from . import strategies as plain",
+    "import fedutils.training.arms as arms",
+    "def late():\n    from importlib import import_module\n    import_module('fedutils.batch.run')",
+    "import importlib\nARMS = importlib.import_module('.training.arms', __package__)",
+    "ARMS = __import__('fedutils.training.arms')",
+])  # fmt: skip
+def test_no_room_is_imported_in_disguise(tmp_path, line):
+    assert not disguised(PACKAGE)
+    assert disguised(plant(tmp_path, "client.py", line)) == ["client"]
 
 
 def wing(name):
@@ -183,21 +224,40 @@ def test_rule_4_one_registry_picks_the_class_of_client(tmp_path):
         assert kind.mechanism == mechanism
         assert {"fit", "account", "over_budget", "withholds_loss"} <= set(dir(kind))
     assert builders(PACKAGE) == ["training.arms"]
-    for number, call in enumerate(("PrivateClient", "Client", "clients.PrivateClient")):
-        line = f'ONE = {call}("A", None, None, 0)'
+    one = '("A", None, None, 0)'
+    for number, line in enumerate((
+        f"ONE = PrivateClient{one}", f"ONE = Client{one}", f"ONE = clients.PrivateClient{one}",
+        "class Mine(Client): ...", "class Mine(clients.Client): ...", "KIND = Client",
+    )):  # fmt: skip
         planted = plant(tmp_path / str(number), "network/server.py", line)
-        assert builders(planted) == ["network.server", "training.arms"]
+        assert builders(planted) == ["network.server", "training.arms"], line
 
 
 def builders(package):
-    """The modules that call a class of client, or name the private one beside its home."""
+    """The modules that make something of a class of client: call, derive from or pass it on.
+
+    To name one as a type is no more than that. The private one has its home in `privacy.client`.
+    """
     found = []
     for path in sorted(package.rglob("*.py")):
         name = ".".join(path.relative_to(package).with_suffix("").parts)
-        calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-        called = {getattr(call, "id", getattr(call, "attr", "")) for call in calls}
+        tree = ast.parse(path.read_text())
+        types = [
+            part
+            for node in ast.walk(tree)
+            for field in ("annotation", "returns")
+            if isinstance(part := getattr(node, field, None), ast.AST)
+        ]
+        as_types = {id(part) for kind in types for part in ast.walk(kind)}
+        words = {
+            getattr(node, "id", getattr(node, "attr", ""))
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Name | ast.Attribute) and id(node) not in as_types
+        }
+        calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        words = {call.rpartition(".")[2] for call in calls} if name == "privacy.client" else words
         private = name != "privacy.client" and named(path, {"PrivateClient"})
-        if private or called & {"Client", "PrivateClient"}:
+        if private or words & {"Client", "PrivateClient"}:
             found.append(name)
     return found
 
@@ -216,8 +276,18 @@ def readers(package):
     ]
 
 
+def openers(package):
+    """The figures that open a file themselves: all they show is handed to them."""
+    opens = {"open", "read_text", "read_bytes", "read_csv", "read_json", "read_table", "imread"}
+    opens |= {"read_written", "read_history", "read_films", "read_index", "read_report", "load"}
+    return [path.stem for path in sorted(package.glob("plots/*.py")) if named(path, opens)]
+
+
 def test_rule_5_evidence_reads_the_run_and_plots_take_tables(tmp_path):
-    assert not readers(PACKAGE)
+    assert not readers(PACKAGE) and not openers(PACKAGE)
+    for number, line in enumerate(("pd.read_csv('a.csv')", "Image.open('a.png')")):
+        planted = plant(tmp_path / str(number), "plots/films.py", f"TABLE = {line}")
+        assert openers(planted) == ["films"]
     planted = plant(tmp_path, "plots/style.py", "from ..run import read_history")
     planted = plant(tmp_path / "two", "evidence/card.py", "from ..strategies import STRATEGIES")
     assert [name for name, _ in readers(planted)] == ["evidence.card"]
@@ -235,8 +305,9 @@ def test_rule_6_replicas_and_the_network_are_executors_and_neither_is_the_other(
     assert executors(PACKAGE) == {"Replicas": ["training.replicas"], "Network": ["network.server"]}
     for kind in (Replicas, Network):
         assert asked <= set(vars(kind)) and kind.__bases__ == (object,)
-    line = "class Mine(Network):\n    def fit(self): ..."
-    assert executors(plant(tmp_path, "network/server.py", line))["Mine(Network)"]
+    for base in ("Network", "replicas.Replicas"):
+        line = f"class Mine({base}):\n    def fit(self): ..."
+        assert executors(plant(tmp_path / base, "network/server.py", line))[f"Mine({base})"]
 
 
 def executors(package):
@@ -248,7 +319,8 @@ def executors(package):
             if isinstance(node, ast.ClassDef) and node.name != "Executor":
                 own = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
                 bases = [ast.unparse(base) for base in node.bases]
-                if {"measure", "validate"} <= own or {"Replicas", "Network"} & set(bases):
+                kinds = {base.rpartition(".")[2] for base in bases}
+                if {"measure", "validate"} <= own or {"Replicas", "Network"} & kinds:
                     title = f"{node.name}({', '.join(bases)})" if bases else node.name
                     found.setdefault(title, []).append(name)
     return found
@@ -296,16 +368,70 @@ def test_the_findings_are_imported_from_one_place():
 
 
 def splatted(package):
-    """The functions that splat a tuple called `how` into arguments told apart by their place."""
-    found = []
-    for path in sorted(package.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and "*how" in map(ast.unparse, node.args):
-                found.append(path.stem)
+    """The functions of ours that are called with a tuple of different things, made beforehand."""
+    trees = {path: ast.parse(path.read_text()) for path in sorted(package.rglob("*.py"))}
+    functions = [
+        (path, node)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    ]
+    ours, found = {node.name for _, node in functions}, []
+    for path, function in functions:
+        parts = list(ast.walk(function))
+        tuples = {
+            target.id
+            for node in parts
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        for node in parts:
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ours:
+                stars = {ast.unparse(a.value) for a in node.args if isinstance(a, ast.Starred)}
+                found += [path.stem] * bool(stars & tuples)
     return found
 
 
-def test_no_arguments_are_put_into_a_tuple_to_be_told_apart_by_their_place(tmp_path):
+@pytest.mark.parametrize("name", ["how", "about"])
+def test_no_arguments_are_put_into_a_tuple_to_be_told_apart_by_their_place(tmp_path, name):
     assert not splatted(PACKAGE)
-    line = "def late(a, b):\n    how = a, b\n    return late(*how)"
+    line = f"def late(a, b):\n    {name} = a, b\n    return late(*{name})"
     assert splatted(plant(tmp_path, "client.py", line)) == ["client"]
+
+
+# Words that say something in one wing alone: `train` elsewhere would be anybody's.
+AT_HOME = {"do": "", "hits": "evidence", "rates": "evidence", "train": "training"}
+
+
+def strayed(package):
+    """The functions of a module whose bare name belongs to another wing."""
+    return [
+        (path.stem, node.name)
+        for path in sorted(package.rglob("*.py"))
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and AT_HOME.get(node.name, path.parent.name) != path.parent.name
+    ]
+
+
+def test_bare_words_stay_in_their_wing(tmp_path):
+    assert not strayed(PACKAGE)
+    for name in AT_HOME:
+        line = f"def {name}(): ..."
+        assert strayed(plant(tmp_path / name, "films/split.py", line)) == [("split", name)]
+
+
+def test_each_notebooks_parameters_are_among_those_that_it_reads():
+    for stem in NOTEBOOKS:
+        node = read_notebook(FOLDER, stem)
+        code = "\n".join(c.source for c in node.cells if c.cell_type == "code")
+        used = {
+            part.attr
+            for part in ast.walk(ast.parse(code))
+            if isinstance(part, ast.Attribute) and ast.unparse(part.value) == "settings"
+        }
+        known = EVALUATES if stem == NOTEBOOKS[3] else READS[stem]
+        assert set(notebook_declares(node)) <= set(known), stem
+        if stem in NOTEBOOKS[:2]:  # the later ones know what a run was trained with
+            assert used & set(FIELDS) <= set(READS[stem]), stem

@@ -122,9 +122,11 @@ def test_read_run_finds_the_named_or_the_latest_run(tmp_path):
     ("cell", "refused"),
     [
         ("", ""), ("seed = 7", ""), ("seed = 0", "seed=0: run A was trained with 7"),
-        ("data_dir = 'own/'", ""), ("data_dir = ''", "data_dir='': run A was trained with 'own'"),
+        ("data_dir = 'own/'", ""), ("data_dir = ''", "data_dir='phantom': run A was trained with 'own'"),
         ("data_dir = 'other'", "data_dir='other'"),
-        ("image_size = 0; tracked = ''; weights = ''; profile = 'kaggle'; rounds = 99", ""),
+        ("image_size = 0; tracked = ''; weights = ''; profile = 'auto'; rounds = 0", ""),
+        ("profile = 'kaggle'", "image_size=224: run A was trained with 32"),
+        ("rounds = 99", "rounds=99: run A was trained with 0"), ("max_hours = 3.0", "only training"),
         ("image_size = 64", "image_size=64: run A was trained with 32"),
         ("tracked = 'fc'", "tracked='fc': run A was trained with 'all'"),
         ("weights = 'imagenet'", "weights='imagenet'"), ("arms = 'local'", "arms='local'"),

@@ -45,6 +45,15 @@ def find_devices(device: str) -> list[torch.device]:
     All GPUs are `auto`, without one it is `cpu`: one for each core. Raises InputError for a device
     that is unknown, not there, or too old for the installed torch.
     """
+    devices = name_devices(device)
+    for found in devices:
+        if found.type != "cpu":
+            _check_gpu(found)
+    return devices
+
+
+def name_devices(device: str) -> list[torch.device]:
+    """Do the same for a list whose GPUs may be those of another machine."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = [f"cuda:{i}" for i in range(count)] or ["cpu"]
     names = there if device == "auto" else [name.strip() for name in device.split(",")]
@@ -53,9 +62,8 @@ def find_devices(device: str) -> list[torch.device]:
         devices = [torch.device(name) for name in names]
     except RuntimeError as error:
         raise InputError(f"device={device!r}: expected auto, cpu, cuda:0 or a list") from error
-    for found in devices:
-        if found.type != "cpu":
-            _check_gpu(found)
+    if other := [str(found) for found in devices if found.type not in ("cpu", "cuda")]:
+        raise InputError(f"device={other[0]!r}: expected cpu or cuda")
     return devices
 
 
@@ -67,8 +75,6 @@ def count_cores() -> int:
 
 def _check_gpu(device: torch.device) -> None:
     """Raise InputError where a device is no GPU that can be used."""
-    if device.type != "cuda":
-        raise InputError(f"device={str(device)!r}: expected cpu or cuda")
     if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device={str(device)!r} is not there; use device=cpu or auto")
     major, minor = torch.cuda.get_device_capability(device)

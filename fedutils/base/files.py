@@ -26,6 +26,12 @@ FULL = errno.ENOSPC, errno.EDQUOT
 LOCK = "run.lock", "run.pid"  # of a folder that is being written
 
 
+def package_files() -> list[Path]:
+    """Return the code of this package, and the tables and templates beside it, in order."""
+    kinds = (".py", ".toml", ".j2", ".mplstyle")
+    return sorted(path for path in PACKAGE.rglob("*.*") if path.suffix in kinds)
+
+
 def find_root() -> Path:
     """Return the project's folder, from wherever a notebook runs; on Kaggle the output folder."""
     if (KAGGLE / "working").is_dir():

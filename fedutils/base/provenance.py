@@ -10,7 +10,7 @@ import torch
 from torchvision.models import ResNet34_Weights
 
 from .device import environment, find_devices, precision
-from .files import PACKAGE, git_revision, sha256
+from .files import PACKAGE, git_revision, package_files, sha256
 from .weights import find_weights
 
 # Wings that only read what was trained, or start it.
@@ -33,7 +33,7 @@ def provenance(device: str, precision_wanted: str, weights: str) -> dict[str, st
 @functools.cache
 def code_hash() -> str:
     """Return a hash of all code that may decide what is trained."""
-    files = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]
+    files = [path.relative_to(PACKAGE) for path in package_files()]
     chosen = [file for file in files if file.parts[0] not in READERS]
     content = [file.as_posix().encode() + (PACKAGE / file).read_bytes() for file in chosen]
     return sha256(b"".join(content))[:16]

@@ -4,12 +4,20 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, TypeVar
 
 import torch
 
 Tool, Item, Result = TypeVar("Tool"), TypeVar("Item"), TypeVar("Result")
+NOTICED = 0.5  # seconds; a wait without end misses an interrupt that comes just as it begins
+
+
+def result_of(future: Future[Result]) -> Result:
+    """Return the result of a future, awake often enough to notice an interrupt."""
+    while not future.done():
+        wait([future], NOTICED)
+    return future.result()
 
 
 class Shared(Generic[Tool]):
@@ -48,9 +56,9 @@ class Shared(Generic[Tool]):
                 for item in items:
                     ahead.append(pool.submit(work, item))
                     if len(ahead) > 2 * count:
-                        yield ahead.popleft().result()
+                        yield result_of(ahead.popleft())
                 while ahead:
-                    yield ahead.popleft().result()
+                    yield result_of(ahead.popleft())
             except KeyboardInterrupt:
                 self.stopped.set()
                 raise

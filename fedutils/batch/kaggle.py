@@ -17,6 +17,7 @@ from nbformat import NotebookNode
 from torchvision.models import ResNet34_Weights
 
 from ..base import __version__
+from ..base.device import name_devices
 from ..base.errors import InputError
 from ..base.files import PACKAGE, write_atomic
 from ..base.weights import find_weights
@@ -46,8 +47,7 @@ def write_kit(user: str, out: Path, values: Mapping[str, Any]) -> list[str]:
     if out.exists() and not (out.is_dir() and (earlier or not any(out.iterdir()))):
         raise InputError(f"--out {out}: holds other files; give a new or an empty folder")
     nodes = {stem: read_notebook(FOLDER, stem) for stem in NOTEBOOKS}
-    values = ON_KAGGLE | dict(values)
-    settings = read_parameters(convert_texts(values))
+    values = ON_KAGGLE | check_values(values)
     for title, text in ABOUT.items():
         about = {"title": title, "id": f"{user}/{slug(title)}", "description": text}
         about["licenses"] = [{"name": "other"}]  # Kaggle's list has neither MIT nor BSD
@@ -59,10 +59,22 @@ def write_kit(user: str, out: Path, values: Mapping[str, Any]) -> list[str]:
         shutil.copyfile(found, trunk / found.name)
     for stem, node in nodes.items():
         read = [name for name in values if name in READS[stem]]
-        set_parameters(node, {name: getattr(settings, name) for name in read})
+        set_parameters(node, {name: values[name] for name in read})
         _write_json(out / stem / "kernel-metadata.json", describe_kernel(user, stem))
         write_atomic(out / stem / f"{stem}.ipynb", nbformat.writes(node).encode())
     return commands(user, out)
+
+
+def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters for kernels, converted; InputError for what is only of this machine."""
+    found = convert_texts(values)
+    for name in [name for name in ("data_dir", "work_dir") if found.get(name)]:
+        raise InputError(f"{name}: kernels find attached films, and write where Kaggle keeps it")
+    if found.get("weights", "") not in ("", "none", "imagenet"):
+        raise InputError(f"weights={found['weights']!r}: kernels take imagenet, attached, or none")
+    name_devices(found.get("device", "auto"))
+    read_parameters(ON_KAGGLE | found | {"device": "cpu"})  # not whether this machine has it
+    return found
 
 
 def slug(title: str) -> str:

@@ -28,16 +28,7 @@ READ_FILMS = NOTEBOOKS[:2]
 TRAINS, EVALUATE = NOTEBOOKS[2:]
 FOLDER = PACKAGE.parent / "notebooks"
 NOT_INHERITED = ("MATPLOTLIBRC", "PYTHONSTARTUP", "PYTHONWARNINGS")  # by kernels
-# nbconvert's template without its scripts from the network, and with a rule for narrow screens.
-TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}{%- endblock -%}{%- block jupyter_widgets -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}{%- endblock -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock -%}
-{%- block html_head_css -%}<style>
-main { max-width: 60rem; margin: auto } img { max-width: 100%; height: auto }
-@media (max-width: 40rem) { .jp-InputPrompt, .jp-OutputPrompt { display: none }
-  .jp-RenderedHTMLCommon { overflow-x: auto } .jp-Notebook { padding: 0.5rem } }
-</style>{%- endblock -%}"""
+TEMPLATE = (Path(__file__).parent / "report.html.j2").read_text()
 
 
 def read_notebook(folder: Path, stem: str) -> NotebookNode:

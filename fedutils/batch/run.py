@@ -4,17 +4,19 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nbformat import NotebookNode
 
 from ..base.errors import InputError
-from ..base.files import PACKAGE, disk_full_named, sha256, write_atomic
+from ..base.files import disk_full_named, package_files, sha256, write_atomic
 from ..base.provenance import provenance
+from ..films.decode import FilmParameters
 from ..films.find import list_tables, walk
 from ..films.prepared import PREPARED_WITH
+from ..films.split import SplitParameters
 from ..settings import (
     EVALUATES,
     FIELDS,
@@ -42,7 +44,8 @@ OUTPUTS = {
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
 # What a notebook reads, whether or not its cell shows it.
 EXPLORES = ("data_dir", "work_dir", "profile", "seed")
-PREPARES = (*EXPLORES, "image_size", "max_films", "twins")
+FILMS = *fields(SplitParameters), *fields(FilmParameters)
+PREPARES = (*EXPLORES[:3], *(field.name for field in FILMS))
 TRAINS_WITH = tuple(FIELDS.keys() - {"compare"})
 READS = dict(zip(NOTEBOOKS, (EXPLORES, PREPARES, TRAINS_WITH, EVALUATES), strict=True))
 
@@ -76,7 +79,7 @@ class Step:
         For training that is also what `provenance` tells of; where other runs are compared, these.
         """
         code = [cell.source for cell in self.node.cells if cell.cell_type == "code"]
-        package = [path.read_text() for path in sorted(PACKAGE.rglob("*.py"))]
+        package = [path.read_text() for path in package_files()]
         data = self.data if self.stem in READ_FILMS else ""
         inputs = self._digests(INPUTS[self.stem])
         beside, asked = {}, self.settings
@@ -121,6 +124,10 @@ def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Setti
     jobs = [Step(stem, nodes[stem], settings, films, given=tuple(values)) for stem in chosen]
     if EVALUATE in chosen and TRAINS not in chosen:
         check_trained(values, read_run(settings.work_dir, settings.name))
+    elif TRAINS not in chosen:
+        heeded = {"name", *(name for stem in chosen for name in READS[stem])}
+        for name in [n for n in values if n not in heeded and not FIELDS[n].metadata["identity"]]:
+            raise InputError(f"{name}: notebook {only} does not heed it; leave it out here")
     # A finished notebook has read the same table already, which takes seconds for all films.
     check_early([settings], [job.stem for job in jobs if force or not job.is_unchanged()])
     notebook.prepare(jobs[0].output.parent)

@@ -1,6 +1,7 @@
 """A run for each combination of values."""
 
 import itertools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,10 @@ def sweep(
         name = "-".join([values["name"], *row]) if values.get("name") else ""
         runs.append(dict(values) | dict(zip(grid, row, strict=True)) | {"name": name})
     resolved = [read_parameters(convert_texts(one)) for one in runs]
+    for name, count in Counter(settings.name for settings in resolved).items():
+        if count > 1:
+            what = f"sweep {' '.join(grid)}: {count} of these runs would be one, {name}"
+            raise InputError(f"{what}; give a --name if the values continue a run, and none twice")
     stems, failures, done = choose_notebooks(only), [], []
     check_early(resolved, stems)
     for number, one in enumerate(runs, start=1):

@@ -273,7 +273,7 @@ def operating_points(
             cut = choose_threshold(truth, seen[finding].to_numpy(), rule)
             row = {"finding": finding, "rule": rule, "threshold": cut}
             row |= {"val_positives": int((truth == 1).sum())}
-            about = films[finding].to_numpy(float), tested[finding].to_numpy(), cut
-            row |= rates_at(*about, films["patient_id"].to_numpy())
+            labels, scores = films[finding].to_numpy(float), tested[finding].to_numpy()
+            row |= rates_at(labels, scores, cut, films["patient_id"].to_numpy())
             rows.append(dict(zip(OWNER, owner, strict=True)) | row)
     return pd.DataFrame(rows)

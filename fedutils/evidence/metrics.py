@@ -1,12 +1,12 @@
 """metrics.csv: every model, finding and test set, with intervals over patients."""
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pandas as pd
 
+from ..base.device import count_cores
 from ..base.findings import FINDINGS
 from ..dataset import ChestXrayDataset
 from . import tables
@@ -132,7 +132,7 @@ def resample_models(
 
     tables.check_once(predictions)
     truth, result = tables.truth_of(index), {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, count_cores())) as pool:
         for owner, rows in predictions.fillna({"client": ""}).groupby(OWNER, sort=False):
             scores = tables.truth_of(rows.set_index("image_index").loc[index.index])
             parts = zip(*pool.map(on_each_part, truth.T, scores.T), strict=True)

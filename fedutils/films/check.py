@@ -1,30 +1,14 @@
 """Checks of a table and its files, and a summary of what was found."""
 
+import tomllib
+from pathlib import Path
+
 import pandas as pd
 
 from ..base.findings import FINDINGS
 from .read import NihData
 
-# Every check, in the order of the report, and what it means for the work that follows.
-CHECKS = {
-    "missing films": "rows without a file: they cannot be prepared",
-    "orphaned films": "files without a row: they have no labels and are not used",
-    "films in two folders": "NIH's file name twice: the first folder's film is used",
-    "duplicate rows": "the same film in several rows: the first row is used",
-    "duplicate rows that disagree": "their labels differ: the first row's are used",
-    "labels in another spelling": "aliases or repeats in the label text: read as meant",
-    "ages out of range": "0 or less, or above 100 years: typing errors, kept as they are",
-    "ages unreadable": "no number in the age, or no age at all: not-a-number",
-    "patients in several spellings": "ids such as 12 and 12.0, or p7 and P7: read as one patient",
-    "patients with two sexes": "a typing error, or two patients under one id",
-    "rows without pixel spacing": "no scanner known: no split by scanner for these films",
-    "rows in no list": "the lists leave them out of train, validation and test",
-    "rows in both lists": "counted as test, so that they are never trained on",
-    "patients in both lists": "a leak: such a split is refused",
-    "list names without row": "the list names films that the table does not know",
-    "boxes without row": "boxes of films that the table does not know",
-    "other tables": "further label tables in the folder: not read",
-}
+CHECKS = tomllib.loads(Path(__file__).with_name("checks.toml").read_text())  # with their meanings
 
 
 def check_table(data: NihData) -> pd.DataFrame:

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from ..base.device import count_cores
 from ..base.errors import InputError
 from ..base.files import open_store, read_written, run_lock, sha256, write_atomic
 from ..base.findings import FINDINGS
@@ -118,7 +119,7 @@ def _decode_once(
         work = prepared / f"decoding-{key[:12]}"
         store, done = _open_store(work, len(table), image_size)
         progress(done, len(table))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without holding the GIL
+        with ThreadPoolExecutor(count_cores()) as pool:  # Pillow decodes without holding the GIL
             for start in range(done, len(table), FILMS_A_CHUNK):
                 chunk = slice(start, start + FILMS_A_CHUNK)
                 seen = pool.map(lambda path: decode_film(path, image_size), paths[chunk])

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..base.device import find_devices
 from ..base.errors import InputError, NotebookFailed
 from ..base.files import PACKAGE, write_atomic
 from ..base.parameters import check_names
@@ -198,5 +199,8 @@ def take_step(
         check_names(own, FIELDS)
         for other in own.keys() - HOSPITALS:
             raise InputError(f"-p {other}: a hospital sets {' and '.join(HOSPITALS)} alone")
+        find_devices(own.get("device", "auto"))
+        if "weights" in own and not Path(own["weights"]).expanduser().is_file():
+            raise InputError(f"-p weights={own['weights']}: no such file; give the hospital's copy")
         call = supernode(name, work, server, free_port(), keys, own)
     os.execvpe(call[0], call, environment)

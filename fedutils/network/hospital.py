@@ -39,7 +39,7 @@ class Hospital:
     """One message at a SuperNode, and the films that lie here; InputError where they do not fit.
 
     `node_config` has its `name`, the `work_dir` in which notebook 02 prepared the films, and maybe
-    a `device`, and `weights` for where the server's are a file, which lies elsewhere here.
+    a `device`, and `weights`: its own copy of the file that the server starts from.
     """
 
     def __init__(self, order: ConfigRecord, node_config: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ class Hospital:
         given = Settings(**{key: config[key] for key in FIELDS if key in config})
         here = {"work_dir": node_config["work_dir"], "name": order["run"]}
         here["device"] = node_config.get("device", "auto")
-        if "weights" in node_config and given.weights not in ("none", "imagenet"):
+        if "weights" in node_config and given.weights != "none":
             here["weights"] = node_config["weights"]
         self.order, self.settings = order, dataclasses.replace(given, **here)
         self.name, self.threads = str(node_config["name"]), config["threads"]

@@ -14,6 +14,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from ..base.device import PRECISIONS
 from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.state import State, find_misfit
@@ -190,8 +191,12 @@ def check_network(settings: Settings) -> None:
 
 
 def sent_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Return what hospitals are told of a run: what its result depends on, and their limit."""
-    return config | {"total_epsilon": settings.total_epsilon}
+    """Return what hospitals are told of a run: what its result depends on, and their limit.
+
+    That is, too, in which precision all compute, whatever `auto` would mean on their devices.
+    """
+    (name,) = [name for name, dtype in PRECISIONS.items() if str(dtype) == config["dtype"]]
+    return config | {"precision": name, "total_epsilon": settings.total_epsilon}
 
 
 class NetworkTraining(Training):

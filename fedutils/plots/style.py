@@ -27,16 +27,7 @@ LIGHT = "#bbbbbb"
 ORANGE, PURPLE, SKY = "#E69F00", "#CC79A7", "#56B4E9"
 ARMS = {"federated": BLUE, "centralised": VERMILION, "local": GREEN}
 WIDTH, DPI, FONT = 8.8, 100, 9.5  # inches, pixels an inch, points
-STYLE = {
-    "text.parse_math": False,  # a name with two dollars is a name
-    "figure.dpi": DPI, "figure.facecolor": "white", "figure.titlesize": 12,
-    "figure.titleweight": "bold", "figure.labelsize": FONT, "font.size": FONT,
-    "axes.labelsize": FONT, "axes.titlesize": FONT, "axes.titlelocation": "left",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
-    "axes.facecolor": "white", "axes.labelcolor": INK, "text.color": INK,
-    "xtick.color": GREY, "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "xtick.labelsize": 9, "ytick.labelsize": FONT,
-}  # fmt: skip
+STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 def in_our_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -45,7 +36,7 @@ def in_our_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     @functools.wraps(draw)
     def styled(*args: Any, **kwargs: Any) -> Figure:
         """Draw, then close."""
-        with plt.rc_context(STYLE):
+        with plt.style.context(STYLE):
             fig = draw(*args, **kwargs)
             fig.draw_without_rendering()  # ticks take their style when first drawn
         fig._repr_png_ = functools.partial(_png, fig)

@@ -47,10 +47,10 @@ class ReplicaParameters(Parameters):
 
 def start_model(settings: Parameters, seed: int) -> ChestResNet:
     """Build the model that a run starts from; a random trunk is calibrated on phantom films."""
-    built = settings.weights, settings.tracked, settings.batchnorm, seed
     return build_resnet34(
-        *built, precision=settings.precision, draw_films=lambda: draw_batch(32, 64)
-    )
+        settings.weights, settings.tracked, settings.batchnorm, seed,
+        precision=settings.precision, draw_films=lambda: draw_batch(32, 64),
+    )  # fmt: skip
 
 
 class Models:

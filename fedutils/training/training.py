@@ -18,6 +18,7 @@ from ..base.device import set_up
 from ..base.errors import InputError
 from ..base.files import run_lock, write_atomic
 from ..base.parameters import Parameters
+from ..base.threads import NOTICED
 from ..dataset import ChestXrayDataset, read_report
 from ..fedavg import FedAvg
 from ..privacy.ledger import note_open
@@ -176,8 +177,8 @@ class Training:
         if count == 1 or self.settings.total_epsilon:  # another model would spend the same budget
             return [self._train_job(job, deadline, on_round) for job in self.jobs]
         said: queue.SimpleQueue[rounds.Row | Future] = queue.SimpleQueue()
-        threads = torch.set_num_threads, (self.config["threads"],)
-        with ThreadPoolExecutor(count, "job", *threads) as pool:
+        own = (self.config["threads"],)
+        with ThreadPoolExecutor(count, "job", torch.set_num_threads, own) as pool:
             futures: list[Future] = []
             try:  # from the first one on: it trains by now, and would keep an interrupt waiting
                 for job in self.jobs:
@@ -186,7 +187,10 @@ class Training:
                     )
                     futures[-1].add_done_callback(said.put)
                 while not all(future.done() for future in futures) or not said.empty():
-                    news = said.get()  # of a round, or of the end of a model's training
+                    try:
+                        news = said.get(timeout=NOTICED)  # of a round, or of a model's end
+                    except queue.Empty:
+                        continue
                     if isinstance(news, Future):
                         news.result()
                     elif on_round:
@@ -234,9 +238,9 @@ class Training:
     def _note_open(self, job: rounds.Job) -> None:
         """Write into the ledger whose films are trained on here without privacy."""
         if self.settings.dp == "off" and self.films is not None:
-            about = Path(self.settings.work_dir), identity.name_release(job, self.config)
+            work, release = Path(self.settings.work_dir), identity.name_release(job, self.config)
             for client in job.clients:
-                note_open(*about, client.name, client.films.index["patient_id"])
+                note_open(work, release, client.name, client.films.index["patient_id"])
 
     def _stop(self, job: rounds.Job, now: rounds.Progress, local: set[str], reason: str) -> None:
         """End a model before its last round, name the reason in the history, and say so."""

@@ -19,7 +19,7 @@ from fedutils.__main__ import main
 from fedutils.base import device
 from fedutils.base.device import find_copy
 from fedutils.base.errors import InputError
-from fedutils.base.files import PACKAGE, fetch_runs
+from fedutils.base.files import PACKAGE, fetch_runs, package_files
 from fedutils.base.weights import find_profile
 from fedutils.batch.kaggle import slug, write_kit
 from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
@@ -103,7 +103,7 @@ def test_both_data_sets_are_described_as_kaggle_wants(kit):
 
 def test_the_data_set_holds_the_package_as_it_is_now(kit):
     held = contents(kit / "fedutils/fedutils", "*")
-    assert held == contents(PACKAGE, "*.py")
+    assert held == {p.relative_to(PACKAGE): p.read_bytes() for p in package_files()}
     assert {path.parts[0] for path in held if len(path.parts) > 1} == wings()
 
 
@@ -131,6 +131,13 @@ def test_parameters_go_into_the_cells_and_the_profile_does_not_depend_on_a_gpu(k
     assert "max_films: int = 500  # at most" in cells["02_preprocess"]
     assert "max_films = 500" in cells["03_federated_train"]
     assert "max_hours: float = 11.0  #" in cells["03_federated_train"]
+
+
+def test_a_kernels_gpus_are_not_this_machines(tmp_path):
+    write_kit("somebody", tmp_path / "kit", {"device": "cuda:0,cuda:1", "weights": "none"})
+    source = (tmp_path / "kit/03_federated_train/03_federated_train.ipynb").read_text()
+    assert 'device = \\"cuda:0,cuda:1\\"' in source and 'weights = \\"none\\"' in source
+    assert str(tmp_path) not in source and str(PACKAGE.parent) not in source
 
 
 def test_the_commands_send_every_folder_in_order(tmp_path, capsys):
@@ -164,6 +171,19 @@ def test_weights_on_this_machine_are_put_into_the_kit(tmp_path):
             "unknown parameter 'round'; did you mean rounds?",
         ),
         (["--user", "somebody", "--out", "kit", "-p", "alpha=0"], "alpha=0.0: allowed is"),
+        *(
+            (["--user", "somebody", "--out", "kit", "-p", given], said)
+            for given, said in (
+                ("work_dir=results", "work_dir: kernels find attached films"),
+                ("data_dir=films", "data_dir: kernels find attached films"),
+                (
+                    "weights=mine.pth",
+                    "weights='mine.pth': kernels take imagenet, attached, or none",
+                ),
+                ("device=banana", "device='banana': expected auto"),
+                ("device=mps", "device='mps': expected cpu or cuda"),
+            )
+        ),
     ],
 )
 def test_a_kit_that_cannot_be_is_one_line_and_nothing_is_written(

@@ -19,6 +19,7 @@ from tiny import tiny_films
 from torchvision.models import resnet34
 
 from fedutils import __main__, batch
+from fedutils.base import files
 from fedutils.base.errors import NotebookFailed
 from fedutils.base.files import PACKAGE
 from fedutils.batch import notebook
@@ -153,6 +154,7 @@ def break_cell(project, line, stem="02_preprocess"):
         (["-p", "rounds"], "-p rounds: expected KEY=VALUE"),
         (["--profile", "fast"], "profile='fast': allowed are auto, demo, kaggle"),
         (["--name", "../B"], "name='../B': expected letters"),
+        (["--only", "02", "-p", "rounds=9"], "rounds: notebook 02 does not heed it"),
         (["--only", "03,07"], "no notebook '07'; known: 01, 02, 03, 04"),
         (["--data", "absent"], "absent"),
         (["--data", "empty"], "empty"),
@@ -248,6 +250,9 @@ def test_a_sweep_ends_with_what_each_run_reached_on_validation(project, executed
         (["image_size=32|64"], "sweep image_size: prepares other films"),
         (["lr=0.1|0.2", "-p", "lr=1"], "sweep lr: .* is given already"),
         (["round=1|2"], "unknown parameter 'round'; did you mean rounds?"),
+        (["rounds=1|2"], "sweep rounds: 2 of these runs would be one, .*; give a --name"),
+        (["lr=0.1|0.1", "--name", "S"], "sweep lr: 2 of these runs would be one, S-0.1"),
+        (["lr=0.1", "lr=0.2|0.3"], "sweep lr=0.1 lr=0.2|0.3: a parameter is there twice"),
     ],
 )
 def test_an_unusable_sweep_is_one_line_and_no_run_starts(
@@ -320,6 +325,10 @@ def test_a_compared_run_that_was_evaluated_anew_is_compared_anew(project, execut
         ("seed=3", "seed=3: run A was trained with 0; choose another run"),
         ("max_films=60", "max_films=60: run A was trained with 0"),
         ("lr=0.5", "lr=0.5: run A was trained with"),
+        ("rounds=9", "rounds=9: run A was trained with 4"),
+        ("profile=kaggle", "=224: run A was trained with 64"),
+        ("max_hours=3", "max_hours: only training heeds it, notebook 03"),
+        ("min_clients=2", "min_clients: only training heeds it"),
     ],
 )
 def test_04_alone_refuses_what_its_run_was_not_trained_with(
@@ -329,7 +338,8 @@ def test_04_alone_refuses_what_its_run_was_not_trained_with(
     config = json.dumps(settings.identity())
     (project / "work/runs/A/config.json").write_text(config)
     assert again(executed, "--only", "04") == ["04"]
-    assert again(executed, "--only", "04", "-p", "seed=0", "-p", "rounds=9") == []
+    same = ["-p", "seed=0", "-p", f"rounds={settings.rounds}", "--profile", "demo"]
+    assert again(executed, "--only", "04", *same) == []
     capsys.readouterr()
     assert command("--only", "04", "-p", given) == 2 and executed == []
     assert message in capsys.readouterr().err
@@ -362,14 +372,23 @@ def test_every_wing_has_a_room_below():
     assert {(PACKAGE / room).parent for room in ROOMS.values()} == wings
 
 
-@pytest.mark.parametrize("room", ROOMS.values(), ids=ROOMS)
-def test_changed_code_of_fedutils_repeats_all(project, executed, monkeypatch, capsys, room):
+TABLES = {
+    "films/phantom/cases.toml": ("share = 0.103", "share = 0.104"),
+    "batch/report.html.j2": ("60rem", "61rem"),
+    "plots/style.mplstyle": ("font.size: 9.5", "font.size: 9"),
+}
+
+
+@pytest.mark.parametrize(
+    ("room", "change"), [*((room, ("def ", "def  ")) for room in ROOMS.values()), *TABLES.items()]
+)
+def test_changed_code_of_fedutils_repeats_all(project, executed, monkeypatch, capsys, room, change):
     again(executed)
     shutil.copytree(PACKAGE, project / "fedutils")
-    monkeypatch.setattr(batch.run, "PACKAGE", project / "fedutils")
+    monkeypatch.setattr(files, "PACKAGE", project / "fedutils")
     assert again(executed) == []
     assert capsys.readouterr().out.count("skipped (unchanged)") == 4
-    edit(project / "fedutils" / room, "def ", "def  ")
+    edit(project / "fedutils" / room, *change)
     assert again(executed) == ["01", "02", "03", "04"]
     assert "skipped" not in capsys.readouterr().out
     assert again(executed) == []

@@ -21,6 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from torchvision.models import resnet34
 
 from fedutils import rounds, run
+from fedutils.base.device import precision
 from fedutils.base.errors import InputError
 from fedutils.base.findings import FINDINGS
 from fedutils.base.state import to_cpu
@@ -264,11 +265,27 @@ def test_a_hospitals_own_copy_of_the_weights_stands_for_the_servers_file(tmp_pat
         Hospital(order, node).model()
     node["weights"] = str(tmp_path / "copy.pth")
     Hospital(order, node).model()
+    order["config"] = json.dumps(config | {"weights": "imagenet"})  # which it need not download
+    Hospital(order, node).model()
     order["trunk"] = "another file's"
     with pytest.raises(InputError, match="not the trunk of the server"):
         Hospital(order, node).model()
     order["config"] = json.dumps(config)  # from scratch: then a copy means nothing
     assert Hospital(order, node).settings.weights == "none"
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("float32", "fp32"), ("bfloat16", "bf16")])
+def test_all_hospitals_compute_in_the_precision_that_the_run_records(tmp_path, dtype, name):
+    """Whatever `auto` would mean on a hospital's own device."""
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    settings = tiny_settings(tmp_path)
+    config = dataclasses.asdict(settings) | {"threads": 1, "dtype": f"torch.{dtype}"}
+    assert config["precision"] == "auto"
+    sent = json.dumps(server.sent_config(config, settings))
+    order = {"config": sent, "run": "run", "trunk": "trunk"}
+    here = Hospital(order, {"work_dir": str(home), "name": "client-1"}).settings
+    assert here.precision == name
+    assert str(precision(torch.device("cuda"), here.precision)) == f"torch.{dtype}"
 
 
 SPOILT = {

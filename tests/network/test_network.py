@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -228,10 +227,19 @@ def test_a_hospital_is_told_what_it_cannot_set(tmp_path, monkeypatch, capsys):
     assert "clip: a hospital sets device and weights alone" in capsys.readouterr().err
     assert main([*here, "-p", "wieghts=a"]) == 2 and not started
     assert "did you mean weights?" in capsys.readouterr().err
-    main([*here, "-p", "weights=copy of it.pth"])
-    assert f'weights="{Path("copy of it.pth").resolve()}"' in started[0][-2]
-    main([*here, "-p", "device=cuda:1"])
-    assert 'device="cuda:1"' in started[1][-2]
+    assert main([*here, "-p", "weights=copy of it.pth"]) == 2 and not started
+    assert "weights=copy of it.pth: no such file" in capsys.readouterr().err
+    for device in ("banana", "cuda:7"):
+        assert main([*here, "-p", f"device={device}"]) == 2 and not started
+        assert f"device='{device}'" in capsys.readouterr().err
+    copy = tmp_path / "copy of it.pth"
+    copy.touch()
+    main([*here, "-p", f"weights={copy}"])
+    assert f'weights="{copy}"' in started[0][-2]
+    main([*here, "-p", "device=cpu,cpu"])
+    assert 'device="cpu,cpu"' in started[1][-2]
+    main([*here, "-p", f"work_dir={tmp_path / 'mine'}"])
+    assert f'work_dir="{tmp_path / "mine"}"' in started[2][-2]
     with pytest.raises(SystemExit):  # no step but training has parameters
         main(["flower", "server", "-p", "rounds=2"])
 

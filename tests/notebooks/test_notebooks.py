@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import sys
+from contextlib import nullcontext
 
 import nbformat
 import pandas as pd
@@ -22,7 +23,7 @@ from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
 from fedutils.films.phantom.write import write_phantom
 from fedutils.films.read import read_nih
 from fedutils.films.split import split_patients
-from fedutils.settings import FIELDS
+from fedutils.settings import FIELDS, read_evaluated, read_parameters
 
 QUICK = ["-p", "image_size=32", "-p", "rounds=1", "-p", "device=cpu", "--name", "quick"]
 ALL_ARMS = ["-p", "arms=federated,centralised,local", "-p", "num_clients=3"]
@@ -188,6 +189,18 @@ def test_a_mistyped_parameter_stops_a_notebook_and_the_nearest_name_is_said(
     with pytest.raises(InputError, match=r"^unknown parameter 'ruonds'; did you mean rounds\?$"):
         run_cells(stem, work_dir=str(tmp_path / "work"), ruonds=3)
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_a_name_mistyped_in_the_parameters_cell_is_told_until_it_is_mended(stem, tmp_path):
+    cell = next(c.source for c in read_notebook(FOLDER, stem).cells if "work_dir:" in c.source)
+    scope = {"work_dir": str(tmp_path), "In": ["", "import fedutils", f"{cell}\nruonds = 3"]}
+    read = read_evaluated if stem == NOTEBOOKS[3] else read_parameters
+    with pytest.raises(InputError, match="'ruonds'; did you mean rounds"):
+        read(scope)
+    mended = {"In": [*scope["In"], "%time x = 1", cell], "name": "none"}
+    with pytest.raises(InputError, match="no run in") if stem == NOTEBOOKS[3] else nullcontext():
+        read(scope | mended | {"device": "cpu", "cache_features": False, "compare": ""})
 
 
 def test_papermill_itself_says_what_a_notebook_refuses(tmp_path):

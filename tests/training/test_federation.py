@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 import signal
 import threading
@@ -188,8 +187,9 @@ def test_an_interrupt_reaches_whoever_computes_and_the_run_goes_on(
     straight = train(tmp_path / "straight", **how)
 
     def interrupt():
+        """Interrupt as one does that comes just as the main thread begins to wait: nothing wakes it."""
         assert computing.wait(60)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
         computing = fit_for_long(patch)

@@ -1,6 +1,8 @@
 """Who is in the phantom: patients, scanners, films and findings, by quota."""
 
+import tomllib
 from collections import namedtuple
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,46 +14,11 @@ from ...base.rng import generator
 
 DEFAULT_PATIENTS = 1200
 DEFAULT_SIZE = 192  # pixels
-
-
-# A detector type: mm a pixel and size of the original, which is how NIH's table tells them apart;
-# shares of patients, of AP films and of films without a finding, from that table, too; then the
-# look of its films, whose border is a collimated margin as a share of the film.
-Scanner = namedtuple(
-    "Scanner", "spacing width height patients ap clear zoom gamma contrast noise border"
-)
-SCANNERS = (
-    Scanner(0.143, 2992, 2991, 0.45, 0.15, 0.45, 1.00, 1.00, 1.00, 0.010, 0.00),
-    Scanner(0.168, 2048, 2500, 0.23, 0.59, 0.40, 1.08, 1.25, 1.10, 0.016, 0.00),
-    Scanner(0.139, 2544, 3056, 0.13, 0.64, 0.34, 1.04, 0.80, 0.85, 0.013, 0.02),
-    Scanner(0.171, 2500, 2048, 0.12, 0.43, 0.50, 0.94, 1.10, 0.92, 0.020, 0.05),
-    Scanner(0.194311, 2021, 2020, 0.07, 0.15, 0.43, 0.98, 0.95, 1.18, 0.008, 0.00),
-)
-# NIH's share of films by finding, and how much likelier each finding is on the five scanners and
-# on AP than on PA films (all measured on NIH's own table).
-NIH_SHARE = dict(zip(FINDINGS, (
-    0.103, 0.0248, 0.119, 0.177, 0.0516, 0.0565, 0.0128,
-    0.0473, 0.0416, 0.0205, 0.0224, 0.0150, 0.0302, 0.0020,
-), strict=True))  # fmt: skip
-CASE_MIX = dict(zip(FINDINGS, (
-    (0.9, 1.1, 1.2, 0.9, 0.8, 1.5), (0.9, 1.1, 1.2, 0.8, 1.1, 1.2), (0.9, 1.1, 1.3, 0.7, 0.8, 1.5),
-    (0.9, 1.1, 1.4, 0.6, 0.9, 1.7), (1.1, 1.0, 0.9, 0.9, 0.7, 0.9), (1.1, 0.8, 1.0, 1.1, 0.9, 0.8),
-    (0.8, 1.2, 1.3, 0.7, 0.5, 1.9), (1.2, 0.7, 1.1, 0.5, 1.8, 0.8), (0.6, 1.4, 1.4, 0.8, 0.5, 3.1),
-    (0.2, 1.8, 1.6, 0.4, 0.1, 11.0), (1.0, 0.9, 1.0, 0.7, 1.6, 1.0),
-    (1.4, 0.9, 0.6, 0.9, 0.7, 0.3), (1.2, 0.8, 1.1, 0.7, 1.3, 0.6), (1.4, 0.8, 0.7, 0.6, 1.3, 0.3),
-), strict=True))  # fmt: skip
+CASES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+Scanner = namedtuple("Scanner", CASES["scanner"][0])
+SCANNERS = tuple(Scanner(**about) for about in CASES["scanner"])
+NIH_SHARE = {name: about["share"] for name, about in CASES["finding"].items()}
 SHARE_FLOOR, TEST_SHARE, TEST_PATIENTS = 0.06, 0.32, 45
-# How much likelier the first is on a film that shows the second (measured, the largest capped).
-TOGETHER = {
-    ("Effusion", "Infiltration"): 1.7, ("Atelectasis", "Effusion"): 2.4,
-    ("Atelectasis", "Infiltration"): 1.6, ("Nodule", "Infiltration"): 1.4,
-    ("Mass", "Nodule"): 2.8, ("Pneumothorax", "Effusion"): 1.6, ("Consolidation", "Effusion"): 2.3,
-    ("Consolidation", "Atelectasis"): 2.5, ("Pleural_Thickening", "Effusion"): 2.1,
-    ("Cardiomegaly", "Effusion"): 3.2, ("Emphysema", "Pneumothorax"): 6.3,
-    ("Edema", "Infiltration"): 2.4, ("Edema", "Cardiomegaly"): 2.2,
-    ("Fibrosis", "Pleural_Thickening"): 3.5, ("Pneumonia", "Infiltration"): 2.4,
-    ("Pneumonia", "Edema"): 6.3, ("Hernia", "Atelectasis"): 1.7,
-}  # fmt: skip
 
 
 def phantom_table(patients: int = DEFAULT_PATIENTS, seed: int = 0) -> pd.DataFrame:
@@ -119,11 +86,11 @@ def _findings(films: pd.DataFrame, rng: np.random.Generator) -> np.ndarray:
     healthy = np.isin(np.arange(len(films)), order[round(0.75 * len(films)) :])
     labels = np.zeros((len(films), len(FINDINGS)), dtype=np.uint8)
     for finding in sorted(FINDINGS, key=lambda name: -NIH_SHARE[name]):
-        mix = np.log(CASE_MIX[finding])
-        score = rng.gumbel(size=len(films)) + mix[scanner] + mix[-1] * portable
-        for (later, earlier), lift in TOGETHER.items():
-            if later == finding:
-                score += np.log(lift) * labels[:, FINDINGS.index(earlier)]
+        about = CASES["finding"][finding]
+        mix = np.log(about["scanners"])
+        score = rng.gumbel(size=len(films)) + mix[scanner] + np.log(about["portable"]) * portable
+        for earlier, lift in about.get("together", {}).items():
+            score += np.log(lift) * labels[:, FINDINGS.index(earlier)]
         score[healthy] = -np.inf
         score -= 0.5 * labels.sum(axis=1)  # few films have more than three
         quota = max(1, round((SHARE_FLOOR + NIH_SHARE[finding] / 2) * len(films)))

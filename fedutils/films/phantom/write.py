@@ -1,7 +1,6 @@
 """The phantom on disk: films, table, boxes and split lists in NIH's own layout."""
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ...base.device import count_cores
 from ...base.errors import InputError
 from ...base.findings import FINDINGS
 from .cases import DEFAULT_PATIENTS, DEFAULT_SIZE, Film, phantom_table, to_films
@@ -42,7 +42,7 @@ def _in_threads(work: Callable, *arguments: Iterable) -> list:
     # glibc hands the pages of every freed array back to the system, and fetching them anew costs
     # as much as drawing does, until it has once seen a larger block come and go.
     np.ones(1 << 24, dtype=np.uint8)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         return list(pool.map(work, *arguments))
 
 
