@@ -383,6 +383,7 @@ def splatted(package):
             target.id
             for node in parts
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+            if not all(isinstance(part, ast.Constant) for part in node.value.elts)
             for target in node.targets
             if isinstance(target, ast.Name)
         }

@@ -33,9 +33,9 @@ def difference_rows(
     for (arm, client), second in others.items():
         on = [ALL_FILMS, *clients] if arm == "centralised" else [ALL_FILMS, *filter(None, [client])]
         for name in on:
-            pair = draws_by_seed(draws, name), draws_by_seed(draws, name, arm, client)
+            ours, theirs = draws_by_seed(draws, name), draws_by_seed(draws, name, arm, client)
             names = {"test_set": name, "first": "federated", "second": second}
-            pairs.append(pair_rows(*pair, enough[name], names))
+            pairs.append(pair_rows(ours, theirs, enough[name], names))
     return join_rows(pairs)
 
 

@@ -220,8 +220,9 @@ def tabulate_draws(
     for metric, values in zip(METRICS, draws, strict=False):
         ends, spread = np.full((len(values), 2), np.nan), variance(values)
         for k in np.flatnonzero(~few):
-            whole = (values[k, 0], spread[k], positive[k], negative[k])
-            ends[k] = auroc_interval(*whole) if metric == "auroc" else interval(values[k, 1:])
+            ends[k] = interval(values[k, 1:])
+            if metric == "auroc":
+                ends[k] = auroc_interval(values[k, 0], spread[k], positive[k], negative[k])
         ends[-1] = interval(values[-1, 1:])
         if metric == "auroc" and findings:
             fewest = min(positive[FINDINGS.index(finding)] for finding in findings)
