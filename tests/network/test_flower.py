@@ -479,6 +479,7 @@ def test_every_other_parameter_reaches_the_hospitals_or_is_the_servers(tmp_path)
         for value in values_of(FIELDS[name]):
             changed = dataclasses.replace(settings, **{name: value})
             config = changed.identity() | {"threads": changed.threads or 1}
+            config["dtype"] = str(precision(torch.device("cpu"), changed.precision))
             config = server.sent_config(config, changed)
             order = {"config": json.dumps(config), "run": "run", "trunk": ""}
             assert getattr(Hospital(order, node).settings, name) == value, name
