@@ -21,12 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-INK, GREY, PALE = "#222222", "#767676", "#eeeeee"
+INK, GREY, LIGHT, PALE = "#222222", "#767676", "#bbbbbb", "#eeeeee"
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
-LIGHT = "#bbbbbb"
 ORANGE, PURPLE, SKY = "#E69F00", "#CC79A7", "#56B4E9"
 ARMS = {"federated": BLUE, "centralised": VERMILION, "local": GREEN}
-WIDTH, DPI, FONT = 8.8, 100, 9.5  # inches, pixels an inch, points
+WIDTH = 8.8  # inches
 STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
@@ -164,7 +163,8 @@ def end_labels(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     ends = sorted(ends, key=lambda end: end[1])
     ax.figure.draw_without_rendering()
     lines = max(text.count("\n") + 1 for *_, text, _ in ends)
-    gap = (1.35 * lines + 0.3) * FONT * DPI / 72 / ax.get_window_extent().height
+    em = plt.rcParams["font.size"] * ax.figure.dpi / 72  # pixels
+    gap = (1.35 * lines + 0.3) * em / ax.get_window_extent().height
     points = ax.transData.transform([end[:2] for end in ends])
     heights = _spread(ax.transAxes.inverted().transform(points)[:, 1], gap)
     thread = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)}
