@@ -73,7 +73,7 @@ class Client:
             raise InputError(f"dp={settings.dp}: {type(self).__name__} means {self.mechanism}")
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
         self.strategy = (strategy or STRATEGIES[settings.strategy])(settings)
-        self.weight = films.weight  # what its update counts in the mean
+        self.weight, self.known = films.weight, films.known  # what its update counts in the mean
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
         """Train `model` in place from what the server sent; return the update and what is kept.

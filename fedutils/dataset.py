@@ -60,6 +60,11 @@ class ChestXrayDataset(torch.utils.data.Dataset):
         total = float((~np.isnan(self.labels)).mean(axis=1).sum())
         return int(total) if total.is_integer() else total
 
+    @property
+    def known(self) -> list[int]:
+        """Count, for each finding, the films whose label of it is known."""
+        return (~np.isnan(self.labels)).sum(axis=0).tolist()
+
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         """Return one film, uint8 (1, H, W) or features (C, h, w), and its labels, float32 (14,)."""
         films, labels = self.batch([position])

@@ -1,14 +1,14 @@
 """The exact mean; FedAvg, with its server half and its client half."""
 
 import math
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .base.parameters import Parameters, parameter
-from .base.state import State, cast_like
+from .base.state import State, cast_like, is_head
 
 ADDED_AT_ONCE = 1 << 17  # numbers
 SORTED_AT_ONCE = 1 << 20  # coordinates
@@ -28,11 +28,14 @@ class AggregationParameters(Parameters):
         return 1 if self.aggregation == "mean" else 3
 
 
-def add_in_place(total: Tensor, value: Tensor, weight: float) -> None:
-    """Add a weighted float32 tensor to a contiguous float64 one of its shape.
+def add_in_place(total: Tensor, value: Tensor, weight: float | Tensor) -> None:
+    """Add a float32 tensor, weighted as one or row by row, to a contiguous float64 one.
 
     In chunks: torch first copies what it adds to float64, and a small copy stays in the cache.
     """
+    if torch.is_tensor(weight):
+        total.add_(value.double() * weight)
+        return
     if value.numel() <= ADDED_AT_ONCE:
         total.add_(value.double(), alpha=weight)
         return
@@ -42,23 +45,41 @@ def add_in_place(total: Tensor, value: Tensor, weight: float) -> None:
 
 
 class WeightedMean:
-    """The mean of states in float64, weighted by films; add clients in the order of names."""
+    """The mean of states in float64, weighted by films; add clients in the order of names.
+
+    A finding's row of the head is weighted by the films whose label of it is known: who never
+    looked for a finding has nothing to say about it.
+    """
 
     def __init__(self) -> None:
         self.sums: State = {}
+        self.weights: dict[str, float | Tensor] = {}
         self.weight, self.count = 0.0, 0
 
-    def add(self, state: State, weight: float) -> None:
-        """Add a client's state with its weight."""
+    def add(self, state: State, weight: float, known: Sequence[float] = ()) -> None:
+        """Add a client's state with its weight, and with the `known` labels of each finding."""
+        differ = {*known} - {weight}  # else all as one, to the bit
         for name, value in state.items():
+            counts = weight
+            if differ and is_head(name):
+                counts = torch.tensor(known).double().view(-1, *[1] * (value.ndim - 1))
             if name not in self.sums:
                 self.sums[name] = torch.zeros(value.shape, dtype=torch.float64)
-            add_in_place(self.sums[name], value, weight)
+            add_in_place(self.sums[name], value, counts)
+            self.weights[name] = self.weights.get(name, 0.0) + counts
         self.weight, self.count = self.weight + weight, self.count + 1
 
-    def result(self) -> State:
-        """Turn the sums into the mean, in float64, and return it: the end of this aggregator."""
-        return {name: total.div_(self.weight) for name, total in self.sums.items()}
+    def result(self, before: State | None = None) -> State:
+        """Turn the sums into the mean, in float64, and return it: the end of this aggregator.
+
+        A row that nobody knows stays as `before`; where nothing was, it is 0.
+        """
+        mean = {name: total.div_(self.weights[name]) for name, total in self.sums.items()}
+        for name, weights in self.weights.items():
+            if torch.is_tensor(weights):
+                old = (before or {}).get(name, torch.zeros(())).double()
+                mean[name] = torch.where(weights > 0, mean[name], old)
+        return mean
 
 
 class TrimmedMean(WeightedMean):
@@ -71,12 +92,12 @@ class TrimmedMean(WeightedMean):
         super().__init__()
         self.trim, self.states = trim, []
 
-    def add(self, state: State, weight: float) -> None:
+    def add(self, state: State, weight: float, known: Sequence[float] = ()) -> None:
         """Keep a client's state; the weight only counts the films that took part."""
         self.states.append(state)
         self.weight, self.count = self.weight + weight, self.count + 1
 
-    def result(self) -> State:
+    def result(self, before: State | None = None) -> State:
         """Return the trimmed mean in float64."""
         # The small number for products such as 0.29 * 100, which is a little below 29; one is cut
         # off at each end even where some do not answer.

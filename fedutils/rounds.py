@@ -122,17 +122,19 @@ def run_round(job: Job, now: Progress, executor: Executor, strategy: FedAvg) -> 
     sent = strategy.download(now.state, now.server)
     chosen = sample_clients(job, strategy.settings, now.round + 1)
     aggregator, rows = strategy.aggregator(), []
+    known = {client.name: client.known for client in chosen}
     for update, kept in executor.fit(chosen, sent, now.clients, now.round + 1):
         rows.append(client_row(job, now.round + 1, update, sent))
         if update.status == "ok":
-            aggregator.add(update.state, update.examples)
+            aggregator.add(update.state, update.examples, known[update.client])
         if kept:
             now.clients[update.client] = kept
     wanted = min(strategy.settings.min_clients, len(job.clients))
     if aggregator.count < max(wanted, strategy.settings.least_clients):
         raise FederationError(job, rows)
     share = aggregator.weight / sum(client.weight for client in job.clients)
-    moved, now.server = strategy.step(now.state, aggregator.result(), now.server, share)
+    mean = aggregator.result(now.state)
+    moved, now.server = strategy.step(now.state, mean, now.server, share)
     now.state = now.state | moved  # what no client sends stays as it is
     now.round += 1
     return rows

@@ -43,6 +43,42 @@ def test_weighted_mean_equals_a_float64_oracle(clients):
     assert np.allclose(got, oracle, rtol=1e-12, atol=1e-6 * 1e-6)
 
 
+LABELS = st.lists(st.integers(0, 1000), min_size=3, max_size=3)
+
+
+@given(st.lists(st.tuples(LABELS, st.integers(1, 1000)), min_size=1, max_size=5), st.data())
+def test_a_row_of_the_head_is_weighted_by_the_labels_known_of_its_finding(counts, data):
+    """All else by films; a row that nobody knows stays as it was."""
+    row = st.lists(NUMBERS, min_size=2, max_size=2)
+    mean, seen = WeightedMean(), []
+    before = {"fc.weight": torch.full((3, 2), 7.0), "variate/fc.bias": torch.full((3,), 7.0)}
+    for known, films in counts:
+        head = torch.tensor(data.draw(st.lists(row, min_size=3, max_size=3)))
+        state = {"fc.weight": head, "fc.bias": head[:, 0], "layer4.w": head[0]}
+        mean.add(state, films, known)
+        seen.append((head.double().numpy(), known, films))
+    got = mean.result(before)
+    for finding in range(3):
+        weights = np.array([known[finding] for _, known, _ in seen], float)
+        rows = np.array([head[finding] for head, _, _ in seen])
+        wanted = weights @ rows / weights.sum() if weights.any() else np.full(2, 7.0)
+        assert np.allclose(got["fc.weight"][finding], wanted, rtol=1e-9, atol=1e-6)
+        bias = wanted[0] if weights.any() else 0.0  # nothing was there before
+        assert np.isclose(got["fc.bias"][finding], bias, rtol=1e-9, atol=1e-6)
+    films = np.array([films for *_, films in seen], float)
+    wanted = films @ np.array([head[0] for head, *_ in seen]) / films.sum()
+    assert np.allclose(got["layer4.w"], wanted, rtol=1e-9, atol=1e-6)
+
+
+def test_where_all_labels_are_known_the_mean_has_the_bits_of_before():
+    heads = torch.rand(3, 14, 512)
+    plain, aware = WeightedMean(), WeightedMean()
+    for head, films in zip(heads, (101, 57, 88), strict=True):
+        plain.add({"fc.weight": head}, films)
+        aware.add({"fc.weight": head}, films, [films] * 14)
+    assert torch.equal(plain.result()["fc.weight"], aware.result()["fc.weight"])
+
+
 @given(CLIENTS, st.randoms())
 def test_weighted_mean_does_not_depend_on_the_order_of_clients(clients, random):
     """Names fix the order of the sum, so a shuffled arrival gives the same bits."""

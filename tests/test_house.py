@@ -10,7 +10,8 @@ import fedutils
 from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
 from fedutils.batch.notebook import declared as notebook_declares
 from fedutils.batch.run import READS
-from fedutils.settings import EVALUATES, FIELDS, ROOMS, Settings
+from fedutils.batch.trained import EVALUATES
+from fedutils.settings import FIELDS, ROOMS, Settings
 
 PACKAGE = Path(fedutils.__file__).parent
 DOORS = {"__init__", "__main__", "settings"}

@@ -11,10 +11,10 @@ from tiny import fake_gpus, tiny_settings
 from fedutils.base import weights
 from fedutils.base.errors import InputError
 from fedutils.base.files import ROOT_MARKER, find_root
+from fedutils.batch.trained import read_evaluated
 from fedutils.settings import (
     convert_texts,
     find_profile,
-    read_evaluated,
     read_parameters,
     read_run,
 )

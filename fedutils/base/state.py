@@ -58,6 +58,11 @@ def count_bytes(state: State) -> int:
     return sum(value.numel() * value.element_size() for value in state.values())
 
 
+def is_head(name: str) -> bool:
+    """Tell what has a row for each finding: the head, and what a strategy sends beside it."""
+    return name.rpartition("/")[2].startswith("fc.")
+
+
 def is_beside(name: str) -> bool:
     """Tell what a strategy or a privacy mechanism keeps beside a model: by a slash."""
     return "/" in name

@@ -17,18 +17,11 @@ from ..films.decode import FilmParameters
 from ..films.find import list_tables, walk
 from ..films.prepared import PREPARED_WITH
 from ..films.split import SplitParameters
-from ..settings import (
-    EVALUATES,
-    FIELDS,
-    Settings,
-    check_trained,
-    convert_texts,
-    read_parameters,
-    read_run,
-)
+from ..settings import FIELDS, Settings, convert_texts, read_parameters, read_run
 from . import notebook
 from .early import check_early
 from .notebook import EVALUATE, NOTEBOOKS, READ_FILMS, TRAINS, execute
+from .trained import EVALUATES, check_trained
 
 # Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
 TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")

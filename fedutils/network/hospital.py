@@ -108,7 +108,8 @@ def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Con
 @answers
 def query(here: Hospital, sent: State) -> Answer:
     """Say who this is, and what its update counts in the mean."""
-    return {"name": here.name}, {"weight": here.client().weight}, {}
+    client = here.client()
+    return {"name": here.name}, {"weight": client.weight, "known": client.known}, {}
 
 
 @client_app.train()

@@ -72,15 +72,20 @@ def read_update(
     return update, kept if said else {}
 
 
-def read_introduction(reply: Message | Fault) -> tuple[str, float, str]:
-    """Return a hospital's name and weight from the reply to a query; or why it has none."""
+def read_introduction(reply: Message | Fault) -> tuple[str, dict[str, Any], str]:
+    """Return a hospital's name, what it counts in the mean, and a fault: why it has none.
+
+    It counts by its `weight`, and finding by finding by how many labels are `known`.
+    """
     words, numbers, _ = read_reply(reply)
-    name, weight = words.get("name"), numbers.get("weight")
+    name, counts = words.get("name"), {key: numbers.get(key) for key in ("weight", "known")}
     if words["status"] != "ok":
-        return "", 0, words["reason"] or "it has failed"
-    if not (isinstance(name, str) and name and is_number(weight)):
-        return "", 0, f"no introduction: name={name!r} weight={weight!r}"
-    return name, weight, ""
+        return "", {}, words["reason"] or "it has failed"
+    known = counts["known"] if isinstance(counts["known"], list) else [None]
+    fits = len(known) == len(FINDINGS) and all(map(is_number, [counts["weight"], *known]))
+    if not (isinstance(name, str) and name and fits):
+        return "", {}, f"no introduction: name={name!r} {counts}"
+    return name, counts, ""
 
 
 def read_sums(reply: Message | Fault) -> tuple[dict[str, np.ndarray], str]:
@@ -117,10 +122,11 @@ def read_said(text: str) -> tuple[dict[str, Any], str]:
 
 
 class Member:
-    """A hospital as the server knows it: its name, its weight, and what it said of its budget."""
+    """A hospital as the server knows it: its name, what it counts, what it said of its budget."""
 
-    def __init__(self, name: str, weight: float, settings: Parameters, seed: int) -> None:
-        self.name, self.weight, self.settings, self.seed = name, weight, settings, seed
+    def __init__(self, name: str, counts: dict[str, Any], settings: Parameters, seed: int) -> None:
+        self.name, self.settings, self.seed = name, settings, seed
+        self.weight, self.known = counts["weight"], counts["known"]
 
     def account(self, kept: State) -> dict[str, Any]:
         """Return what the hospital's patients have been exposed to, as it said last."""

@@ -46,7 +46,7 @@ PARTITION = "network"  # what config.json says of who has which patients
 class Network:
     """The executor of a run over a network: the hospitals behind a Flower grid.
 
-    `weights` of all that ever connected, `nodes` of those that are; all must have `model`'s trunk.
+    `counts` of all that ever connected, `nodes` of those that are; all must have `model`'s trunk.
     """
 
     def __init__(self, grid: Grid, settings: Settings) -> None:
@@ -55,7 +55,7 @@ class Network:
         self.model: ChestResNet | None = None
         self.trunk = ""
         self.nodes: dict[str, int] = {}
-        self.weights: dict[str, int] = {}
+        self.counts: dict[str, dict[str, Any]] = {}  # in the mean
         self.asked: dict[int, str] = {}  # SuperNodes ever seen, and their open query
 
     def fit(
@@ -141,14 +141,14 @@ class Network:
             if reply is None:
                 continue
             self.asked[node] = ""
-            name, weight, fault = messages.read_introduction(reply)
+            name, counts, fault = messages.read_introduction(reply)
             if name in self.nodes:
                 fault = f"calls itself {name}, as SuperNode {self.nodes[name]} does: left out"
             if not fault:
-                self.nodes[name], self.weights[name] = node, weight
+                self.nodes[name], self.counts[name] = node, counts
             print(f"SuperNode {node}: {fault or name}", flush=True)
 
-    def gather(self, seconds: float) -> dict[str, int]:
+    def gather(self, seconds: float) -> dict[str, dict[str, Any]]:
         """Wait until all hospitals are connected; return what each counts in the mean.
 
         A run that goes on does without those that are missing; a new one raises InputError.
@@ -162,9 +162,9 @@ class Network:
         if not known and len(self.nodes) < wanted:
             there = ", ".join(sorted(self.nodes)) or "none"
             raise InputError(f"num_clients={wanted}: in {seconds:g} s these connected: {there}")
-        weights = known or {name: self.weights[name] for name in sorted(self.nodes)}
-        write_atomic(path, json.dumps(weights).encode())
-        return weights
+        counts = known or {name: self.counts[name] for name in sorted(self.nodes)}
+        write_atomic(path, json.dumps(counts).encode())
+        return counts
 
 
 def read_network(values: Mapping[str, Any]) -> Settings:
@@ -214,7 +214,7 @@ class NetworkTraining(Training):
         hospitals = self.network.gather(self.wait).items()
         own, jobs = arm_settings(self.settings, "federated"), []
         for seed in self.settings.seed_list:
-            members = [Member(name, weight, own, seed) for name, weight in hospitals]
+            members = [Member(name, counts, own, seed) for name, counts in hospitals]
             jobs.append(check_rule(Job("federated", seed, members, None)))
         return jobs
 

@@ -91,6 +91,7 @@ class PrivateClient(Client):
             name = type(self.strategy).__name__
             raise InputError(f"dp=patient: {name} is not supported; choose another strategy")
         self.weight = 1 if self.films.weight else 0
+        self.known = [min(count, 1) for count in self.known]  # which findings it has is public
         films = self.films.index["patient_id"]
         self.names, self.owners = np.unique(films.to_numpy(), return_inverse=True)  # by film
         positions = films.groupby(films).indices

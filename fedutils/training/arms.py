@@ -98,6 +98,12 @@ def check_rule(job: Job) -> Job:
         better = f"trim={math.ceil(100 / drawn) / 100:g} would" if drawn > 2 else "use mean"
         what = f"aggregation={job.settings.aggregation}: {what} of {drawn} clients"
         raise InputError(f"{what} cuts off nobody; {better}")
+    known = zip(*(client.known for client in job.clients if client.weight), strict=True)
+    if share < 1 and any(any(counts) and not all(counts) for counts in known):
+        raise InputError(
+            f"aggregation={job.settings.aggregation}: not every hospital has looked for every"
+            " finding, and one that few know cannot be defended; use mean"
+        )
     return job
 
 

@@ -7,6 +7,7 @@ import math
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
     model = build_resnet34("none", "layer1,fc", "average")
     shapes = {name: (tuple(v.shape), v.dtype) for name, v in model.tracked_state().items()}
     measured = {k: v for k, v in shapes.items() if k.endswith(("running_mean", "running_var"))}
-    numbers = {"weight", "examples", "train_loss", "loss", "labels", "pairs", "ordered"}
+    numbers = {"weight", "known", "examples", "train_loss", "loss", "labels", "pairs", "ordered"}
     replies = [(name, reply) for name, reply, _ in grid.wire if name != "down"]
     assert len(replies) == 3 * (
         1 + 2 * 3
@@ -332,6 +333,21 @@ def private(tmp_path_factory):
     return films, simulated, over_flower(work, grid, **DP), grid, work
 
 
+@pytest.mark.parametrize("changes", [{}, DP], ids=["open", "private"])
+def test_hospitals_that_look_for_different_findings_have_the_bits_of_the_simulation(
+    tmp_path, changes
+):
+    if changes:
+        pytest.importorskip("opacus", reason="differential privacy needs Opacus")
+    films = tiny_films(tmp_path)
+    for name, finding in (("client-1", FINDINGS[3]), ("client-2", FINDINGS[0])):
+        films.index.loc[films.index["client"] == name, finding] = np.nan
+    films.labels = films.index[list(FINDINGS)].to_numpy(np.float32)
+    expected = hashes(Training(tiny_settings(tmp_path, **changes), films).train())
+    grid = Grid(tiny_homes(tmp_path / SECRET, films))
+    assert hashes(over_flower(tmp_path, grid, **changes)) == expected
+
+
 def test_a_private_run_is_the_simulations_with_the_same_noise(private):
     films, simulated, history, _, work = private
     assert hashes(history) == hashes(simulated) and len(set(hashes(history))) == 2
@@ -385,7 +401,8 @@ def test_nothing_but_noised_parameters_and_counts_leaves_a_private_hospital(priv
         elif reply.metadata.message_type == "evaluate":
             assert not state and set(numbers) == {"loss", "labels", "pairs", "ordered"}
         else:
-            assert not state and dict(numbers) == {"weight": 1} and words == {"reason": ""}
+            assert not state and words == {"reason": ""}
+            assert dict(numbers) == {"weight": 1, "known": [1] * 14}  # what it looks for is public
     assert updates == (history["client"] != "").sum() == 6
 
 
@@ -533,19 +550,27 @@ def test_a_lying_hospital_neither_ends_the_validation_nor_moves_it(tmp_path, cap
     network = server.Network(Grid({}), tiny_settings(tmp_path))
     replies = {"a": reply_with(SUMS | {"ordered": [400.0] * 14}), "b": reply_with(SUMS)}
     network.ask = lambda kind, orders, state: replies.items()
-    job = rounds.Job("federated", 0, [Member(name, 1, None, 0) for name in "ab"], None)
+    job = rounds.Job("federated", 0, [Member(name, counts(1), None, 0) for name in "ab"], None)
     loss, area = network.validate(job, rounds.Progress({}))
     assert area == 0.75 and loss == pytest.approx(2 / 28)
     assert "not validated at a: its sums are none of any films" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("numbers", [{}, {"weight": math.nan}, {"weight": -5}, {"weight": [1]}])
+def counts(weight):
+    return {"weight": weight, "known": [weight] * 14}
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [{}, {"weight": math.nan}, {"weight": -5}, {"weight": [1]}, {"known": 5}, {"known": [5] * 13},
+     {"known": [5] * 13 + [-1]}, {"known": [5.0] * 13 + [math.nan]}],
+)  # fmt: skip
 def test_an_introduction_that_is_none_is_named_and_its_node_takes_no_part(numbers):
-    assert read_introduction(reply_with({"weight": 5}, {"name": "north"})) == ("north", 5, "")
-    assert read_introduction(reply_with(numbers, {"name": "north"}))[2].startswith(
-        "no introduction"
-    )
-    assert read_introduction(reply_with({"weight": 5}))[2].startswith("no introduction")
+    name = {"name": "north"}
+    assert read_introduction(reply_with(counts(5), name)) == ("north", counts(5), "")
+    numbers = counts(5) | numbers if numbers else {}
+    assert read_introduction(reply_with(numbers, name))[2].startswith("no introduction")
+    assert read_introduction(reply_with(counts(5)))[2].startswith("no introduction")
 
 
 def test_a_second_node_of_the_same_name_does_not_replace_the_first(tmp_path, capfd):
@@ -553,8 +578,8 @@ def test_a_second_node_of_the_same_name_does_not_replace_the_first(tmp_path, cap
     network.grid.nodes = {11: "a", 12: "a"}
     network.asked = {11: "first", 12: "second"}
     network.wait = lambda asked, end: reply_with(
-        {"weight": {"first": 5, "second": 99}[asked]}, {"name": "a"}
+        counts({"first": 5, "second": 99}[asked]), {"name": "a"}
     )
     network.discover()
-    assert network.nodes == {"a": 11} and network.weights == {"a": 5}
+    assert network.nodes == {"a": 11} and network.counts == {"a": counts(5)}
     assert "SuperNode 12: calls itself a, as SuperNode 11 does" in capfd.readouterr().out

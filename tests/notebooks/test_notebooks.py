@@ -20,10 +20,11 @@ from fedutils.__main__ import main
 from fedutils.base.errors import InputError
 from fedutils.base.parameters import convert
 from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
+from fedutils.batch.trained import read_evaluated
 from fedutils.films.phantom.write import write_phantom
 from fedutils.films.read import read_nih
 from fedutils.films.split import split_patients
-from fedutils.settings import FIELDS, read_evaluated, read_parameters
+from fedutils.settings import FIELDS, read_parameters
 
 QUICK = ["-p", "image_size=32", "-p", "rounds=1", "-p", "device=cpu", "--name", "quick"]
 ALL_ARMS = ["-p", "arms=federated,centralised,local", "-p", "num_clients=3"]

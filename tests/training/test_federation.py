@@ -373,6 +373,38 @@ def test_a_hospital_weighs_by_its_known_labels(tmp_path):
     assert history["examples"].tolist() == [12, 12, 6, 30]
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+def test_a_finding_that_one_hospital_looked_for_is_that_hospitals_alone(
+    tmp_path, monkeypatch, strategy
+):
+    """And a finding that nobody looked for stays as it was drawn, whatever weight decay does."""
+    films, sent = tiny_films(tmp_path), {}
+    others = (films.index["client"] != "client-2").to_numpy()
+    films.labels[others, 3] = films.labels[:, 5] = math.nan
+    fit = Client.fit
+
+    def spy(self, *args):
+        update, kept = fit(self, *args)
+        sent[self.name] = update.state
+        return update, kept
+
+    monkeypatch.setattr(Client, "fit", spy)
+    changes = SGD if strategy == "scaffold" else {}
+    training = Training(tiny_settings(tmp_path, rounds=1, strategy=strategy, **changes), films)
+    training.train()
+    head = load_file(tmp_path / "runs/run/models/federated-s0.safetensors")["fc.weight"]
+    start = training.models.start(0)["fc.weight"]
+    assert torch.equal(head[3], sent["client-2"]["fc.weight"][3])
+    assert torch.equal(head[5], start[5]) and not torch.equal(head[4], start[4])
+
+
+def test_a_finding_that_few_hospitals_know_is_not_averaged_by_median(tmp_path):
+    films = tiny_films(tmp_path)
+    films.labels[(films.index["client"] == "client-3").to_numpy(), 2] = math.nan
+    with pytest.raises(InputError, match="not every hospital has looked for every finding"):
+        Training(tiny_settings(tmp_path, aggregation="median"), films)
+
+
 @pytest.mark.parametrize(
     ("rule", "clients", "hint"),
     [
