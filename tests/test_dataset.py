@@ -92,11 +92,19 @@ def write_16_bit(path, colour_type, channels):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
 
 
-@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3), (4, 2), (6, 4)])
-def test_16_bits_a_channel_are_noticed_in_every_colour_mode(tmp_path, colour_type, channels):
+@pytest.mark.parametrize(("colour_type", "channels"), [(0, 1), (2, 3)])
+def test_12_bits_in_16_are_12_bits_grey_or_in_colour(tmp_path, colour_type, channels):
+    write_16_bit(tmp_path / "a.png", colour_type, channels)
+    film, about = decode_film(tmp_path / "a.png", 32)
+    assert np.abs(film - np.arange(0, 256, 8.0)).max() <= 1  # 0 to 248 of 255, a column each
+    assert about["mode"] == ("I;16 of 12 bits" if channels == 1 else "RGB of 12 bits")
+
+
+@pytest.mark.parametrize(("colour_type", "channels"), [(4, 2), (6, 4)])
+def test_16_bits_with_transparency_are_named(tmp_path, colour_type, channels):
     write_16_bit(tmp_path / "a.png", colour_type, channels)
     film, about = decode_film(tmp_path / "a.png", 16)
-    assert film is None and "more than 8 bits a pixel; convert it to 8" in about["problem"]
+    assert film is None and "make it a grey film of 8 or 16 bits" in about["problem"]
 
 
 @pytest.mark.parametrize("how", ["RGBA", "LA", "P", "L"])
@@ -126,8 +134,8 @@ def break_film(path, how):
     content = path.read_bytes()
     if how == "missing":
         path.unlink()
-    elif how == "16-bit":
-        Image.fromarray(np.full((40, 40), 3000, np.uint16)).save(path)
+    elif how == "float":
+        Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(path, "TIFF")
     else:
         path.write_bytes(
             {"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[how]
@@ -141,7 +149,7 @@ def break_film(path, how):
         ("empty", "empty file"),
         ("text", "cannot identify"),
         ("missing", "No such file"),
-        ("16-bit", "more than 8 bits"),
+        ("float", "make it a grey film of 8 or 16 bits"),
     ],
 )
 def test_a_broken_film_is_quarantined_and_named(tmp_path, how, reason):
@@ -357,10 +365,10 @@ def test_without_any_film_one_line_says_what_lies_there_instead(tmp_path, path, 
 def test_if_no_film_can_be_read_one_line_gives_a_reason_even_the_second_time(tmp_path):
     table = make_table(tmp_path, 3)
     for film in tmp_path.glob("*.png"):
-        break_film(film, "16-bit")
+        break_film(film, "float")
     table.loc[1, "path"] = ""
     for _ in range(2):
-        said = r"none of 3 films can be read; 00000000_000.png: .*more than 8 bits.* to 8 first$"
+        said = r"none of 3 films can be read; 00000000_000.png: .*make it a grey film of 8 or 16 bits first$"
         with pytest.raises(InputError, match=said) as caught:
             decode_films(table, tmp_path, tmp_path / "prepared", 16)
         assert "\n" not in str(caught.value)

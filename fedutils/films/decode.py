@@ -12,7 +12,7 @@ from zlib import crc32
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..base.device import count_cores
 from ..base.errors import InputError
@@ -20,6 +20,7 @@ from ..base.files import open_store, read_written, run_lock, sha256, write_atomi
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters, parameter
 from .find import check_films
+from .formats import read_grey
 from .read import NihData
 from .split import check_splits
 from .twins import find_twins
@@ -48,8 +49,8 @@ class FilmParameters(Parameters):
 def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[str, Any]]:
     """Decode one film to grey uint8 (image_size, image_size), and describe it.
 
-    Whatever its colour mode, a film becomes one grey channel, upright where EXIF says how it was
-    turned. `pixels` tells equal films, whatever their file format: a hash of the stored film and a
+    Whatever its format, depth and colour mode, a film becomes one grey channel; see `formats`.
+    `pixels` tells equal films, whatever their file format: a hash of the stored film and a
     checksum of all grey pixels. A film that cannot be read, or not in one way alone, gives None and
     the reason under "problem".
     """
@@ -57,20 +58,9 @@ def decode_film(path: Path, image_size: int) -> tuple[np.ndarray | None, dict[st
     try:
         if path.exists() and not path.is_file():  # the table's path is empty, or it is a pipe
             raise FileNotFoundError("the folder has no film of this name")
-        with Image.open(path) as film:
-            seen["mode"] = film.mode
-            # Of 16 bits a channel Pillow keeps the upper 8 and calls it RGB; only the tile tells.
-            if film.mode.startswith(("I", "F")) or "16" in str([tile[3] for tile in film.tile]):
-                said = "more than 8 bits a pixel; convert it to 8 first"
-                raise ValueError(f"mode {film.mode}: {said}")
-            ImageOps.exif_transpose(film, in_place=True)
-            seen |= {"width": film.width, "height": film.height}
-            clear = "transparency" in film.info or film.mode.endswith(("A", "a"))
-            if clear and film.convert("RGBA").getextrema()[3][0] < 255:
-                said = "viewers show them differently; flatten it first"
-                raise ValueError(f"mode {film.mode}: has transparent pixels, and {said}")
-            grey = film.convert("L")
-    except Exception as error:  # whatever Pillow raises here is this film's fault and is reported
+        grey, seen["mode"] = read_grey(path)
+        seen |= {"width": grey.width, "height": grey.height}
+    except Exception as error:  # whatever is raised here is this film's fault and is reported
         problem = "empty file" if path.is_file() and not path.stat().st_size else str(error)
         return None, seen | {"problem": f"{type(error).__name__}: {problem}".replace("\n", " ")}
     small = grey.resize((image_size, image_size), Image.Resampling.BILINEAR)

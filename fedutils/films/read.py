@@ -33,13 +33,13 @@ import pandas as pd
 from ..base.errors import InputError
 from ..base.findings import FINDINGS, canonical, format_labels, parse_labels
 from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, label_tables, printable, walk
+from .formats import FILM_ENDINGS
 from .own import OwnTable, film_name, own_lists, read_mapping
 from .phantom.write import write_phantom
 
 BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
 LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
 OWN_LISTS = {"train": "train_list.txt", "val": "val_list.txt"}  # more than NIH has
-OWN_FILMS = (".png", ".jpg", ".jpeg")  # NIH has PNG alone
 NIH_FILM = r"\d{8}_\d{3}\.png"  # the number of the patient is in it
 WHOLE_NUMBER = re.compile(r"(\d+)(?:[.,]0{0,2})?")  # 1,000 and 1.000 may be a thousand
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
@@ -108,7 +108,7 @@ def read_nih(folder: Path, work: Path | None = None) -> NihData:
     file = own.file if own else label_tables(folder)[0]
     rows, release = _read_rows(file, own)
     names = rows["image_index"]
-    films, found = _films(folder, work, names, OWN_FILMS if own else (".png",))
+    films, found = _films(folder, work, names, FILM_ENDINGS if own else (".png",))
     if own and films and not names.isin(films.keys()).any():
         raise InputError(
             f"{file}, line {rows.index[0]}: {names.iloc[0]!r} is no film in the folder, and no"

@@ -1,0 +1,150 @@
+"""A film's file, PNG, JPEG, TIFF or DICOM, as one grey picture of 8 bits, upright.
+
+A film of more bits is scaled by the depth that its values really have: 10 bits in a file of 16 are
+no dark film. DICOM is shown as its header says (DICOM PS3.3 C.11: modality LUT, then VOI LUT or
+window, MONOCHROME1 inverted), each stored value once and not each pixel; without a window the
+depth that is really there counts, too.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from ..base.errors import InputError
+
+DICOM_ENDINGS = (".dcm", ".dicom")
+FILM_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", *DICOM_ENDINGS)
+DEPTHS = (8, 10, 12, 14, 16)  # bits that detectors have, whatever the file reserves
+INTERPRETATION, WHITE_IS_ZERO = 262, 0  # a tag of TIFF, which Pillow heeds at 8 bits alone
+
+
+def read_grey(path: Path) -> tuple[Image.Image, str]:
+    """Read one film as a picture of mode L, and tell its mode: Pillow's or DICOM's, and bits.
+
+    It is upright where EXIF says how it was turned. Raises whatever Pillow or pydicom raise, and
+    ValueError or InputError where the file holds no single grey film or pydicom is missing.
+    """
+    if path.suffix.lower() in DICOM_ENDINGS:
+        return _read_dicom(path)
+    with Image.open(path) as film:
+        if film.format == "TIFF" and film.n_frames > 1:
+            raise ValueError(f"has {film.n_frames} pictures; give each film a file of its own")
+        raw = str([tile[3] for tile in film.tile])
+        ImageOps.exif_transpose(film, in_place=True)
+        # Of 16 bits a channel Pillow keeps the upper 8 and calls it RGB; only the tile tells.
+        if film.mode.startswith(("I", "F")) or "16" in raw:
+            return _read_deep(path, film, raw)
+        clear = "transparency" in film.info or film.mode.endswith(("A", "a"))
+        if clear and film.convert("RGBA").getextrema()[3][0] < 255:
+            said = "viewers show them differently; flatten it first"
+            raise ValueError(f"mode {film.mode}: has transparent pixels, and {said}")
+        return film.convert("L"), film.mode
+
+
+def _read_deep(path: Path, film: Image.Image, raw: str) -> tuple[Image.Image, str]:
+    """Scale an opened film of more than 8 bits, which the file keeps as `raw`."""
+    if raw == "['RGB;16B']":  # a PNG
+        values = np.asarray(film) * np.uint16(256) + _lower_bytes(path)
+    elif film.mode.startswith("I") and "transparency" not in film.info:
+        values = np.asarray(film)
+    else:
+        raise ValueError(f"mode {film.mode} of {raw}: make it a grey film of 8 or 16 bits first")
+    depth = find_depth(int(values.min()), int(values.max()))
+    table = np.rint(np.linspace(0, 255, 1 << depth)).astype(np.uint8)
+    if film.format == "TIFF" and film.tag_v2.get(INTERPRETATION) == WHITE_IS_ZERO:
+        table = 255 - table
+    return Image.fromarray(table[values]).convert("L"), f"{film.mode} of {depth} bits"
+
+
+def _lower_bytes(path: Path) -> np.ndarray:
+    """Return the lower bytes of a PNG of three 16-bit channels, of which Pillow gives the upper."""
+    with Image.open(path) as film:
+        film.tile = [tile._replace(args="RGB;16L") for tile in film.tile]
+        ImageOps.exif_transpose(film, in_place=True)
+        return np.asarray(film)
+
+
+def find_depth(least: int, most: int, signed: bool = False) -> int:
+    """Return the number of bits, one of DEPTHS, that values from `least` to `most` need."""
+    for depth in DEPTHS:
+        low = -(1 << depth - 1) if signed else 0
+        if low <= least and most < low + (1 << depth):
+            return depth
+    raise ValueError(f"values from {least} to {most}; films have at most 16 bits, from 0 on")
+
+
+def _read_dicom(path: Path) -> tuple[Image.Image, str]:
+    """Read a DICOM film as `read_grey` does."""
+    film = _pydicom().dcmread(path)
+    pixels, mode = film.pixel_array, str(film.PhotometricInterpretation)
+    if (frames := int(film.get("NumberOfFrames") or 1)) > 1:
+        raise ValueError(f"has {frames} pictures; give each film a file of its own")
+    if film.SamplesPerPixel == 3 and pixels.dtype == np.uint8:  # pydicom makes RGB of it
+        return Image.fromarray(pixels).convert("L"), "RGB"
+    if mode not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ValueError(f"{mode} of {pixels.dtype}; films are grey, or RGB of 8 bits")
+    signed = bool(film.PixelRepresentation)
+    depth = find_depth(int(pixels.min()), int(pixels.max()), signed)
+    low = -(1 << depth - 1) if signed else 0
+    table, mode = _shown(film, depth, signed), f"{mode} of {depth} bits"
+    if pixels.dtype == np.uint8:  # the same, four times as fast
+        return Image.fromarray(pixels).point(list(table)), mode
+    return Image.fromarray(table[pixels - low if low else pixels]), mode
+
+
+def _shown(film: object, depth: int, signed: bool) -> np.ndarray:
+    """Return the grey, uint8, that a DICOM film's header gives each value of `depth` bits."""
+    pixels = _pydicom().pixels
+    # A window or LUT is chosen for all values that there may be: a film too dark for it is dark.
+    fixed = film.get("VOILUTSequence") or film.get("WindowWidth") is not None
+    bits = max(depth, int(film.BitsStored) if fixed else 0)
+    if bits > DEPTHS[-1]:
+        raise ValueError(f"BitsStored {bits}; films have at most 16 bits")
+    low = -(1 << bits - 1) if signed else 0
+    stored = np.arange(low, low + (1 << bits))
+    shown = pixels.apply_voi_lut(pixels.apply_modality_lut(stored, film), film).astype(float)
+    dark, bright = shown.min(), shown.max()
+    grey = (shown - dark) * (255 / max(bright - dark, 1e-9))
+    grey = 255 - grey if film.PhotometricInterpretation == "MONOCHROME1" else grey
+    first = -(1 << depth - 1) - low if signed else 0
+    return np.rint(grey).astype(np.uint8)[first : first + (1 << depth)]
+
+
+def dicom_header(path: Path, tags: Sequence[str]) -> dict[str, str]:
+    """Return the values of a DICOM file's header, as text, by DICOM's keywords such as PatientAge.
+
+    "" where the header has none; of several numbers the first, of several words all, with a
+    backslash between them as in DICOM. No pixel is read. Raises InputError for a keyword that DICOM
+    does not know, a file that is no DICOM, and where pydicom is missing.
+    """
+    pydicom = _pydicom()
+    for tag in tags:
+        if pydicom.datadict.tag_for_keyword(tag) is None:
+            near = difflib.get_close_matches(tag, pydicom.datadict.keyword_dict)
+            raise InputError(f"dicom:{tag}: DICOM has no such keyword; near it: {', '.join(near)}")
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
+        given = {tag: header[tag] for tag in tags if tag in header}
+        values = {tag: one.value for tag, one in given.items() if one.value is not None}
+    except Exception as error:  # whatever pydicom raises here is this file's fault
+        raise InputError(f"{path}: its DICOM header cannot be read ({error}); mend it") from None
+    several = pydicom.multival.MultiValue
+    for tag, value in values.items():
+        if isinstance(value, several):
+            first = given[tag].VR in ("DS", "IS", "US", "FL", "FD")
+            values[tag] = value[0] if first and value else "\\".join(map(str, value))
+    return {tag: str(values.get(tag, "")).strip() for tag in tags}
+
+
+def _pydicom() -> ModuleType:
+    """Return pydicom, or raise InputError that says what to install."""
+    try:
+        import pydicom.pixels
+    except ImportError:
+        todo = "pip install pydicom 'pylibjpeg[all]', which is fedutils' extra `dicom`"
+        raise InputError(f"to read DICOM, pydicom 3 is needed: {todo}") from None
+    return pydicom

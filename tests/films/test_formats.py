@@ -1,0 +1,209 @@
+"""Films of any depth and format become the grey that a viewer shows, or are named."""
+
+import builtins
+import re
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedutils.base.errors import InputError
+from fedutils.films.decode import decode_film
+from fedutils.films.formats import dicom_header, find_depth, read_grey
+
+pydicom = pytest.importorskip("pydicom", reason="the extra `dicom` is not installed")
+from pydicom import uid  # noqa: E402
+from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from pydicom.pixels import apply_modality_lut, apply_voi_lut  # noqa: E402
+
+RAMP = np.linspace(0, 1, 40 * 50).reshape(40, 50)
+
+
+def write_dicom(path, values, bits, syntax=None, **tags):
+    """Write grey values as a DICOM film, maybe compressed."""
+    film = Dataset()
+    film.file_meta = FileMetaDataset()
+    film.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    film.SOPClassUID = uid.ComputedRadiographyImageStorage
+    film.SOPInstanceUID = uid.generate_uid()
+    film.Rows, film.Columns = values.shape[:2]
+    film.SamplesPerPixel, film.PhotometricInterpretation = 1, "MONOCHROME2"
+    film.BitsAllocated = 8 * values.dtype.itemsize
+    film.BitsStored, film.HighBit = bits, bits - 1
+    film.PixelRepresentation = int(values.dtype.kind == "i")
+    film.PixelData = values.tobytes()
+    film["PixelData"].VR = "OB" if film.BitsAllocated == 8 else "OW"
+    for name, value in tags.items():
+        setattr(film, name, value)
+    if syntax:
+        film.compress(syntax)
+    film.save_as(path, enforce_file_format=True)
+    return path
+
+
+def by_pydicom(path):
+    """What pydicom says of every pixel, from black to white by all that may be stored."""
+    film = pydicom.dcmread(path)
+    return apply_voi_lut(apply_modality_lut(film.pixel_array, film), film).astype(float)
+
+
+def ramp(bits, dtype=np.uint16):
+    return np.rint(RAMP * ((1 << bits) - 1)).astype(dtype)
+
+
+def grey(path):
+    return np.asarray(read_grey(path)[0])
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_the_depth_that_values_have_counts_and_not_the_files(tmp_path, bits):
+    Image.fromarray(ramp(bits)).save(tmp_path / "a.png")
+    Image.fromarray(ramp(bits)).save(tmp_path / "a.tif")
+    write_dicom(tmp_path / "a.dcm", ramp(bits), 16)
+    for name in ("a.png", "a.tif", "a.dcm"):
+        film, mode = read_grey(tmp_path / name)
+        assert mode.endswith(f" of {bits} bits")
+        assert np.abs(np.asarray(film) - RAMP * 255).max() <= 1, name
+
+
+def test_the_depth_is_the_least_that_detectors_have():
+    assert [find_depth(0, most) for most in (255, 256, 1023, 1024, 65535)] == [8, 10, 10, 12, 16]
+    assert find_depth(-512, 511, signed=True) == 10 and find_depth(-513, 0, signed=True) == 12
+    for least, most in ((0, 65536), (-1, 5)):
+        with pytest.raises(ValueError, match="at most 16 bits"):
+            find_depth(least, most)
+
+
+def test_of_8_bits_the_grey_is_what_is_stored(tmp_path):
+    pixels = ramp(8, np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.tif")
+    write_dicom(tmp_path / "a.dcm", pixels, 8)
+    assert np.array_equal(grey(tmp_path / "a.tif"), pixels)
+    assert np.array_equal(grey(tmp_path / "a.dcm"), pixels)
+
+
+def test_a_tiff_whose_white_is_zero_and_one_of_several_pictures(tmp_path):
+    film = Image.fromarray(ramp(12))
+    film.save(tmp_path / "white.tif", tiffinfo={262: 0})
+    assert np.abs(grey(tmp_path / "white.tif") - (1 - RAMP) * 255).max() <= 1
+    film.save(tmp_path / "two.tif", save_all=True, append_images=[film])
+    Image.fromarray(RAMP.astype(np.float32)).save(tmp_path / "float.tif")
+    for name, said in {"two": "has 2 pictures", "float": "mode F of .*: make it a grey"}.items():
+        none, about = decode_film(tmp_path / f"{name}.tif", 16)
+        assert none is None and re.search(said, about["problem"])
+
+
+WINDOW = {"WindowCenter": 1500, "WindowWidth": 1000}
+RESCALED = {"RescaleSlope": 2, "RescaleIntercept": -1000}
+LUT = Dataset()
+LUT.LUTDescriptor, LUT.LUTData = [1024, 100, 12], np.arange(0, 4096, 4, np.uint16).tobytes()
+
+
+@pytest.mark.parametrize("tags", [
+    WINDOW, WINDOW | RESCALED, WINDOW | {"VOILUTFunction": "SIGMOID"},
+    WINDOW | {"VOILUTFunction": "LINEAR_EXACT"}, RESCALED,
+    {"WindowCenter": [1500, 300], "WindowWidth": [1000, 50]}, {"VOILUTSequence": [LUT]},
+])  # fmt: skip
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_header_is_heeded_as_pydicom_does(tmp_path, tags, inverted):
+    kind = {"PhotometricInterpretation": f"MONOCHROME{1 if inverted else 2}"}
+    path = write_dicom(tmp_path / "a.dcm", ramp(12), 12, **tags | kind)
+    shown = by_pydicom(path)  # the ramp has each of the darkest and the brightest values
+    expected = (shown - shown.min()) / (shown.max() - shown.min()) * 255
+    assert np.abs(grey(path) - (255 - expected if inverted else expected)).max() <= 0.51
+
+
+def test_a_window_holds_for_a_film_that_is_too_dark_for_it(tmp_path):
+    path = write_dicom(tmp_path / "a.dcm", ramp(10), 12, WindowCenter=2048, WindowWidth=4096)
+    assert grey(path).max() == 64
+    assert grey(write_dicom(tmp_path / "b.dcm", ramp(10), 12)).max() == 255
+
+
+def test_signed_values_are_shown_from_the_lowest_on(tmp_path):
+    values = (ramp(12).astype(int) - 2048).astype(np.int16)
+    for tags in ({}, {"WindowCenter": 0, "WindowWidth": 4096}):
+        path = write_dicom(tmp_path / "a.dcm", values, 12, **tags)
+        assert np.abs(grey(path) - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "syntax", [uid.RLELossless, uid.JPEG2000Lossless, uid.DeflatedExplicitVRLittleEndian]
+)
+def test_compressed_films_are_what_they_were(tmp_path, syntax):
+    whole = write_dicom(tmp_path / "a.dcm", ramp(12), 12, **WINDOW)
+    deflated = syntax == uid.DeflatedExplicitVRLittleEndian
+    packed = write_dicom(tmp_path / "b.dicom", ramp(12), 12, None if deflated else syntax, **WINDOW)
+    if deflated:
+        film = pydicom.dcmread(packed)
+        film.file_meta.TransferSyntaxUID = syntax
+        film.save_as(packed)
+    assert pydicom.dcmread(packed).file_meta.TransferSyntaxUID == syntax
+    assert np.array_equal(grey(whole), grey(packed))
+
+
+def test_a_colour_film_is_read_as_its_grey_and_what_is_no_film_is_named(tmp_path):
+    colour = np.repeat(ramp(8, np.uint8)[..., None], 3, axis=2)
+    rgb = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB"}
+    assert np.array_equal(
+        grey(write_dicom(tmp_path / "rgb.dcm", colour, 8, **rgb)), ramp(8, np.uint8)
+    )
+    frames = np.stack([ramp(8, np.uint8)] * 2)
+    write_dicom(tmp_path / "two.dcm", frames, 8, NumberOfFrames=2, Rows=40, Columns=50)
+    palette = {"PhotometricInterpretation": "PALETTE COLOR"}
+    write_dicom(tmp_path / "palette.dcm", ramp(8, np.uint8), 8, **palette)
+    whole = write_dicom(tmp_path / "cut.dcm", ramp(12), 12).read_bytes()
+    (tmp_path / "cut.dcm").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "png.dcm").write_bytes(b"\x89PNG")
+    for name, said in {
+        "two": "has 2 pictures; give each film a file", "palette": "PALETTE COLOR of uint8",
+        "cut": "", "png": "DICOM",
+    }.items():  # fmt: skip
+        film, about = decode_film(tmp_path / f"{name}.dcm", 16)
+        assert film is None and said in about["problem"] and about["problem"], name
+
+
+def test_tags_of_a_header_come_as_text(tmp_path):
+    path = write_dicom(
+        tmp_path / "a.dcm", ramp(8, np.uint8), 8, PatientAge="061Y", PatientSex="F",
+        PixelSpacing=[0.168, 0.169], ImageType=["ORIGINAL", "PRIMARY"], PatientName="A^B",
+        ViewPosition="", SeriesDescription=" view: PA ",
+    )  # fmt: skip
+    asked = {
+        "PatientAge": "061Y", "PatientSex": "F", "PixelSpacing": "0.168", "PatientName": "A^B",
+        "ImageType": "ORIGINAL\\PRIMARY", "ViewPosition": "", "SeriesDescription": "view: PA",
+        "BodyPartExamined": "",
+    }  # fmt: skip
+    assert dicom_header(path, list(asked)) == asked
+    with pytest.raises(InputError, match=r"dicom:PatientsAge: .* near it: PatientAge"):
+        dicom_header(path, ["PatientsAge"])
+    (tmp_path / "b.dcm").write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"b.dcm: its DICOM header cannot be read"):
+        dicom_header(tmp_path / "b.dcm", ["PatientAge"])
+
+
+def test_without_pydicom_a_film_is_named_with_what_to_install(tmp_path, monkeypatch):
+    path = write_dicom(tmp_path / "a.dcm", ramp(8, np.uint8), 8)
+    real = builtins.__import__
+
+    def without(name, *args):
+        if name.startswith("pydicom"):
+            raise ImportError(name)
+        return real(name, *args)
+
+    for name in [name for name in sys.modules if name.startswith("pydicom")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", without)
+    film, about = decode_film(path, 16)
+    assert film is None and "pip install pydicom" in about["problem"]
+    with pytest.raises(InputError, match="pip install pydicom"):
+        dicom_header(path, ["PatientAge"])
+
+
+def test_real_films_are_read_and_monochrome1_is_inverted(nih_test_data):
+    folder = nih_test_data / "dicom"
+    one = grey(folder / "siim_850819.dcm").astype(int)
+    assert np.array_equal(one, by_pydicom(folder / "siim_850819.dcm"))
+    assert np.array_equal(255 - one, grey(folder / "fake_monochrome1.dcm"))
+    asked = {"PatientAge": "62", "PatientSex": "M", "ViewPosition": "PA", "PixelSpacing": "0.168"}
+    assert dicom_header(folder / "siim_850819.dcm", list(asked)) == asked
