@@ -203,7 +203,7 @@ def test_without_pydicom_a_film_is_named_with_what_to_install(tmp_path, monkeypa
 def test_real_films_are_read_and_monochrome1_is_inverted(nih_test_data):
     folder = nih_test_data / "dicom"
     one = grey(folder / "siim_850819.dcm").astype(int)
-    assert np.array_equal(one, by_pydicom(folder / "siim_850819.dcm"))
+    assert np.abs(one - by_pydicom(folder / "siim_850819.dcm")).max() <= 1  # by pylibjpeg
     assert np.array_equal(255 - one, grey(folder / "fake_monochrome1.dcm"))
     asked = {"PatientAge": "62", "PatientSex": "M", "ViewPosition": "PA", "PixelSpacing": "0.168"}
     assert dicom_header(folder / "siim_850819.dcm", list(asked)) == asked
