@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,12 +21,7 @@ from ..base.parameters import check_names
 from ..settings import FIELDS
 
 SUPPORTED = "1.42"  # Flower's commands and interfaces move with each minor version
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "PYTHONUNBUFFERED": "1",
-}
+COMMANDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 HOSPITALS = ("device", "weights")  # the parameters that a hospital sets for itself
 STARTED = re.compile(r"started run (\d+)")
 
@@ -40,19 +37,18 @@ def check_flower() -> None:
         raise InputError(f"flwr {found} is installed, {SUPPORTED} is supported: {wanted}")
 
 
+def command(name: str, /, **values: object) -> list[str]:
+    """Return a command of commands.toml, or a part of one, with these values filled in."""
+    return [part.format(**values) for part in shlex.split(COMMANDS[name])]
+
+
 def superlink(host: str, port: int, folder: Path, keys: Path | None) -> list[str]:
     """Return the command of the server's SuperLink; without keys anyone may connect, unencrypted.
 
     With `keys` it speaks TLS and knows registered nodes only, which it remembers in `folder`.
     """
-    call = ["flower-superlink", "--host", host, "--port", str(port)]
-    call += ["--database", str(folder / "superlink.db")]
-    call += ["--disable-runtime-dependency-installation"]
-    if keys is None:
-        return [*call, "--insecure"]
-    files = {"certfile": "server.crt", "keyfile": "server.key", "ca-certfile": "server.crt"}
-    tls = [part for name, file in files.items() for part in (f"--ssl-{name}", str(keys / file))]
-    return [*call, *tls, "--enable-supernode-auth"]
+    call = command("superlink", host=host, port=port, folder=folder)
+    return call + (command("superlink_with_keys", keys=keys) if keys else ["--insecure"])
 
 
 def supernode(
@@ -67,12 +63,8 @@ def supernode(
     if "weights" in own:
         about["weights"] = str(Path(own["weights"]).expanduser().resolve())
     config = " ".join(f'{key}="{value}"' for key, value in about.items())
-    call = ["flower-supernode", "--superlink", server, "--host", "127.0.0.1"]
-    call += ["--port", str(port), "--node-config", config]
-    if keys is None:
-        return [*call, "--insecure"]
-    call += ["--root-certificates", str(keys / "server.crt")]
-    return [*call, "--auth-supernode-private-key", str(keys / f"{name}.key")]
+    call = command("supernode", server=server, port=port, config=config)
+    return call + (command("supernode_with_keys", keys=keys, name=name) if keys else ["--insecure"])
 
 
 def free_port() -> int:
@@ -89,12 +81,12 @@ def flower_environment(home: Path, server: str, keys: Path | None) -> dict[str, 
     home.mkdir(parents=True, exist_ok=True)
     write_atomic(home / "config.toml", config.encode())
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return os.environ | QUIET | {"FLWR_HOME": str(home.resolve()), "PATH": path}
+    return os.environ | COMMANDS["quiet"] | {"FLWR_HOME": str(home.resolve()), "PATH": path}
 
 
 def register(public_key: Path, environment: Mapping[str, str]) -> None:
     """Let the hospital with this public key connect; raise NotebookFailed if it cannot be told."""
-    call = ["flwr", "supernode", "register", str(public_key), "here"]
+    call = command("register", public_key=public_key)
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
     if done.returncode or "registered" not in done.stdout:
         raise NotebookFailed(f"{public_key} was not registered: {done.stdout} {done.stderr}")
@@ -111,13 +103,13 @@ def run_server_app(
     Raises NotebookFailed if its own status is not `finished:completed` within `seconds`.
     """
     text = " ".join(f"{key}={json.dumps(str(value))}" for key, value in values.items())
-    options = ["--run-config", f"parameters='{text}' wait-seconds={float(wait)}", "--stream"]
-    call = ["flwr", "run", str(PACKAGE.parent), "here", *options]
+    config = f"parameters='{text}' wait-seconds={float(wait)}"
+    call = command("run", project=PACKAGE.parent, config=config)
     output = show(call, environment, seconds)
     found = STARTED.search(output)
     if not found:
         raise NotebookFailed(f"Flower did not start the run: {output[-1000:]}")
-    call = ["flwr", "list", "--run-id", found[1], "here", "--format", "json"]
+    call = command("list", run=found[1])
     done = subprocess.run(call, env=environment, capture_output=True, text=True)
     listed = json.loads(done.stdout or "{}")
     if not listed.get("runs"):  # even then `flwr list` may end with status 0
@@ -147,17 +139,13 @@ def show(call: Sequence[str], environment: Mapping[str, str], seconds: float) ->
 def make_certificate(keys: Path, host: str) -> None:
     """Write `server.key` and `server.crt`, for a year; hospitals reach the server as `host`."""
     kind = "IP" if re.fullmatch(r"[\d.]+|.*:.*", host) else "DNS"
-    names = f"subjectAltName={kind}:{host},DNS:localhost,IP:127.0.0.1"
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-384", "-nodes", "-days", "365"]
-    files = ["-keyout", str(keys / "server.key"), "-out", str(keys / "server.crt")]
-    subject = ["-subj", f"/CN={host}", "-addext", names]
-    make_file(keys / "server.key", ["openssl", "req", "-x509", *curve, *subject, *files])
+    make_file(keys / "server.key", command("certificate", keys=keys, host=host, kind=kind))
 
 
 def make_key(keys: Path, name: str) -> None:
     """Write a hospital's `NAME.key`, which stays there, and `NAME.key.pub` for the server."""
     path = keys / f"{name}.key"
-    make_file(path, ["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(path)])
+    make_file(path, command("key", path=path))
 
 
 def make_file(path: Path, command: Sequence[str]) -> None:

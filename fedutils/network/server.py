@@ -5,7 +5,9 @@ import json
 import math
 import shlex
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,15 +33,7 @@ from .messages import Fault, Member, pack
 POLL = 0.5  # seconds between two looks for a reply
 server_app = ServerApp()
 # What means nothing over a network, and why: refused unless it is as it is by default.
-REFUSED = {
-    **dict.fromkeys(
-        ("arms", "lr_centralised", "lr_local"), "other arms need all films in one place"
-    ),
-    **dict.fromkeys(("partition", "alpha"), "hospitals are who they are"),
-    **dict.fromkeys(("cache_features", "feature_dtype"), "features stay where the films are"),
-    **dict.fromkeys(("max_films", "twins"), "notebook 02 fixes it in each hospital"),
-    "compare": "it is notebook 04's",
-}
+REFUSED = tomllib.loads(Path(__file__).with_name("refused.toml").read_text())
 PARTITION = "network"  # what config.json says of who has which patients
 
 
