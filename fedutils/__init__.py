@@ -6,7 +6,7 @@ from typing import Any
 from .base import __version__ as __version__
 
 NAMES = {
-    "batch.trained": "read_evaluated",
+    "batch.trained": "read_evaluated read_run",
     "base.device": "print_environment",
     "base.files": "fetch_runs",
     "base.errors": "InputError",
@@ -36,7 +36,7 @@ NAMES = {
     "model": "build_resnet34",
     "rounds": "FederationError run_round",
     "run": "best_rounds read_films read_history",
-    "settings": "Settings read_parameters read_run",
+    "settings": "Settings read_parameters",
     "strategies": "STRATEGIES",
     "training.features": "stored_features",
     "training.replicas": "start_model",

@@ -147,10 +147,12 @@ def render_notebooks(options: argparse.Namespace) -> None:
 
 def verify_folder(options: argparse.Namespace) -> None:
     """Check a run folder: hashes, data, metrics."""
+    from .batch.trained import read_run
     from .evidence.summary import verify_run
-    from .settings import read_run
 
     run = options.folder.resolve()
+    if run.parent.name != "runs" or not (run / "config.json").is_file():
+        raise InputError(f"{options.folder}: expected the folder of a run, such as work/runs/NAME")
     if wrong := verify_run(read_run(str(run.parent.parent), run.name)):
         raise NotebookFailed(f"{options.folder}: {'; '.join(wrong)}")
     print(f"{options.folder}: hashes, fingerprint and metrics are as they were written")

@@ -1,8 +1,9 @@
 """Client: local training on its own films; only an Update leaves, never a film."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class ClientParameters(Parameters):
     batch_size: int = parameter(0, "films a step", bounds=(1, 4096), profiles=(32, 64))
     optimizer: str = parameter("adamw", "of the clients", allowed=("adamw", "sgd"))
     lr: float = parameter(0.0, "learning rate; 0: 4e-4, or 1e-3 with weights", bounds=(0, math.inf))
-    momentum: float = parameter(0.9, "of sgd", bounds=(0.0, 1.0))
+    momentum: float = parameter(0.9, "of sgd", bounds=(0.0, 1.0), only="optimizer=sgd")
     weight_decay: float = parameter(1e-4, "of the local optimiser", bounds=(0.0, math.inf))
     augment: bool = parameter(True, "turn and shift training films a little, anew in each epoch")
 
@@ -95,6 +96,8 @@ class Client:
         loss, steps = self._train(model, correct, round)
         local, final = model.local_names(), to_cpu(model.tracked_state())
         beside, keep = self.strategy.end(sent, kept, final, steps)
+        for name in itertools.filterfalse(is_beside, (*beside, *keep)):
+            raise ValueError(f"the strategy's end() gave {name!r}, a name without a slash")
         update = {k: v for k, v in final.items() if k not in local} | beside
         keep = {k: v for k, v in final.items() if k in local} | keep
         return Update(self.name, self.weight, update, loss, time.perf_counter() - began), keep
@@ -112,6 +115,14 @@ class Client:
 
     def over_budget(self, kept: State) -> str:
         """Say why another round is not possible; empty where it is."""
+        return ""
+
+    def planned(self) -> dict[str, Any]:
+        """Return what the ledger will hold after all rounds; here nothing is measured."""
+        return {}
+
+    def over_total(self, planned: Mapping[str, Any]) -> str:
+        """Say by how much what is planned would exceed `total_epsilon`; empty where it does not."""
         return ""
 
     @staticmethod

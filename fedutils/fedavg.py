@@ -20,7 +20,9 @@ class AggregationParameters(Parameters):
     """How the server puts updates together."""
 
     aggregation: str = parameter("mean", "of updates; the others bear liars", allowed=RULES)
-    trim: float = parameter(0.2, "of trimmed: share cut off at each end", bounds=(0.01, 0.49))
+    trim: float = parameter(
+        0.2, "share cut off at each end", bounds=(0.01, 0.49), only="aggregation=trimmed"
+    )
 
     @property
     def least_clients(self) -> int:
@@ -120,7 +122,8 @@ class FedAvg:
     Own strategies derive from it. At the server `step` turns the mean, in float64, into the next
     global state, and `server` is what one keeps between rounds; all but `parameters` are buffers:
     always averaged. At the client `begin` may correct the gradients of each local step, and `end`
-    sends and keeps more than the weights. What travels beside them has a slash in its name.
+    sends and keeps more than the weights. What travels beside them has a slash in its name, and
+    a client sends beside them only what `download` sent.
     """
 
     server_lr = 1.0  # where the settings leave it open

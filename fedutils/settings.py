@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base.errors import InputError
-from .base.files import KAGGLE, fetch_runs, find_work, sha256
+from .base import parameters
+from .base.files import find_work, sha256
 from .base.parameters import Parameters, assigned, check_names, check_value, convert, parameter
 from .base.provenance import provenance
 from .base.weights import find_profile
@@ -23,7 +23,7 @@ from .films.split import SplitParameters
 from .model import ModelParameters
 from .privacy.client import PrivacyParameters
 from .rounds import RoundParameters
-from .run import RunParameters, read_history
+from .run import RunParameters
 from .strategies import STRATEGIES, StrategyParameters
 from .training.arms import ArmParameters
 from .training.features import FeatureParameters
@@ -83,6 +83,7 @@ def read_parameters(values: Mapping[str, Any]) -> Settings:
     given = {name: convert(FIELDS[name], values[name]) for name in FIELDS if name in values}
     filled = fill(Settings(**given))
     filled.check()
+    parameters.check_meant(FIELDS, given, filled, fill(Settings()))
     beside = provenance(filled.device, filled.precision, filled.weights)
     about = json.dumps(filled.identity() | beside, sort_keys=True)
     return dataclasses.replace(filled, name=filled.name or sha256(about.encode())[:8])
@@ -123,26 +124,3 @@ def fill(given: Settings) -> Settings:
     chosen = {"profile": profile, "tracked": tracked, "server_lr": rate}
     chosen["lr"] = given.lr or (4e-4 if weights == "none" else 1e-3)
     return dataclasses.replace(given, **empty | places | chosen)
-
-
-def read_run(
-    work_dir: str = "", name: str = "", device: str = "auto", cache_features: bool = False
-) -> Settings:
-    """Return the settings of a run that notebook 03 began; without a name that of the latest.
-
-    Raises InputError where there is none, here or attached.
-    """
-    work = find_work(work_dir)
-    fetch_runs(work)
-    found = sorted(work.glob(f"runs/{name or '*'}/config.json"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        attached = f" and none in {KAGGLE / 'input'}" if KAGGLE.is_dir() else ""
-        raise InputError(f"no run in {work / 'runs' / name}{attached}: run notebook 03 first")
-    config, run = json.loads(found[-1].read_text()), found[-1].parent
-    given = {key: config[key] for key in FIELDS if key in config}
-    here = {"work_dir": str(work), "name": run.name, "device": device}
-    if (run / "history.csv").is_file():  # the rounds that there are, whatever was asked for
-        given.setdefault("rounds", int(read_history(run)["round"].max()))
-    settings = dataclasses.replace(Settings(**given), **here)
-    # A run may have been trained without a cache: then there is none to be used.
-    return dataclasses.replace(settings, cache_features=cache_features and not settings.augment)

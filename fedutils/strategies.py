@@ -128,11 +128,16 @@ class StrategyParameters(Parameters):
     """What the server makes of the mean, and how clients are kept together."""
 
     strategy: str = parameter("fedavg", "of federated averaging", allowed=tuple(STRATEGIES))
-    mu: float = parameter(0.01, "of fedprox: pull to the global model", bounds=(0.0, math.inf))
-    server_lr: float = parameter(
-        0.0, "step of the server; 0: 0.01 for fedadam, else 1", bounds=(0.0, math.inf)
+    mu: float = parameter(
+        0.01, "pull to the global model", bounds=(0.0, math.inf), only="strategy=fedprox"
     )
-    server_momentum: float = parameter(0.9, "of fedavgm", bounds=(0.0, 1.0))
+    server_lr: float = parameter(
+        0.0, "step of the server; 0: 0.01 for fedadam, else 1", bounds=(0.0, math.inf),
+        only="strategy=fedavgm|fedadam|scaffold",
+    )  # fmt: skip
+    server_momentum: float = parameter(
+        0.9, "of the server's step", bounds=(0.0, 1.0), only="strategy=fedavgm"
+    )
 
     def check(self) -> None:
         """Raise InputError for settings that the strategy cannot work with."""

@@ -11,12 +11,11 @@ from tiny import fake_gpus, tiny_settings
 from fedutils.base import weights
 from fedutils.base.errors import InputError
 from fedutils.base.files import ROOT_MARKER, find_root
-from fedutils.batch.trained import read_evaluated
+from fedutils.batch.trained import read_evaluated, read_run
 from fedutils.settings import (
     convert_texts,
     find_profile,
     read_parameters,
-    read_run,
 )
 from fedutils.training.identity import open_run
 

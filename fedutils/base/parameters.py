@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +32,16 @@ def parameter(
     parts: Sequence[str] = (),
     bounds: tuple[float, float] = (-math.inf, math.inf),
     pattern: str = "",
+    only: str = "",
     identity: bool = True,
     profiles: tuple[Any, Any] | None = None,
 ) -> Any:
     """Declare a parameter; its type is that of the default.
 
     `allowed` are all its values, `parts` those of a list with commas, `bounds` the ends; `pattern`
-    says what is expected, then a regular expression. A change is another run if `identity`. Left
-    empty, it takes the value of `profiles`: of the demo, and of Kaggle.
+    says what is expected, then a regular expression. It means something `only` beside another's
+    value, such as "dp=patient". A change is another run if `identity`. Left empty, it takes the
+    value of `profiles`: of the demo, and of Kaggle.
     """
     return dataclasses.field(default=default, metadata=locals())
 
@@ -90,9 +92,28 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
 def check_names(names: Iterable[str], known: Collection[str]) -> None:
     """Raise InputError for an unknown parameter, with the known one that is nearest in spelling."""
     for name in [name for name in names if name not in known]:
-        near = difflib.get_close_matches(name, list(known), n=1)
+        words = [one for one in known if {*name.split("_")} & {*one.split("_")} - {"dir"}]
+        near = difflib.get_close_matches(name, words or list(known), n=1, cutoff=0.65)
         hint = f"did you mean {near[0]}?" if near else "`python -m fedutils parameters` lists all"
         raise InputError(f"unknown parameter {name!r}; {hint}")
+
+
+def check_meant(
+    fields: Mapping[str, dataclasses.Field],
+    given: Mapping[str, Any],
+    chosen: Parameters,
+    usual: Parameters,
+) -> None:
+    """Raise InputError for a parameter that was given and means nothing beside those `chosen`.
+
+    Its default passes, and what that becomes: its value among the `usual` ones.
+    """
+    for name, value in given.items():
+        key, _, values = fields[name].metadata["only"].partition("=")
+        meant = not key or {*values.split("|")} & {*split_list(str(getattr(chosen, key)))}
+        if not meant and value not in (fields[name].default, getattr(usual, name)):
+            has = f"{key}={getattr(chosen, key)!r}"
+            raise InputError(f"{name}={value!r} means nothing with {has}: it wants {key}={values}")
 
 
 def describe(field: dataclasses.Field) -> str:
@@ -105,6 +126,7 @@ def describe(field: dataclasses.Field) -> str:
     profiles = about["profiles"]
     default = f"{profiles[0]} in the demo, {profiles[1]} on Kaggle" if profiles else field.default
     default = repr(default) if default == "" else default
+    values += f"{'; ' * bool(values)}only with {about['only']}" if about["only"] else ""
     same = "" if about["identity"] else "; a change continues the run"
     return f"{about['meaning']} [{default}{f'; {values}' if values else ''}{same}]"
 

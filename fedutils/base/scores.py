@@ -70,6 +70,7 @@ def log_loss(labels: np.ndarray, logits: np.ndarray) -> float:
 
 def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Mean AUROC over the findings for which it is defined, (N, 14) each; NaN if there is none."""
-    values = np.array([auroc(*pair) for pair in zip(labels.T, scores.T, strict=True)])
+    values = [auroc(truth, score) for truth, score in zip(labels.T, scores.T, strict=True)]
+    values = np.array(values)
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else math.nan

@@ -49,7 +49,8 @@ def find_misfit(state: State, wanted: State) -> tuple[str, str]:
     """Say why a client's state cannot be used, as status and reason; empty if it can."""
     found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
     if found != expected:
-        return "failed", "its state does not fit what was sent"
+        odd = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+        return "failed", f"its state does not fit what was sent: {', '.join(odd[:3])}"
     return find_fault(state)
 
 

@@ -21,11 +21,12 @@ from ..films.read import read_nih
 from ..films.split import check_splits, choose_films, split_patients
 from ..model import build_resnet34
 from ..rounds import Progress, over_budget
-from ..settings import Settings, read_run
+from ..settings import Settings
 from ..strategies import STRATEGIES
 from ..training.arms import plan
 from ..training.identity import check_run, keep_ledgers, name_class
 from .notebook import EVALUATE, READ_FILMS, TRAINS
+from .trained import read_run
 
 
 def check_early(runs: Sequence[Settings], due: Collection[str]) -> None:
@@ -38,7 +39,7 @@ def check_early(runs: Sequence[Settings], due: Collection[str]) -> None:
         for other in runs[0].compared:
             read_summary(read_run(runs[0].work_dir, other))
     for asked in runs if TRAINS in due else ():
-        check_run(asked)
+        check_run(asked, server=name_class(STRATEGIES[asked.strategy]))
     films = _find_films(runs[0], due)
     for settings in runs if films is not None and TRAINS in due else ():
         _check_training(settings, films)

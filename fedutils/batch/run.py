@@ -17,11 +17,11 @@ from ..films.decode import FilmParameters
 from ..films.find import list_tables, walk
 from ..films.prepared import PREPARED_WITH
 from ..films.split import SplitParameters
-from ..settings import FIELDS, Settings, convert_texts, read_parameters, read_run
+from ..settings import FIELDS, Settings, convert_texts, read_parameters
 from . import notebook
 from .early import check_early
 from .notebook import EVALUATE, NOTEBOOKS, READ_FILMS, TRAINS, execute
-from .trained import EVALUATES, check_trained
+from .trained import EVALUATES, check_trained, read_run
 
 # Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
 TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")
@@ -71,7 +71,7 @@ class Step:
 
         For training that is also what `provenance` tells of; where other runs are compared, these.
         """
-        code = [cell.source for cell in self.node.cells if cell.cell_type == "code"]
+        code = [cell.source for cell in self.node.cells]
         package = [path.read_text() for path in package_files()]
         data = self.data if self.stem in READ_FILMS else ""
         inputs = self._digests(INPUTS[self.stem])
@@ -119,7 +119,9 @@ def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Setti
         check_trained(values, read_run(settings.work_dir, settings.name))
     elif TRAINS not in chosen:
         heeded = {"name", *(name for stem in chosen for name in READS[stem])}
-        for name in [n for n in values if n not in heeded and not FIELDS[n].metadata["identity"]]:
+        named = bool(values.get("name"))  # else a run's identity is its name
+        free = [n for n in values if named or not FIELDS[n].metadata["identity"]]
+        for name in [name for name in free if name not in heeded]:
             raise InputError(f"{name}: notebook {only} does not heed it; leave it out here")
     # A finished notebook has read the same table already, which takes seconds for all films.
     check_early([settings], [job.stem for job in jobs if force or not job.is_unchanged()])

@@ -1,6 +1,7 @@
 """A run for each combination of values."""
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +30,8 @@ def sweep(
         raise InputError(f"{what}; sweep it by a run each, in a work folder each")
     runs = []
     for row in itertools.product(*grid.values()):
-        name = "-".join([values["name"], *row]) if values.get("name") else ""
+        words = [re.sub(r"[^\w.-]+", "-", value) for value in row]
+        name = "-".join([values["name"], *words]) if values.get("name") else ""
         runs.append(dict(values) | dict(zip(grid, row, strict=True)) | {"name": name})
     resolved = [read_parameters(convert_texts(one)) for one in runs]
     for name, count in Counter(settings.name for settings in resolved).items():

@@ -1,15 +1,44 @@
 """A run that was trained, and what may be asked of it afterwards."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from ..base.errors import InputError
+from ..base.files import KAGGLE, fetch_runs, find_work
 from ..base.parameters import check_names, convert
-from ..settings import FIELDS, Settings, fill, given_names, read_run
+from ..run import read_history
+from ..settings import FIELDS, Settings, fill, given_names
 
 # What notebook 04 takes; all else is as the run was trained.
 EVALUATES = ("work_dir", "name", "device", "cache_features", "compare")
+
+
+def read_run(
+    work_dir: str = "", name: str = "", device: str = "auto", cache_features: bool = False
+) -> Settings:
+    """Return the settings of a run that notebook 03 began; without a name that of the latest.
+
+    Raises InputError where there is none, here or attached.
+    """
+    work = find_work(work_dir)
+    fetch_runs(work)
+    found = sorted(work.glob(f"runs/{name or '*'}/config.json"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        attached = f" and none in {KAGGLE / 'input'}" if KAGGLE.is_dir() else ""
+        raise InputError(f"no run in {work / 'runs' / name}{attached}: run notebook 03 first")
+    config, run = json.loads(found[-1].read_text()), found[-1].parent
+    given = {key: config[key] for key in FIELDS if key in config}
+    for missing in [n for n, f in FIELDS.items() if f.metadata["identity"] and n not in config]:
+        what = f"{run} was trained by another fedutils, which knew no {missing}"
+        raise InputError(f"{what}: evaluate it with that one, or train it again")
+    here = {"work_dir": str(work), "name": run.name, "device": device}
+    if (run / "history.csv").is_file():  # the rounds that there are, whatever was asked for
+        given.setdefault("rounds", int(read_history(run)["round"].max()))
+    settings = dataclasses.replace(Settings(**given), **here)
+    # A run may have been trained without a cache: then there is none to be used.
+    return dataclasses.replace(settings, cache_features=cache_features and not settings.augment)
 
 
 def read_evaluated(values: Mapping[str, Any]) -> Settings:

@@ -34,6 +34,7 @@ def write_card(settings: Parameters) -> str:
         release=report["release"],
         SPLITS=SPLITS,
         config=config,
+        strategy=config["server"].partition(" ")[0],
         starts=dict.fromkeys(words.say("start", start=start) for start in config["starts"]),
         rounds=history["round"].max(),
         best=kept[kept.index == "federated"].tolist(),

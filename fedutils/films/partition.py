@@ -29,7 +29,9 @@ class PartitionParameters(Parameters):
 
     partition: str = parameter("iid", "of patients to clients", allowed=METHODS)
     num_clients: int = parameter(0, "hospitals", bounds=(1, 100_000), profiles=(4, 5))
-    alpha: float = parameter(0.5, "of dirichlet: small is skewed", bounds=(1e-12, math.inf))
+    alpha: float = parameter(
+        0.5, "small is skewed", bounds=(1e-12, math.inf), only="partition=dirichlet"
+    )
 
 
 def partition_patients(

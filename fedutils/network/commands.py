@@ -168,6 +168,8 @@ def take_step(
     """Do one step of `python -m fedutils flower`; SuperLink and SuperNode run until stopped."""
     check_flower()
     host, _, port = server.rpartition(":")
+    if not (host and port.isdigit()):
+        raise InputError(f"--server {server}: expected HOST:PORT, such as fed.example.org:8000")
     work = Path(values["work_dir"])
     if step == "certificate":
         return make_certificate(keys or Path("keys"), name)

@@ -148,7 +148,10 @@ def fit(here: Hospital, sent: State) -> Answer:
 @answers
 def batchnorm(here: Hospital, sent: State) -> Answer:
     """Return what BatchNorm sees here, as the simulation's clients measure it."""
-    measured, fault = measure_safely(here.client(), here.model(), sent, here.order["round"])
+    client = here.client()
+    if client.withholds_loss or here.settings.batchnorm != "precise":
+        return {"status": "failed", "reason": "BatchNorm of this run stays here"}, {}, {}
+    measured, fault = measure_safely(client, here.model(), sent, here.order["round"])
     if fault:
         print(f"{here.name}, round {here.order['round']}: {fault}", flush=True)
     words = {"status": "failed", "reason": fault.partition(":")[0]} if fault else {}
@@ -167,7 +170,7 @@ def validate(here: Hospital, sent: State) -> Answer:
     labels, logits = films.labels, predict(model, films)
     known = int((~np.isnan(labels)).sum())
     pairs = [int((column == 1).sum() * (column == 0).sum()) for column in labels.T]
-    areas = [auroc(*columns) for columns in zip(labels.T, logits.T, strict=True)]
+    areas = [auroc(truth, score) for truth, score in zip(labels.T, logits.T, strict=True)]
     ordered = [area * n if n else 0.0 for area, n in zip(areas, pairs, strict=True)]
     loss = log_loss(labels, logits) * known if known else 0.0
     return {}, {"loss": loss, "labels": known, "pairs": pairs, "ordered": ordered}, {}

@@ -170,6 +170,14 @@ def read_network(values: Mapping[str, Any]) -> Settings:
             " in the hospitals"
         )
     check_network(settings)
+    if settings.dp != "off" and not settings.secure:
+        raise InputError(
+            f"over a network dp={settings.dp} wants secure=true: the server knows the seed, from"
+            " which it could draw the noise again and take it off"
+        )
+    one = {"weight": 1, "known": []}  # as far as the rule goes, any hospital
+    members = [Member(str(k), one, settings, 0) for k in range(settings.num_clients)]
+    check_rule(Job("federated", 0, members, None))
     return settings
 
 

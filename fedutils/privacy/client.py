@@ -43,32 +43,28 @@ class PrivacyParameters(Parameters):
     )  # fmt: skip
     target_epsilon: float = parameter(
         0.0, "stop before this; without noise_multiplier, noise so that all rounds fit",
-        bounds=(0.0, math.inf),
+        bounds=(0.0, math.inf), only="dp=patient",
     )  # fmt: skip
     noise_multiplier: float = parameter(
         0.0, "deviation of the noise, in units of clip; 0: from target_epsilon",
-        bounds=(0.0, 1e4),
+        bounds=(0.0, 1e4), only="dp=patient",
     )  # fmt: skip
     delta: float = parameter(
         1e-5, "chance that the promise of epsilon fails; well below one in the patients",
-        bounds=(1e-15, 0.01),
+        bounds=(1e-15, 0.01), only="dp=patient",
     )  # fmt: skip
     total_epsilon: float = parameter(
         0.0, "refuse a run that would take a hospital's patients beyond this, over all that was"
         " released of them in the work folder; 0: no limit", bounds=(0.0, math.inf), identity=False,
+        only="dp=patient",
     )  # fmt: skip
-    clip: float = parameter(1.0, "largest norm of a patient's gradient", bounds=(1e-12, math.inf))
+    clip: float = parameter(
+        1.0, "largest norm of a patient's gradient", bounds=(1e-12, math.inf), only="dp=patient"
+    )
     secure: bool = parameter(
         False, "patients, augmentation and noise from the system, not from the seed: what a"
-        " hospital runs; not repeatable",
+        " hospital runs; not repeatable", only="dp=patient",
     )  # fmt: skip
-
-    def check(self) -> None:
-        """Raise InputError for what means nothing without it; the mechanism checks the rest."""
-        if self.dp == "off":
-            asked = ("target_epsilon", "noise_multiplier", "total_epsilon", "secure")
-            for name in [name for name in asked if getattr(self, name)]:
-                raise InputError(f"{name}={getattr(self, name)!r} means nothing without dp=patient")
 
 
 class PrivateClient(Client):
@@ -242,7 +238,7 @@ class PrivateClient(Client):
 
 def refuse_beyond_total(clients: Iterable[Client]) -> None:
     """Raise InputError where all that these clients plan would exceed `total_epsilon`."""
-    private = [client for client in clients if isinstance(client, PrivateClient)]
-    planned = {key: entry for client in private for key, entry in client.planned().items()}
-    for reason in filter(None, (client.over_total(planned) for client in private)):
+    clients = list(clients)
+    planned = {key: entry for client in clients for key, entry in client.planned().items()}
+    for reason in filter(None, (client.over_total(planned) for client in clients)):
         raise InputError(f"this run {reason}")

@@ -30,10 +30,10 @@ class ArmParameters(Parameters):
         "0", "training seeds", pattern=r"numbers such as 0,1,2: \s*\d+\s*(,\s*\d+\s*)*"
     )
     lr_centralised: float = parameter(
-        0.0, "learning rate of the centralised arm; 0: as lr", bounds=(0.0, math.inf)
+        0.0, "learning rate; 0: as lr", bounds=(0.0, math.inf), only="arms=centralised"
     )
     lr_local: float = parameter(
-        0.0, "learning rate of the local arm; 0: as lr", bounds=(0.0, math.inf)
+        0.0, "learning rate; 0: as lr", bounds=(0.0, math.inf), only="arms=local"
     )
 
     def check(self) -> None:

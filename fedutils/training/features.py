@@ -44,7 +44,9 @@ class FeatureParameters(Parameters):
         False, "run the frozen trunk once and train from its output; wants augment=false",
         identity=False,  # it is how a run computes, as the device is
     )  # fmt: skip
-    feature_dtype: str = parameter("fp16", "of that output on disk", allowed=tuple(DTYPES))
+    feature_dtype: str = parameter(
+        "fp16", "of that output on disk", allowed=tuple(DTYPES), only="cache_features=True"
+    )
 
     def check(self) -> None:
         """Raise InputError where features of the trunk cannot stand for the films."""

@@ -11,7 +11,8 @@ from fedutils.__main__ import main
 from fedutils.base.errors import InputError
 from fedutils.base.files import write_atomic
 from fedutils.batch import run as batch
-from fedutils.settings import read_parameters, read_run
+from fedutils.batch.trained import read_run
+from fedutils.settings import read_parameters
 
 
 @pytest.mark.parametrize(

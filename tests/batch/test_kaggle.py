@@ -23,7 +23,8 @@ from fedutils.base.files import PACKAGE, fetch_runs, package_files
 from fedutils.base.weights import find_profile
 from fedutils.batch.kaggle import slug, write_kit
 from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
-from fedutils.settings import read_parameters, read_run
+from fedutils.batch.trained import read_run
+from fedutils.settings import read_parameters
 from fedutils.training import training
 from fedutils.training.training import Training
 

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 from fedutils.base.errors import InputError
+from fedutils.batch.trained import read_run
 from fedutils.evidence.tables import ALL_FILMS, mean_auroc_rows, read_table
 from fedutils.plots.style import (
     BLUE,
@@ -26,7 +27,7 @@ from fedutils.plots.style import (
     in_our_style,
 )
 from fedutils.run import read_budget
-from fedutils.settings import Settings, read_run
+from fedutils.settings import Settings
 
 CHANCE = 0.5
 

@@ -16,6 +16,7 @@ from tiny import tiny_films, tiny_settings
 from fedutils.__main__ import main
 from fedutils.base.errors import InputError
 from fedutils.base.findings import FINDINGS
+from fedutils.batch.trained import read_run
 from fedutils.dataset import read_report
 from fedutils.evidence.calibration import calibrate, operating_points
 from fedutils.evidence.compare import compare_runs
@@ -39,7 +40,6 @@ from fedutils.evidence.tables import (
 )
 from fedutils.evidence.words import _hospitals_in_words, headline, too_small
 from fedutils.run import read_films
-from fedutils.settings import read_run
 from fedutils.training.training import Training
 
 
