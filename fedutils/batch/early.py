@@ -13,18 +13,13 @@ from ..base.findings import FINDINGS, parse_labels
 from ..base.parameters import split_list
 from ..dataset import ChestXrayDataset, read_index, read_report
 from ..evidence.tables import read_summary
-from ..films.find import check_films
-from ..films.partition import partition_patients
+from ..films import find, partition, prepared, read, split
 from ..films.phantom.cases import phantom_table
-from ..films.prepared import check_prepared
-from ..films.read import read_nih
-from ..films.split import check_splits, choose_films, split_patients
 from ..model import build_resnet34
 from ..rounds import Progress, over_budget
 from ..settings import Settings
 from ..strategies import STRATEGIES
-from ..training.arms import plan
-from ..training.identity import check_run, keep_ledgers, name_class
+from ..training import arms, identity
 from .notebook import EVALUATE, READ_FILMS, TRAINS
 from .trained import read_run
 
@@ -39,7 +34,7 @@ def check_early(runs: Sequence[Settings], due: Collection[str]) -> None:
         for other in runs[0].compared:
             read_summary(read_run(runs[0].work_dir, other))
     for asked in runs if TRAINS in due else ():
-        check_run(asked, server=name_class(STRATEGIES[asked.strategy]))
+        identity.check_run(asked, server=identity.name_class(STRATEGIES[asked.strategy]))
     films = _find_films(runs[0], due)
     for settings in runs if films is not None and TRAINS in due else ():
         _check_training(settings, films)
@@ -49,15 +44,15 @@ def _find_films(settings: Settings, due: Collection[str]) -> pd.DataFrame | None
     """Return the films that notebook 03 will read, if they are known, with their `split`."""
     films = None
     if settings.data_dir and not set(READ_FILMS).isdisjoint(due):
-        films = read_nih(Path(settings.data_dir), Path(settings.work_dir)).table
+        films = read.read_nih(Path(settings.data_dir), Path(settings.work_dir)).table
     if READ_FILMS[1] in due:
         if films is None:
             films = _phantom()
-        check_films(films, Path(settings.data_dir), Path(settings.work_dir))
-        films = films.assign(split=split_patients(films, settings.seed))
-        films = choose_films(films, settings.max_films, settings.seed)
+        find.check_films(films, Path(settings.data_dir), Path(settings.work_dir))
+        films = films.assign(split=split.split_patients(films, settings.seed))
+        films = split.choose_films(films, settings.max_films, settings.seed)
         films = films[films["path"] != ""]
-        check_splits(films, settings.seed)
+        split.check_splits(films, settings.seed)
         return films
     if TRAINS not in due:
         return None
@@ -65,7 +60,7 @@ def _find_films(settings: Settings, due: Collection[str]) -> pd.DataFrame | None
         report, films = read_report(settings.prepared), read_index(settings.prepared)
     except (OSError, ValueError, KeyError):  # not there, or damaged: notebook 03 says what to do
         return None
-    check_prepared(settings, report, films)
+    prepared.check_prepared(settings, report, films)
     return films
 
 
@@ -81,16 +76,17 @@ def _phantom() -> pd.DataFrame:
 
 def _check_training(settings: Settings, films: pd.DataFrame) -> None:
     """Plan the training of these films, `split` among their columns, as notebook 03 will."""
-    clients = partition_patients(
+    clients = partition.partition_patients(
         films, settings.partition, settings.num_clients, settings.alpha, settings.seed
     ).set_index("patient_id")["client"]
     films = films[films["split"] != ""]
-    jobs = plan(settings, _without_pixels(films.assign(client=films["patient_id"].map(clients))))
+    films = films.assign(client=films["patient_id"].map(clients))
+    jobs = arms.plan(settings, _without_pixels(films))
     if settings.total_epsilon and not (settings.run / "config.json").is_file():
-        data, server = "", name_class(STRATEGIES[settings.strategy])
+        data, server = "", identity.name_class(STRATEGIES[settings.strategy])
         with suppress(ValueError, KeyError):  # known, a model that the ledger has costs no more
             data = read_report(settings.prepared)["fingerprint"]
-        keep_ledgers(jobs, check_run(settings, server=server, fingerprint=data))
+        identity.keep_ledgers(jobs, identity.check_run(settings, server=server, fingerprint=data))
     for job in jobs:
         if reason := over_budget(job, Progress({}), job.settings):
             raise InputError(f"{job.name} {reason}: not even one round is possible")

@@ -24,13 +24,7 @@ from ..fedavg import FedAvg
 from ..privacy.ledger import note_open
 from ..run import HISTORY, write_global_model, write_model
 from ..strategies import STRATEGIES
-from . import identity
-from .arms import plan, with_strategy
-from .batchnorm import refresh_batchnorm
-from .checkpoint import Writer, adopt_progress, load_progress, save_progress
-from .estimate import estimate_seconds
-from .features import FeatureStore
-from .replicas import Models
+from . import arms, batchnorm, checkpoint, estimate, features, identity, replicas
 
 OnRound = Callable[[rounds.Row, pd.DataFrame], None]
 OnFeatures = Callable[[int, int], None]
@@ -46,16 +40,16 @@ class Training:
         self, settings: Parameters, films: ChestXrayDataset, strategy: type[FedAvg] | None = None
     ) -> None:
         self.strategy = strategy or STRATEGIES[settings.strategy]
-        settings = with_strategy(settings, self.strategy)
+        settings = arms.with_strategy(settings, self.strategy)
         self.settings, self.run, self.films = settings, settings.run, films
-        self.writer = Writer()
+        self.writer = checkpoint.Writer()
         known_as = identity.name_class(self.strategy)
         self.config = identity.open_run(settings, known_as, self._fingerprint())
         # Before a model is built, whose calibration depends on the threads in its last bits.
         set_up(self.config["threads"], settings.precision)
         self.jobs = self._plan(films)
         at_once = sum(len(job.clients) for job in self.jobs)
-        self.models = Models(settings, 1 if films is None else at_once)
+        self.models = replicas.Models(settings, 1 if films is None else at_once)
         self.lock = threading.RLock()  # of the history, which jobs side by side write
         self.seconds = 0.0  # that train() took in this session
         there = [(job, now) for job in self.jobs if (now := self._load(job))]
@@ -64,7 +58,7 @@ class Training:
         self.features = None
         if settings.cache_features:
             fingerprint = self.config["fingerprint"]
-            self.features = FeatureStore(self.models.shared, films, settings, fingerprint)
+            self.features = features.FeatureStore(self.models.shared, films, settings, fingerprint)
             self.features.check_disk()
 
     def train(
@@ -110,7 +104,8 @@ class Training:
         """Bring the budgets of models that ended early up to what the last one has released."""
         if self.settings.dp != "off":
             for job in self.jobs:
-                if now := load_progress(self.run / "checkpoint" / job.name, self._identity(job)):
+                folder = self.run / "checkpoint" / job.name
+                if now := checkpoint.load_progress(folder, self._identity(job)):
                     self.spent[job.name] = rounds.budget(job, now)
             self._write_tables()
 
@@ -122,7 +117,7 @@ class Training:
     def estimate_seconds(self) -> float:
         """Estimate the time for the rounds that are left, from a few batches on this device."""
         left = list(zip(self.jobs, self._rounds_left(), strict=True))
-        return estimate_seconds(left, self.models, self.strategy, self.features)
+        return estimate.estimate_seconds(left, self.models, self.strategy, self.features)
 
     def _rounds_left(self) -> list[int]:
         """Count the rounds that each model still has to train."""
@@ -138,7 +133,7 @@ class Training:
         self.jobs = self._plan(self.films.holding(self.features.fill(progress)))
 
     def _plan(self, films: ChestXrayDataset) -> list[rounds.Job]:
-        jobs = plan(self.settings, films, self.strategy)
+        jobs = arms.plan(self.settings, films, self.strategy)
         identity.keep_ledgers(jobs, self.config)
         return jobs
 
@@ -162,10 +157,11 @@ class Training:
 
     def _load(self, job: rounds.Job) -> rounds.Progress | None:
         """Load how far a job has come, here or in a finished run that shares its model."""
-        own = load_progress(self.run / "checkpoint" / job.name, self._identity(job))
+        known = self._identity(job)
+        own = checkpoint.load_progress(self.run / "checkpoint" / job.name, known)
         if own or self.films is None:  # over a network the hospitals of another run may be others
             return own
-        return adopt_progress(self.run, job.model, self._identity(job), self.settings.rounds)
+        return checkpoint.adopt_progress(self.run, job.model, known, self.settings.rounds)
 
     def _train_jobs(self, deadline: float, on_round: OnRound | None) -> list[bool]:
         """Train all models, as many side by side as there are replicas; tell which are whole.
@@ -264,7 +260,7 @@ class Training:
                 self._write_tables()
             raise
         if strategy.settings.batchnorm == "precise":
-            refresh_batchnorm(job, now, executor, rows, strategy)
+            batchnorm.refresh_batchnorm(job, now, executor, rows, strategy)
         row = rounds.aggregate_row(job, now, rows, executor)
         row["seconds"] = time.perf_counter() - began
         # A single client's row says the same as that of its model.
@@ -283,7 +279,7 @@ class Training:
             """Write the model, the checkpoint, the history and the budgets, in this order."""
             if now.best_round == now.round:
                 self._write_models(job, now, local)
-            save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
+            checkpoint.save_progress(self.run / "checkpoint" / job.name, now, self._identity(job))
             self._write_tables()
 
         self.writer.start(write)

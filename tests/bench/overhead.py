@@ -26,7 +26,7 @@ from fedutils.base.scores import log_loss, mean_auroc
 from fedutils.client import predict
 from fedutils.fedavg import WeightedMean
 from fedutils.model import ChestResNet
-from fedutils.training import training as boundary
+from fedutils.training import checkpoint
 from fedutils.training.checkpoint import Writer
 from fedutils.training.replicas import Models
 
@@ -37,7 +37,7 @@ ITEMS = [
     (rounds, "state_hash", "hash of the state"),
     (Writer, "wait", "waiting for the checkpoint"),
     (Training, "_write_tables", "history, beside the next round"),
-    (boundary, "save_progress", "checkpoint, beside the next round"),
+    (checkpoint, "save_progress", "checkpoint, beside the next round"),
     (Training, "_write_models", "best model, beside the next round"),
 ]
 
