@@ -20,9 +20,10 @@ from ..base import __version__
 from ..base.device import name_devices
 from ..base.errors import InputError
 from ..base.files import PACKAGE, write_atomic
+from ..base.text import templates
 from ..base.weights import find_weights
 from ..settings import convert_texts, read_parameters
-from .notebook import FOLDER, NOTEBOOKS, declared, parameter_cells, read_notebook
+from .notebook import FOLDER, NOTEBOOKS, TRAINS, declared, parameter_cells, read_notebook
 from .run import READS
 
 # Kernels 01 and 02 have no GPU, which would tell `auto` apart from the demo; a session ends after
@@ -33,6 +34,8 @@ ABOUT = {
     PACKAGE_DATA: f"The package fedutils {__version__}: federated learning on chest X-rays (MIT).",
     WEIGHTS_DATA: "resnet34-b627a593.pth as torchvision hands it out (BSD-3-Clause).",
 }
+TEMPLATES = templates(__file__)
+TEMPLATES.filters["quote"] = lambda path: shlex.quote(str(path))
 
 
 def write_kit(user: str, out: Path, values: Mapping[str, Any]) -> list[str]:
@@ -51,7 +54,7 @@ def write_kit(user: str, out: Path, values: Mapping[str, Any]) -> list[str]:
     for title, text in ABOUT.items():
         about = {"title": title, "id": f"{user}/{slug(title)}", "description": text}
         about["licenses"] = [{"name": "other"}]  # Kaggle's list has neither MIT nor BSD
-        _write_json(out / slug(title) / "dataset-metadata.json", about)
+        _write(out / slug(title) / "dataset-metadata.json", json.dumps(about, indent=2) + "\n")
     code, trunk = out / slug(PACKAGE_DATA) / "fedutils", out / slug(WEIGHTS_DATA)
     shutil.rmtree(code, ignore_errors=True)  # what is left from an older version
     shutil.copytree(PACKAGE, code, ignore=shutil.ignore_patterns("__pycache__"))
@@ -60,9 +63,15 @@ def write_kit(user: str, out: Path, values: Mapping[str, Any]) -> list[str]:
     for stem, node in nodes.items():
         read = [name for name in values if name in READS[stem]]
         set_parameters(node, {name: values[name] for name in read})
-        _write_json(out / stem / "kernel-metadata.json", describe_kernel(user, stem))
-        write_atomic(out / stem / f"{stem}.ipynb", nbformat.writes(node).encode())
+        _write(out / stem / "kernel-metadata.json", describe_kernel(user, stem))
+        _write(out / stem / f"{stem}.ipynb", nbformat.writes(node))
     return commands(user, out)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, and the folder for it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, text.encode())
 
 
 def check_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,27 +91,17 @@ def slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
-def describe_kernel(user: str, stem: str) -> dict[str, Any]:
+def describe_kernel(user: str, stem: str) -> str:
     """Return `kernel-metadata.json`; sources of sources are not attached, so 04 names 02, too."""
     before = NOTEBOOKS[: NOTEBOOKS.index(stem)]
     sources = [*before[-1:], *(before[1:2] if len(before) > 2 else [])]
-    gpu = stem in NOTEBOOKS[2:]
-    return {
-        "id": kernel_name(user, stem),
-        "title": f"fedutils {stem.replace('_', ' ')}",
-        "code_file": f"{stem}.ipynb",
-        "language": "python",
-        "kernel_type": "notebook",
-        "is_private": True,
-        "enable_gpu": gpu,
-        "enable_tpu": False,
-        "enable_internet": False,
-        **({"machine_shape": "NvidiaTeslaT4"} if gpu else {}),
-        "dataset_sources": ["nih-chest-xrays/data", *(f"{user}/{slug(title)}" for title in ABOUT)],
-        "competition_sources": [],
-        "kernel_sources": [kernel_name(user, source) for source in sources],
-        "model_sources": [],
-    }
+    return TEMPLATES.get_template("kernel.json.j2").render(
+        id=kernel_name(user, stem),
+        stem=stem,
+        gpu=stem in NOTEBOOKS[2:],
+        data=["nih-chest-xrays/data", *(f"{user}/{slug(title)}" for title in ABOUT)],
+        sources=[kernel_name(user, source) for source in sources],
+    )
 
 
 def kernel_name(user: str, stem: str) -> str:
@@ -124,30 +123,13 @@ def set_parameters(node: NotebookNode, values: Mapping[str, Any]) -> None:
 
 def commands(user: str, out: Path) -> list[str]:
     """Return what to type, in order, with a comment where one has to wait."""
-    code, trunk = (shlex.quote(str(out / slug(title))) for title in ABOUT)
-    weights = list((out / slug(WEIGHTS_DATA)).glob("resnet34-*.pth"))
-    url = ResNet34_Weights.IMAGENET1K_V1.url
-    lines = ["# once: the code and the ImageNet weights, as data sets of yours"]
-    lines += [] if weights else [f"curl -L -o {trunk}/{Path(url).name} {url}"]
-    lines += [f"kaggle datasets create -p {trunk}"]
-    lines += [f"kaggle datasets create -p {code} --dir-mode zip"]
-    lines += ["# each reads what the one before wrote: go on when its status is complete"]
-    for stem in NOTEBOOKS:
-        lines += [f"kaggle kernels push -p {shlex.quote(str(out / stem))}"]
-        lines += [f"kaggle kernels status {kernel_name(user, stem)}"]
-    trains = NOTEBOOKS[2]
-    return [
-        *lines,
-        f"# if 03 says that it stopped at max_hours: add {kernel_name(user, trains)} to its"
-        " kernel_sources in",
-        f"# {shlex.quote(str(out / trains))}/kernel-metadata.json, and push it again: it goes on"
-        " from its checkpoint",
-        "# after a change of the code:",
-        f"kaggle datasets version -p {code} --dir-mode zip -m 'new version'",
-    ]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, and the folder for it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+    code, trunk = (out / slug(title) for title in ABOUT)
+    text = TEMPLATES.get_template("kaggle.sh.j2").render(
+        code=code,
+        trunk=trunk,
+        has_weights=any(trunk.glob("resnet34-*.pth")),
+        url=ResNet34_Weights.IMAGENET1K_V1.url,
+        kernels={out / stem: kernel_name(user, stem) for stem in NOTEBOOKS},
+        trains=out / TRAINS,
+    )
+    return text.splitlines()

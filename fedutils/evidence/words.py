@@ -2,19 +2,17 @@
 
 import math
 from functools import partial
-from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..base.errors import InputError
 from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
 from ..base.scores import undefined
-from ..base.text import bullets, plain
+from ..base.text import templates
 from ..run import read_budget
 from . import explain, membership, tables
 from .intervals import Z
@@ -22,12 +20,8 @@ from .metrics import count_patients
 from .tables import ALL_FILMS, LEAST_PATIENTS, MEAN, MEAN_LOCAL, ONE_SEED, SHOWN, with_interval
 
 NAMED = " (95 % interval {} to {})"
-TEMPLATES = Environment(
-    loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True,
-    undefined=StrictUndefined, keep_trailing_newline=True,
-)  # fmt: skip
+TEMPLATES = templates(__file__)
 TEMPLATES.tests["unknown"] = np.isnan
-TEMPLATES.filters |= {"as": format, "plain": plain, "bullets": bullets}
 TEMPLATES.filters |= {"ends": partial(with_interval, form=NAMED), "brief": with_interval}
 TEMPLATES.filters["tally"] = tables.tally_words
 TEMPLATES.globals |= {"LEAST_PATIENTS": LEAST_PATIENTS, "ONE_SEED": ONE_SEED, "SHOWN": SHOWN}
