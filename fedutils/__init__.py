@@ -10,7 +10,7 @@ NAMES = {
     "base.device": "print_environment",
     "base.files": "fetch_runs",
     "base.errors": "InputError",
-    "base.findings": "FINDINGS format_labels parse_labels",
+    "base.findings": "findings_of format_labels",
     "base.text": "bullets plain",
     "client": "Client Update predict",
     "dataset": "ChestXrayDataset read_index read_report",

@@ -168,7 +168,7 @@ class Client:
 
 
 def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy, mean over the known labels; both (B, 14), NaN labels are unknown."""
+    """Binary cross-entropy, mean over the known labels; both (B, k), NaN labels are unknown."""
     known = (~labels.isnan()).float()
     weight = known / known.mean().clamp(min=1e-9)  # ones where all are known: the plain loss's bits
     return F.binary_cross_entropy_with_logits(logits.float(), labels.nan_to_num(), weight)
@@ -184,7 +184,7 @@ def make_optimizer(parameters: list[Tensor], settings: ClientParameters) -> torc
 
 @torch.no_grad()
 def predict(model: ChestResNet, films: ChestXrayDataset, batch_size: int = AT_ONCE) -> np.ndarray:
-    """Return the logits of all films in order, float32 (N, 14); the model is left in eval mode."""
+    """Return the logits of all films in order, float32 (N, k); the model is left in eval mode."""
     device = next(model.parameters()).device
     model.eval()
     logits = np.empty((len(films), model.fc.out_features), np.float32)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .base.errors import InputError
 from .base.files import open_store, read_written
-from .base.findings import FINDINGS
+from .base.findings import findings_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -33,26 +33,30 @@ def read_index(prepared: Path) -> pd.DataFrame:
     """Read `index.csv` as notebook 02 wrote it; a finding that nobody looked for is NaN."""
     text = ("image_index", "patient_id", "sex", "view", "scanner", "split")
     index = read_written(prepared / "index.csv", *text)
-    return index.astype(dict.fromkeys(FINDINGS, np.float32))
+    return index.astype(dict.fromkeys(findings_of(index), np.float32))
 
 
 class ChestXrayDataset(torch.utils.data.Dataset):
     """Films and labels of some rows of the index, read from the store without decoding anything.
 
-    `dataset[i]` is a film, uint8 (1, H, W), and its labels, float32 (14,), NaN where unknown;
-    `dataset.batch(positions)` reads many at once. `dataset.index` is the table of its films.
-    After `holding(features)` a film is what the model's frozen trunk made of it.
+    `dataset[i]` is a film, uint8 (1, H, W), and its labels, float32 (findings,), NaN where
+    unknown; `dataset.batch(positions)` reads many at once. `dataset.index` is its films' table.
     """
 
     def __init__(self, prepared: Path, index: pd.DataFrame | None = None) -> None:
         self.index = (read_index(prepared) if index is None else index).reset_index(drop=True)
         self.store = open_store(prepared / "images.npy", self.index["row"].max())
-        self.labels = self.index[list(FINDINGS)].to_numpy(np.float32)
+        self.labels = self.index[self.findings].to_numpy(np.float32)
         self._rows = self.index["row"].to_numpy()
 
     def __len__(self) -> int:
         """Count the films."""
         return len(self._rows)
+
+    @property
+    def findings(self) -> list[str]:
+        """The findings that the films are labelled with, in the order of the model's outputs."""
+        return findings_of(self.index)
 
     @property
     def weight(self) -> float:
@@ -66,17 +70,14 @@ class ChestXrayDataset(torch.utils.data.Dataset):
         return (~np.isnan(self.labels)).sum(axis=0).tolist()
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
-        """Return one film, uint8 (1, H, W) or features (C, h, w), and its labels, float32 (14,)."""
+        """Return one film, uint8 (1, H, W) or features (C, h, w), and its labels (findings,)."""
         films, labels = self.batch([position])
         return films[0], labels[0]
 
     def batch(
         self, positions: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor]:
-        """Return films, uint8 (B, 1, H, W), and labels, float32 (B, 14), on a device.
-
-        Features are (B, C, h, w), channels last as they are stored.
-        """
+        """Return films, uint8 (B, 1, H, W) or features (B, C, h, w), and labels, float32 (B, k)."""
         films = torch.from_numpy(self.store[self._rows[positions]])
         films = films[:, None] if films.ndim == 3 else films.permute(0, 3, 1, 2)
         labels = torch.from_numpy(self.labels[positions])

@@ -11,7 +11,6 @@ from torchvision.models.resnet import BasicBlock
 
 from .base.device import PRECISIONS, autocast, precision
 from .base.errors import InputError
-from .base.findings import FINDINGS
 from .base.parameters import Parameters, parameter, split_list
 from .base.state import State
 from .base.weights import draw_weights, find_weights, load_trunk
@@ -137,16 +136,16 @@ def build_resnet34(
     tracked: str = "layer4,fc",
     batchnorm: str = "average",
     seed: int = 0,
-    outputs: int = len(FINDINGS),
+    *,
+    outputs: int,
     precision: str = "auto",
     draw_films: Callable[[], np.ndarray] | None = None,
 ) -> ChestResNet:
-    """Build the network (He et al., CVPR 2016): films, as a store holds them, to (B, 14) logits.
+    """Build the network (He et al., CVPR 2016): films as stored to logits (B, outputs).
 
     `weights` is "imagenet", "none" or the path of a state dict in torchvision's format (.pth or
-    .safetensors); its head is swapped for a new one drawn from `seed`. Random weights are no trunk:
-    where some of them stay frozen, BatchNorm is calibrated once on public films, uint8 (N, H, W),
-    that `draw_films` returns; a model that a state is loaded into needs none.
+    .safetensors); its head is swapped for a new one drawn from `seed`. Where random weights stay
+    frozen, BatchNorm is calibrated once on public films, uint8 (N, H, W), of `draw_films`.
     Raises InputError if the weights cannot be had or do not fit.
     """
     with torch.device("meta"):  # allocates nothing and draws nothing from the global generator

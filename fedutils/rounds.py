@@ -187,7 +187,7 @@ def over_budget(job: Job, now: Progress, settings: RoundParameters) -> str:
 def predict_with(
     model: ChestResNet, films: ChestXrayDataset, state: State, clients: dict[str, State]
 ) -> np.ndarray:
-    """Return logits (N, 14) under a global state; local BatchNorm judges its own client's films."""
+    """Return logits (N, k) under a global state; local BatchNorm judges its own client's films."""
     model.load(state)
     local = model.local_names()
     if not local:

@@ -25,6 +25,7 @@ data_dir: str = ""  # folder with Data_Entry_2017*.csv or films.toml; empty: NIH
 work_dir: str = ""  # where results go; empty: work/ beside the notebooks
 profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
 seed: int = 0  # fixes the split of patients
+findings: str = ""  # those to train, such as Effusion,Mass, in the data's order; empty: all the data know
 
 # %% [markdown]
 # The helper package `fedutils` lies beside the notebooks, is attached on Kaggle (in `../input`, at most
@@ -49,7 +50,7 @@ fedutils.print_environment()
 
 # %%
 settings = fedutils.read_parameters(globals())
-data = fedutils.open_data(settings.data_dir, settings.work_dir)
+data = fedutils.open_data(settings.data_dir, settings.work_dir, settings.findings)
 table, title = data.table, f"{data.release} data"
 summary = fedutils.summary(data)
 
@@ -78,7 +79,7 @@ display(Markdown(f"Not there: {', '.join(summary['missing']) or 'nothing; all is
 # A few rows, to see the columns. Each finding has a column of its own: 1 present, 0 absent, NaN unknown.
 
 # %%
-table[["image_index", "patient_id", "age", "sex", "view", "scanner", "Effusion", "Mass"]].head()
+table[["image_index", "patient_id", "age", "sex", "view", "scanner", *fedutils.findings_of(table)[:3]]].head()
 
 # %% [markdown]
 # ## Checks of the table and the file list
@@ -99,7 +100,7 @@ HTML(checks.to_html(index=False))
 # ## How common is each finding?
 #
 # A film may show several findings, so the bars do not add up to the number of films. *No Finding* is
-# not a class to predict: it is all fourteen outputs near zero.
+# not a class to predict: it is all outputs near zero.
 
 # %%
 fedutils.plots.prevalence(table, title)

@@ -28,6 +28,7 @@ profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empt
 seed: int = 0  # fixes the split of patients
 image_size: int = 0  # side of the stored films in pixels; 0: 64 in the demo, 224 on Kaggle
 max_films: int = 0  # at most so many films, of whole patients, for a quick first result; 0: all
+findings: str = ""  # those to train, such as Effusion,Mass, in the data's order; empty: all the data know
 
 # %% [markdown]
 # The helper package `fedutils` lies beside the notebooks, is attached on Kaggle (in `../input`, at most
@@ -53,7 +54,7 @@ fedutils.print_environment()
 
 # %%
 settings = fedutils.read_parameters(globals())
-data = fedutils.open_data(settings.data_dir, settings.work_dir)
+data = fedutils.open_data(settings.data_dir, settings.work_dir, settings.findings)
 table = data.table.assign(split=fedutils.split_patients(data.table, settings.seed))
 table = fedutils.choose_films(table, settings.max_films, settings.seed)
 fedutils.check_splits(table[table["path"] != ""], settings.seed)
@@ -132,7 +133,7 @@ display(near.head(20) if len(near) else Markdown("None is named."))
 
 # %%
 index = fedutils.read_index(prepared)
-shares = index.groupby("split")[list(fedutils.FINDINGS)].mean().T
+shares = index.groupby("split")[report["outputs"]].mean().T
 shares = shares.reindex(columns=["train", "val", "test"])
 HTML(shares.to_html(float_format="{:.1%}".format, na_rep="not labelled"))
 
@@ -145,7 +146,8 @@ HTML(shares.to_html(float_format="{:.1%}".format, na_rep="not labelled"))
 # %%
 dataset = fedutils.ChestXrayDataset(prepared)
 some = dataset.index.iloc[:: max(1, len(dataset) // 10)].head(10)
-titles = [fedutils.format_labels(row).replace("|", "\n") for row in some[list(fedutils.FINDINGS)].to_numpy()]
+labels = some[dataset.findings].to_dict("records")
+titles = [fedutils.format_labels(row).replace("|", "\n") for row in labels]
 fedutils.plots.film_grid([dataset[i][0][0].numpy() for i in some.index], titles, data.release)
 
 # %% [markdown]

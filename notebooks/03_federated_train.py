@@ -109,11 +109,12 @@ display(Markdown(
 # %% [markdown]
 # ## The model, and what travels
 #
-# A ResNet-34 with 14 outputs, one sigmoid each. Only the tracked layers are trained and sent. What is
+# A ResNet-34 with an output, a sigmoid, for each finding. Only the tracked layers are trained and sent. What is
 # not tracked is frozen: its weights *and* its BatchNorm statistics stay bit-identical.
 
 # %%
-model = fedutils.build_resnet34(settings.weights, settings.tracked, settings.batchnorm)
+model = fedutils.build_resnet34(
+    settings.weights, settings.tracked, settings.batchnorm, outputs=len(films.findings))
 size = model.sizes()
 display(Markdown(
     f"Weights {fedutils.plain(settings.weights)}, tracked layers `{settings.tracked}`: **{size['trained']:,} of "

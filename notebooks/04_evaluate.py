@@ -15,7 +15,7 @@
 # # 4 · Evaluate on the test films
 #
 # **What it does.** Predicts the test films, once, with the model of the best validation round, and
-# reports AUROC and average precision for all 14 findings with 95 % intervals over patients.
+# reports AUROC and average precision for all findings with 95 % intervals over patients.
 #
 # **Reads** `work/prepared/` and `work/runs/NAME/`. **Writes** `work/runs/NAME/evaluation/`:
 # `predictions.csv.gz`, `metrics.csv`, `differences.csv`, `summary.json`, tables of calibration, operating
@@ -140,8 +140,8 @@ display(Markdown(note))
 # %%
 test = films.where(films.index["split"] == "test")
 first = predictions[["arm", "seed", "client"]].head(1)
-scores = predictions.merge(first)[list(fedutils.FINDINGS)].to_numpy()
-plots.save(plots.roc_curves(test.labels, scores, title), folder / "roc.png")
+scores, truth = predictions.merge(first)[films.findings], test.index[films.findings]
+plots.save(plots.roc_curves(truth, scores, title), folder / "roc.png")
 
 # %% [markdown]
 # ## Precision-recall curves
@@ -150,7 +150,7 @@ plots.save(plots.roc_curves(test.labels, scores, title), folder / "roc.png")
 # line is the prevalence, which is what guessing gives.
 
 # %%
-plots.save(plots.pr_curves(test.labels, scores, title), folder / "precision_recall.png")
+plots.save(plots.pr_curves(truth, scores, title), folder / "precision_recall.png")
 
 # %% [markdown]
 # ## Differences between the arms
@@ -288,7 +288,7 @@ HTML(of_means.drop(columns=["finding", "positives"]).to_html(index=False))
 
 # %%
 mine, test = predictions.merge(main), films.where(films.index["split"] == "test")
-chances = mine[list(fedutils.FINDINGS)].to_numpy()
+chances = mine[films.findings].to_numpy()
 figure = plots.reliability_diagram(test.labels, chances, own[own["hospital"] == ""], title)
 plots.save(figure, folder / "calibration.png")
 
@@ -359,7 +359,7 @@ from torchvision.models import resnet34
 
 
 def predict_alone(path, film):
-    model = resnet34(num_classes=14)
+    model = resnet34(num_classes=len(films.findings))
     model.load_state_dict(load_file(path))
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     with torch.no_grad():

@@ -31,10 +31,10 @@ def test_one_client_equals_an_independent_training_loop_bit_for_bit(tmp_path, fi
     torch.set_num_threads(1)
     settings = tiny_settings(tmp_path, local_epochs=2, tracked="all", augment=False)
     client = Client("client-1", films, settings, seed=3)
-    model = build_resnet34("none", "all", seed=3)
+    model = build_resnet34("none", "all", seed=3, outputs=14)
     update, _ = client.fit(model, start_state(model), {}, round=1)
 
-    plain = build_resnet34("none", "all", seed=3)
+    plain = build_resnet34("none", "all", seed=3, outputs=14)
     plain.train()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     rng = generator(3, "shuffle", 1, "client-1")
@@ -59,7 +59,7 @@ def test_one_client_equals_an_independent_training_loop_bit_for_bit(tmp_path, fi
 
 def test_frozen_trunk_stays_bit_identical(tmp_path, films):
     settings = tiny_settings(tmp_path, tracked="layer4,fc")
-    model = build_resnet34("none", "layer4,fc")
+    model = build_resnet34("none", "layer4,fc", outputs=14)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     update, _ = Client("client-1", films, settings, seed=0).fit(model, start_state(model), {}, 1)
     for name, value in model.state_dict().items():
@@ -71,7 +71,7 @@ def test_frozen_trunk_stays_bit_identical(tmp_path, films):
 
 
 def test_fit_depends_on_seed_round_and_client_only(tmp_path, films):
-    settings, model = tiny_settings(tmp_path), build_resnet34("none", "all")
+    settings, model = tiny_settings(tmp_path), build_resnet34("none", "all", outputs=14)
     sent = start_state(model)
 
     def fit(name, seed, round):
@@ -93,7 +93,7 @@ def test_masked_loss_ignores_unknown_labels():
 
 
 def test_fedprox_with_mu_zero_is_fedavg_and_pulls_to_the_start_otherwise(tmp_path, films):
-    model = build_resnet34("none", "fc")
+    model = build_resnet34("none", "fc", outputs=14)
     sent = start_state(model)
 
     def distance(**changes):
@@ -114,7 +114,7 @@ def test_fedprox_step_equals_a_hand_computed_one(tmp_path, films):
         tmp_path, tracked="fc", mu=0.5, local_epochs=2, batch_size=64, augment=False, **values
     )
     client = Client("a", films, settings, 0)
-    model = build_resnet34("none", "fc")
+    model = build_resnet34("none", "fc", outputs=14)
     sent = start_state(model)
     got = client.fit(model, sent, {}, 1)[0].state["fc.bias"]
     model.load(sent)
@@ -136,7 +136,7 @@ def test_fedprox_step_equals_a_hand_computed_one(tmp_path, films):
 def test_scaffold_sends_and_keeps_its_variate(tmp_path, films):
     plain_sgd = dict(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.1, strategy="scaffold")
     settings = tiny_settings(tmp_path, tracked="fc", **plain_sgd)
-    model = build_resnet34("none", "fc")
+    model = build_resnet34("none", "fc", outputs=14)
     sent = start_state(model)
     server = {VARIATE + k: torch.full_like(v, 0.01) for k, v in sent.items()}
     update, kept = Client("a", films, settings, 0).fit(model, sent | server, {}, 1)
@@ -152,7 +152,7 @@ def test_scaffold_sends_and_keeps_its_variate(tmp_path, films):
 
 def test_local_batchnorm_never_leaves_the_client(tmp_path, films):
     settings = tiny_settings(tmp_path, tracked="layer4,fc", batchnorm="local")
-    model = build_resnet34("none", "layer4,fc", "local")
+    model = build_resnet34("none", "layer4,fc", "local", outputs=14)
     local = model.local_names()
     sent = {k: v for k, v in start_state(model).items() if k not in local}
     update, kept = Client("a", films, settings, 0).fit(model, sent, {}, 1)
@@ -165,7 +165,7 @@ def test_local_batchnorm_never_leaves_the_client(tmp_path, films):
 
 
 def test_frozen_batchnorm_keeps_the_trunks_statistics(tmp_path, films):
-    model = build_resnet34("none", "layer4,fc", "frozen")
+    model = build_resnet34("none", "layer4,fc", "frozen", outputs=14)
     before = to_cpu(model.state_dict())
     settings = tiny_settings(tmp_path, tracked="layer4,fc", batchnorm="frozen")
     update, _ = Client("a", films, settings, 0).fit(model, start_state(model), {}, 1)
@@ -174,7 +174,7 @@ def test_frozen_batchnorm_keeps_the_trunks_statistics(tmp_path, films):
 
 
 def test_predict_returns_logits_in_order_whatever_the_batch_size(films):
-    model = build_resnet34("none", "all")
+    model = build_resnet34("none", "all", outputs=14)
     small, large = predict(model, films, 7), predict(model, films, 64)
     assert small.shape == large.shape == (len(films), 14)
     assert (
@@ -202,10 +202,10 @@ def test_lower_precision_trains_close_to_float32_and_leaves_float32_weights(
 ):
     """In fp16 through the GradScaler, as on a T4; here on the CPU."""
     settings = tiny_settings(tmp_path, tracked="fc", precision=precision, augment=False)
-    model = build_resnet34("none", "fc", precision=precision)
+    model = build_resnet34("none", "fc", precision=precision, outputs=14)
     sent = start_state(model)
     update, _ = Client("a", films, settings, 0).fit(model, sent, {}, 1)
-    full = build_resnet34("none", "fc", precision="fp32")
+    full = build_resnet34("none", "fc", precision="fp32", outputs=14)
     full.load(model.state_dict() | sent)
     plain = tiny_settings(tmp_path, tracked="fc", precision="fp32", augment=False)
     expected, _ = Client("a", films, plain, 0).fit(full, sent, {}, 1)
@@ -244,7 +244,7 @@ class Overflows:
 def test_scaffold_counts_only_the_steps_that_were_taken(tmp_path, films, monkeypatch):
     about = {"strategy": "scaffold", "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
     client = Client("client-1", films, tiny_settings(tmp_path, **about), seed=0)
-    model, batches = build_resnet34("none", "fc"), math.ceil(len(films) / 8)
+    model, batches = build_resnet34("none", "fc", outputs=14), math.ceil(len(films) / 8)
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *about, **more: Overflows(2))
     counted = []
     monkeypatch.setattr(

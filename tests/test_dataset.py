@@ -19,10 +19,10 @@ from PIL import Image
 from tiny import tiny_films
 
 from fedutils.base.errors import InputError
-from fedutils.base.findings import FINDINGS
 from fedutils.dataset import ChestXrayDataset, draw_motion, normalise, read_index
 from fedutils.films import decode
 from fedutils.films.decode import decode_film, decode_films, write_index
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.films.split import choose_films
 
 

@@ -25,7 +25,7 @@ def imagenet(tmp_path_factory):
 
 
 def test_head_has_14_outputs_and_layer4_and_fc_are_tracked(imagenet):
-    model = build_resnet34(str(imagenet[0]))
+    model = build_resnet34(str(imagenet[0]), outputs=14)
     assert model.fc.out_features == 14
     state = model.tracked_state()
     assert {name.split(".")[0] for name in state} == {"layer4", "fc"}
@@ -37,13 +37,13 @@ def test_head_has_14_outputs_and_layer4_and_fc_are_tracked(imagenet):
 
 def test_weights_are_loaded_but_for_the_head(imagenet):
     path, state = imagenet
-    model = build_resnet34(str(path)).state_dict()
+    model = build_resnet34(str(path), outputs=14).state_dict()
     for name, value in state.items():
         assert name.startswith("fc.") or torch.equal(model[name], value), name
 
 
 def test_state_dict_loads_into_plain_torchvision(imagenet):
-    model = build_resnet34(str(imagenet[0])).double().eval()
+    model = build_resnet34(str(imagenet[0]), outputs=14).double().eval()
     plain = torchvision.models.resnet34(num_classes=14).double().eval()
     plain.load_state_dict(model.state_dict())
     films = normalise(torch.from_numpy(draw_batch(2, 64))[:, None]).double()
@@ -51,14 +51,14 @@ def test_state_dict_loads_into_plain_torchvision(imagenet):
 
 
 def test_on_the_cpu_only_layer4_lies_plain(imagenet):
-    for name, parameter in build_resnet34(str(imagenet[0])).named_parameters():
+    for name, parameter in build_resnet34(str(imagenet[0]), outputs=14).named_parameters():
         layout = torch.contiguous_format if name.startswith("layer4.") else torch.channels_last
         assert parameter.ndim < 4 or parameter.is_contiguous(memory_format=layout), name
 
 
 def test_safetensors_weights_load_too(imagenet, tmp_path):
     save_file(imagenet[1], tmp_path / "w.safetensors")
-    model = build_resnet34(str(tmp_path / "w.safetensors"))
+    model = build_resnet34(str(tmp_path / "w.safetensors"), outputs=14)
     assert torch.equal(model.conv1.weight, imagenet[1]["conv1.weight"])
 
 
@@ -69,7 +69,9 @@ def test_attached_file_is_found_without_the_network(imagenet, tmp_path, monkeypa
     attached.write_bytes(imagenet[0].read_bytes())
     monkeypatch.setattr("fedutils.base.weights.KAGGLE_INPUT", tmp_path / "input")
     assert find_weights("imagenet") == attached
-    assert torch.equal(build_resnet34("imagenet").conv1.weight, imagenet[1]["conv1.weight"])
+    assert torch.equal(
+        build_resnet34("imagenet", outputs=14).conv1.weight, imagenet[1]["conv1.weight"]
+    )
 
 
 def test_without_file_and_network_the_error_says_what_to_do(tmp_path, monkeypatch):
@@ -80,18 +82,18 @@ def test_without_file_and_network_the_error_says_what_to_do(tmp_path, monkeypatc
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", no_network)
     with pytest.raises(InputError, match=r"no route to host.*weights=PATH.*weights=none"):
-        build_resnet34("imagenet")
+        build_resnet34("imagenet", outputs=14)
     with pytest.raises(InputError, match="no such file"):
-        build_resnet34(str(tmp_path / "missing.pth"))
+        build_resnet34(str(tmp_path / "missing.pth"), outputs=14)
 
 
 def test_a_foreign_state_dict_is_refused_by_name(tmp_path):
     torch.save({"layer9.weight": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(InputError, match="no ResNet-34 state dict"):
-        build_resnet34(str(tmp_path / "w.pth"))
+        build_resnet34(str(tmp_path / "w.pth"), outputs=14)
     (tmp_path / "broken.pth").write_bytes(b"PK\x03\x04 not a real file")
     with pytest.raises(InputError, match="cannot be read"):
-        build_resnet34(str(tmp_path / "broken.pth"))
+        build_resnet34(str(tmp_path / "broken.pth"), outputs=14)
 
 
 def test_a_pickle_is_never_executed(tmp_path):
@@ -101,12 +103,12 @@ def test_a_pickle_is_never_executed(tmp_path):
 
     torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(InputError):
-        build_resnet34(str(tmp_path / "evil.pth"))
+        build_resnet34(str(tmp_path / "evil.pth"), outputs=14)
     assert not (tmp_path / "owned").exists()
 
 
 def test_train_leaves_the_trunk_in_eval_mode():
-    model = build_resnet34("none", "layer4,fc")
+    model = build_resnet34("none", "layer4,fc", outputs=14)
     model.train()
     modes = {name: m.training for name, m in model.named_modules() if is_batchnorm(m)}
     assert not any(mode for name, mode in modes.items() if not name.startswith("layer4."))
@@ -115,24 +117,24 @@ def test_train_leaves_the_trunk_in_eval_mode():
 
 
 def test_batchnorm_is_told_by_type_downsample_included():
-    names = build_resnet34("none", "layer4,fc", "local").local_names()
+    names = build_resnet34("none", "layer4,fc", "local", outputs=14).local_names()
     assert "layer4.0.downsample.1.running_mean" in names and "layer4.0.bn1.bias" in names
     assert "layer4.0.downsample.0.weight" not in names and len(names) == 7 * 5
-    assert build_resnet34("none", "layer4,fc", "average").local_names() == set()
+    assert build_resnet34("none", "layer4,fc", "average", outputs=14).local_names() == set()
 
 
 def test_tracked_layers_are_matched_with_the_dot():
-    model = build_resnet34("none", "layer1")
+    model = build_resnet34("none", "layer1", outputs=14)
     assert model.is_tracked("layer1.0.conv1.weight") and not model.is_tracked("layer10.weight")
     with pytest.raises(InputError, match=r"tracked='layer5'.*layer4"):
-        build_resnet34("none", "layer5")
+        build_resnet34("none", "layer5", outputs=14)
 
 
 def test_weights_come_from_the_seed_alone():
-    first = build_resnet34("none", "all", seed=1).state_dict()
+    first = build_resnet34("none", "all", seed=1, outputs=14).state_dict()
     torch.rand(5)
-    again = build_resnet34("none", "all", seed=1).state_dict()
-    other = build_resnet34("none", "all", seed=2).state_dict()
+    again = build_resnet34("none", "all", seed=1, outputs=14).state_dict()
+    other = build_resnet34("none", "all", seed=2, outputs=14).state_dict()
     assert all(torch.equal(first[k], again[k]) for k in first)
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
 
@@ -141,12 +143,14 @@ def test_building_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    build_resnet34("none", "layer4,fc")
+    build_resnet34("none", "layer4,fc", outputs=14)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_random_frozen_trunk_has_calibrated_batchnorm():
-    model = build_resnet34("none", "layer4,fc", draw_films=lambda: draw_batch(32, 64)).eval()
+    model = build_resnet34(
+        "none", "layer4,fc", draw_films=lambda: draw_batch(32, 64), outputs=14
+    ).eval()
     features = {}
     model.layer3.register_forward_hook(lambda m, i, o: features.update(out=o))
     model(normalise(torch.from_numpy(draw_batch(16, 64, seed=1))[:, None]))

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from torch import nn
 
-from fedutils.base.findings import FINDINGS
 from fedutils.dataset import ChestXrayDataset, read_index
 from fedutils.films.decode import INDEX_COLUMNS
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.settings import Settings, read_parameters
 
 # How far float32 takes the network's logits, or its gradient, from the exact ones, as a share of

@@ -62,14 +62,14 @@ def undefined(positives: float, known: float) -> str:
 
 
 def log_loss(labels: np.ndarray, logits: np.ndarray) -> float:
-    """Mean binary cross-entropy over the known labels; both (N, 14); computed in float64."""
+    """Mean binary cross-entropy over the known labels; both (N, findings); computed in float64."""
     x, known = logits.astype(np.float64), ~np.isnan(labels)
     loss = np.logaddexp(0, x) - x * np.nan_to_num(labels)
     return float(loss[known].mean()) if known.any() else math.nan
 
 
 def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Mean AUROC over the findings for which it is defined, (N, 14) each; NaN if there is none."""
+    """Mean AUROC over the findings for which it is defined, (N, k) each; NaN if there is none."""
     values = [auroc(truth, score) for truth, score in zip(labels.T, scores.T, strict=True)]
     values = np.array(values)
     defined = values[~np.isnan(values)]

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import InputError
-from ..base.findings import FINDINGS, parse_labels
+from ..base.findings import NO_FINDINGS, choose_findings, findings_of
 from ..base.parameters import split_list
 from ..dataset import ChestXrayDataset, read_index, read_report
 from ..evidence.tables import read_summary
 from ..films import find, partition, prepared, read, split
-from ..films.phantom.cases import phantom_table
+from ..films.phantom.cases import FINDINGS, phantom_table
 from ..model import build_resnet34
 from ..rounds import Progress, over_budget
 from ..settings import Settings
@@ -44,10 +44,10 @@ def _find_films(settings: Settings, due: Collection[str]) -> pd.DataFrame | None
     """Return the films that notebook 03 will read, if they are known, with their `split`."""
     films = None
     if settings.data_dir and not set(READ_FILMS).isdisjoint(due):
-        films = read.read_nih(Path(settings.data_dir), Path(settings.work_dir)).table
+        films = read.open_data(settings.data_dir, settings.work_dir, settings.findings).table
     if READ_FILMS[1] in due:
         if films is None:
-            films = _phantom()
+            films = _phantom(settings.findings)
         find.check_films(films, Path(settings.data_dir), Path(settings.work_dir))
         films = films.assign(split=split.split_patients(films, settings.seed))
         films = split.choose_films(films, settings.max_films, settings.seed)
@@ -64,14 +64,15 @@ def _find_films(settings: Settings, due: Collection[str]) -> pd.DataFrame | None
     return films
 
 
-def _phantom() -> pd.DataFrame:
-    """Return the table of the phantom's films as `read_nih` will, without a film being drawn."""
+def _phantom(findings: str) -> pd.DataFrame:
+    """Return the table of the phantom's films as `open_data` will, without a film being drawn."""
     names = {"Image Index": "image_index", "Follow-up #": "follow_up", "split": "official_split"}
     table = phantom_table().drop(columns="scanner").rename(columns=names)
     table["patient_id"], table["path"] = table["Patient ID"].astype(str), table["image_index"]
     table["scanner"] = table["Spacing"].map("{:.3f}".format)
-    labels = np.stack([parse_labels(text) for text in table["Finding Labels"]])
-    return table.join(pd.DataFrame(labels, columns=list(FINDINGS)))
+    labels = np.stack([read.parse_labels(text) for text in table["Finding Labels"]])
+    chosen = pd.DataFrame(labels, columns=FINDINGS)[choose_findings(FINDINGS, findings)]
+    return table[table.columns.intersection(list(NO_FINDINGS), sort=False)].join(chosen)
 
 
 def _check_training(settings: Settings, films: pd.DataFrame) -> None:
@@ -102,12 +103,14 @@ def _check_training(settings: Settings, films: pd.DataFrame) -> None:
                     " choose another batch_size, a larger image_size or fewer clients"
                 )
     if settings.weights != "none":
-        build_resnet34(settings.weights, settings.tracked, settings.batchnorm)
+        outputs = len(findings_of(films))
+        build_resnet34(settings.weights, settings.tracked, settings.batchnorm, outputs=outputs)
 
 
 def _without_pixels(index: pd.DataFrame) -> ChestXrayDataset:
     """Return the films of a table, of which nobody will read the pixels."""
     films = object.__new__(ChestXrayDataset)
     films.index, films.store = index.reset_index(drop=True), None
-    films.labels, films._rows = index[list(FINDINGS)].to_numpy(np.float32), np.arange(len(index))
+    films.labels = index[findings_of(index)].to_numpy(np.float32)
+    films._rows = np.arange(len(index))
     return films

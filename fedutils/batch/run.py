@@ -36,7 +36,7 @@ OUTPUTS = {
 }
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
 # What a notebook reads, whether or not its cell shows it.
-EXPLORES = ("data_dir", "work_dir", "profile", "seed")
+EXPLORES = ("data_dir", "work_dir", "profile", "seed", "findings")
 FILMS = *fields(SplitParameters), *fields(FilmParameters)
 PREPARES = (*EXPLORES[:3], *(field.name for field in FILMS))
 TRAINS_WITH = tuple(FIELDS.keys() - {"compare"})

@@ -5,13 +5,14 @@ is then left out for that finding. Probabilities are those of the model that lea
 by what validation films say brings little (RESULTS, "Statistics"), and the file holds no factors.
 """
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ..base.findings import FINDINGS
+from ..base.findings import findings_of
 from ..base.scores import both_classes, labelled
 from .bootstrap import Resamples, interval, patient_resamples
 from .intervals import Z, share_interval
@@ -131,23 +132,23 @@ def calibrate(
 ) -> pd.DataFrame:
     """Tabulate calibration on test films, all and by hospital, with intervals: calibration.csv.
 
-    `predictions` are `arm, seed, client, image_index` and 14 probabilities, `index` has
-    `image_index, patient_id, client` and the 14 labels. Returns a row for each model, hospital
-    (empty: all films) and finding, and the mean over the findings with patients enough: `arm, seed,
-    client, hospital, finding, n, positives, prevalence`, then `brier, ece, slope, intercept`, each
-    with `_low` and `_high`, and `ece_chance`, the ECE to expect of right probabilities. No
-    interval, slope or mean with fewer than LEAST_PATIENTS of a kind.
+    `predictions` are `arm, seed, client, image_index` and a probability a finding,
+    `index` has `image_index, patient_id, client` and the labels. Returns a row for each model,
+    hospital (empty: all films) and finding, and the mean over the findings with patients enough:
+    `arm, seed, client, hospital, finding, n, positives, prevalence`, then `brier, ece, slope,
+    intercept`, each with `_low` and `_high`, and `ece_chance`, the ECE to expect of right
+    probabilities. No interval, slope or mean with fewer than LEAST_PATIENTS of a kind.
     """
     check_once(predictions)
     index = index.set_index("image_index").loc[predictions["image_index"].unique()]
     hospitals, truth = index["client"].to_numpy(), truth_of(index)
     resamples = patient_resamples(index["patient_id"].to_numpy(), repeats, seed)
-    tables = []
+    tables, findings = [], findings_of(index)
     for owner, rows in predictions.fillna({"client": ""}).groupby(OWNER, sort=False):
         probability = truth_of(rows.set_index("image_index").loc[index.index])
         for name in ("", *sorted(set(hospitals))):
             films = np.flatnonzero(hospitals == name) if name else np.arange(len(index))
-            table = _calibrate(truth[films], probability[films], films, resamples)
+            table = _calibrate(findings, truth[films], probability[films], films, resamples)
             tables.append(name_model(table.assign(hospital=name), owner))
     order = [*OWNER, "hospital"]
     table = pd.concat(tables, ignore_index=True)
@@ -155,12 +156,16 @@ def calibrate(
 
 
 def _calibrate(
-    truth: np.ndarray, probability: np.ndarray, films: np.ndarray, resamples: Resamples
+    findings: Sequence[str],
+    truth: np.ndarray,
+    probability: np.ndarray,
+    films: np.ndarray,
+    resamples: Resamples,
 ) -> pd.DataFrame:
     """Tabulate the calibration of one model on some films: a row a finding, then their mean."""
     owners, rows, draws = resamples.owner[films], [], {"brier": [], "ece": []}
     enough = np.minimum(*count_patients(truth, owners)) >= LEAST_PATIENTS
-    for finding, y, p, judged in zip(FINDINGS, truth.T, probability.T, enough, strict=True):
+    for finding, y, p, judged in zip(findings, truth.T, probability.T, enough, strict=True):
         known = ~np.isnan(y)
         y, p, who = y[known], p[known], owners[known]
         row = {"finding": finding, "n": len(y), "positives": int(y.sum())}
@@ -268,7 +273,7 @@ def operating_points(
         if owner[2]:
             seen = seen[(index.loc[seen["image_index"], "client"] == owner[2]).to_numpy()]
         known, films = (index.loc[part["image_index"]] for part in (seen, tested))
-        for finding, rule in product(FINDINGS, (YOUDEN, SENSITIVE)):
+        for finding, rule in product(findings_of(index), (YOUDEN, SENSITIVE)):
             truth = known[finding].to_numpy(float)
             cut = choose_threshold(truth, seen[finding].to_numpy(), rule)
             row = {"finding": finding, "rule": rule, "threshold": cut}

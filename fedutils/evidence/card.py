@@ -3,7 +3,7 @@
 import json
 
 from ..base.files import write_atomic
-from ..base.findings import FINDINGS, SPLITS
+from ..base.findings import SPLITS
 from ..base.parameters import Parameters
 from ..dataset import read_report
 from ..run import best_rounds, read_films, read_history
@@ -42,7 +42,7 @@ def write_card(settings: Parameters) -> str:
         clients=read_films(settings).index["client"].nunique(),
         means=list((over_seeds if len(over_seeds) else means).itertuples()),
         main=main.iloc[0],
-        findings=list(own.loc[list(FINDINGS)].itertuples()),
+        findings=list(own.drop(tables.MEAN).itertuples()),
         pointing=words.pointing_words(pointing, settings.image_size),
         privacy=words.privacy_words(settings),
     )

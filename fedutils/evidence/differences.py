@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from ..base.findings import FINDINGS
 from . import tables
 from .bootstrap import variance
 from .intervals import detectable, difference_interval, seed_variance
@@ -15,7 +14,7 @@ DIFFERENCES = [
     "test_set", "first", "second", "finding", "metric", "value", "ci_low", "ci_high", "p", "p_holm",
     "seeds", "seed_low", "seed_high", "detectable_3", "detectable_5", "verdict",
 ]  # fmt: skip
-Enough = Mapping[str, np.ndarray]  # by test set: which findings (14,) have patients enough
+Enough = Mapping[str, pd.Series]  # by test set: which findings, by name, have patients enough
 
 
 def difference_rows(
@@ -49,7 +48,7 @@ def draws_by_seed(
 def pair_rows(
     one: Mapping[str, np.ndarray],
     two: Mapping[str, np.ndarray],
-    enough: np.ndarray,
+    enough: pd.Series,
     names: Mapping[str, str],
 ) -> pd.DataFrame:
     """Tabulate the difference of two models' draws by seed; empty where one was not trained."""
@@ -86,14 +85,14 @@ def join_rows(pairs: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 
 def tabulate_differences(
-    draws: np.ndarray, sides: Sequence[np.ndarray], enough: np.ndarray
+    draws: np.ndarray, sides: Sequence[np.ndarray], enough: pd.Series
 ) -> pd.DataFrame:
-    """Tabulate paired differences and their variances: for each metric 14 findings, then `mean`.
+    """Tabulate paired differences and their variances: for each metric the findings, then `mean`.
 
-    `draws` (metrics, 15, 1 + repeats) is the mean over seeds of one model's draws minus the
-    other's on the same resamples, `sides` the values of each (seeds, metrics, 15) by seed, `enough`
-    (14,) which findings have patients enough to be judged. Intervals hold two components, patients
-    and training seeds (`difference_interval`); `over_seeds` is the variance of a single seed.
+    `draws` (metrics, findings + 1, 1 + repeats) is the mean over seeds of one model's draws minus
+    the other's on the same resamples, `sides` the values of each (seeds, metrics, findings + 1) by
+    seed, `enough` which findings have patients enough to be judged. Intervals hold two components,
+    patients and training seeds (`difference_interval`); `over_seeds` is that of a single seed.
     """
     value, patients = draws[..., 0], variance(draws)
     seeds = [seed_variance(side) for side in sides]
@@ -104,7 +103,7 @@ def tabulate_differences(
     parts = []
     for k, metric in enumerate(METRICS[: len(draws)]):
         table = pd.DataFrame({
-            "finding": [*FINDINGS, MEAN], "metric": metric, "few": few, "value": value[k],
+            "finding": [*enough.index, MEAN], "metric": metric, "few": few, "value": value[k],
             "ci_low": low[k], "ci_high": high[k], "p": p[k], "seeds": min(map(len, sides)),
             "seed_low": spread[:, k].min(axis=0), "seed_high": spread[:, k].max(axis=0),
             "over_patients": patients[k], "over_seeds": one[k],

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..base.device import find_devices
 from ..base.files import read_written
-from ..base.findings import FINDINGS
+from ..base.findings import findings_of
 from ..base.parameters import Parameters
 from ..base.rng import generator
 from ..dataset import ChestXrayDataset
@@ -80,7 +80,8 @@ def heat_maps(
     """Grad-CAM of `layer4` for each pair of `image_index` and `finding`: float32 (N, h, w)."""
     device = next(model.parameters()).device
     positions = pd.Index(films.index["image_index"]).get_indexer(pairs["image_index"])
-    outputs = torch.tensor([FINDINGS.index(finding) for finding in pairs["finding"]], device=device)
+    outputs = pd.Index(films.findings).get_indexer(pairs["finding"])
+    outputs = torch.from_numpy(outputs).to(device)
     model.eval()
     maps = []
     for part in torch.arange(len(pairs)).split(batch_size):
@@ -89,17 +90,22 @@ def heat_maps(
     return torch.cat(maps).numpy()
 
 
-def load_model(settings: Parameters, name: str) -> ChestResNet:
+def load_model(settings: Parameters, name: str, outputs: int) -> ChestResNet:
     """Load one model of a run, such as federated-s0, in float32; local BatchNorm is the average."""
-    model = build_resnet34("none", settings.tracked, settings.batchnorm, precision="fp32")
+    model = build_resnet34(
+        "none", settings.tracked, settings.batchnorm, outputs=outputs, precision="fp32"
+    )
     model.load(read_model(settings.run, TRUNK) | read_model(settings.run, name))
     return model.place(find_devices(settings.device)[0]).eval()
 
 
 def read_boxes(settings: Parameters, films: ChestXrayDataset) -> pd.DataFrame:
-    """Read the boxes of these films: `image_index, finding, x, y, w, h, patient_id`."""
+    """Read the boxes of these films by finding: `image_index, finding, x, y, w, h, patient_id`."""
     boxes = read_written(settings.prepared / "boxes.csv", "image_index", "finding")
-    return boxes.merge(films.index[["image_index", "patient_id"]], on="image_index")
+    boxes = boxes[boxes["finding"].isin(films.findings)]
+    boxes = boxes.merge(films.index[["image_index", "patient_id"]], on="image_index")
+    order = boxes["finding"].map(films.findings.index)
+    return boxes.loc[order.sort_values(kind="stable").index].reset_index(drop=True)
 
 
 def box_pairs(boxes: pd.DataFrame) -> pd.DataFrame:
@@ -166,7 +172,7 @@ def position_baselines(boxes: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 def tally(played: pd.DataFrame) -> pd.DataFrame:
     """Count hits by finding and over all: `finding, hits, n, value, ci_low, ci_high` (patients)."""
-    table = _shares(played.groupby("finding")["hit"].agg(hits="sum", n="size"))
+    table = _shares(played.groupby("finding", sort=False)["hit"].agg(hits="sum", n="size"))
     own = {name: played[played["finding"] == name] for name in table["finding"]}
     own[ALL_BOXES] = played
     ends = [share_interval(own[k]["hit"], own[k]["patient_id"]) for k in table["finding"]]
@@ -178,15 +184,16 @@ def upper_bounds(boxes: pd.DataFrame) -> pd.DataFrame:
 
     Rows as in `tally`, of boxes in place of films; those of all boxes have a point a finding.
     """
-    counts = {name: (fit_point(own)[1], len(own)) for name, own in boxes.groupby("finding")}
+    counts = {
+        name: (fit_point(own)[1], len(own)) for name, own in boxes.groupby("finding", sort=False)
+    }
     return _shares(pd.DataFrame(counts, ["hits", "n"]).T)
 
 
 def _shares(counts: pd.DataFrame) -> pd.DataFrame:
     """Add the counts of all boxes to those by finding, and the share of hits to each."""
-    table = counts.reindex([finding for finding in FINDINGS if finding in counts.index])
-    table.loc[ALL_BOXES] = table.sum()
-    return table.assign(value=table["hits"] / table["n"]).rename_axis("finding").reset_index()
+    counts.loc[ALL_BOXES] = counts.sum()
+    return counts.assign(value=counts["hits"] / counts["n"]).rename_axis("finding").reset_index()
 
 
 def pointing_game(settings: Parameters, films: ChestXrayDataset) -> pd.DataFrame:
@@ -205,7 +212,9 @@ def pointing_game(settings: Parameters, films: ChestXrayDataset) -> pd.DataFrame
     models = list_models(settings, films.index["client"].unique())
     first = {model.arm: model for model in reversed(models)}
     for arm in settings.arm_list:
-        points = hottest(heat_maps(load_model(settings, first[arm].name), test, pairs))
+        points = hottest(
+            heat_maps(load_model(settings, first[arm].name, len(films.findings)), test, pairs)
+        )
         owner = {"method": BY_MODEL} | dict(zip(OWNER, first[arm], strict=True))
         tables.append(tally(pairs.assign(hit=lies_in_box(points, pairs, boxes))).assign(**owner))
     played = position_baselines(boxes, settings.seed)
@@ -227,7 +236,7 @@ def pick_gallery(predictions: pd.DataFrame, points: pd.DataFrame, index: pd.Data
     films = films.set_index("image_index").sort_index()
     cuts = points[points["rule"] == YOUDEN].set_index("finding")["threshold"]
     panels = []
-    for finding in FINDINGS:
+    for finding in findings_of(predictions):
         p, truth = films[finding], films[f"{finding} truth"]
         called, missed = p >= cuts[finding], p < cuts[finding]
         masks = (truth == 1) & called, (truth == 0) & called, (truth == 1) & missed
@@ -252,7 +261,7 @@ def fill_gallery(
     shown = [panel for panel in panels if panel["image_index"]]
     heats = iter(())
     if size >= LEAST_SIZE and shown:
-        model = load_model(settings, Model(*owner.iloc[0]).name)
+        model = load_model(settings, Model(*owner.iloc[0]).name, len(films.findings))
         heats = iter(heat_maps(model, films, pd.DataFrame(shown)))
     positions = pd.Series(films.index.index, films.index["image_index"])
     filled = []

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ..base.findings import FINDINGS
+from ..base.findings import findings_of
 from ..base.rng import generator
 from ..dataset import ChestXrayDataset
 from .bootstrap import bootstrap, interval, patient_resamples
@@ -52,7 +52,7 @@ def attack_models(
     tables = []
     for owner, rows in pd.concat(predictions).groupby(OWNER, sort=False):
         index = about.loc[rows["image_index"]]
-        patients = _patients(index, rows[list(FINDINGS)].to_numpy())
+        patients = _patients(index, rows[findings_of(rows)].to_numpy())
         if owner[2]:
             patients = patients[patients["hospital"] == owner[2]]
         tables.append(name_model(_attack(patients, seed), owner))
@@ -61,7 +61,7 @@ def attack_models(
 
 def _patients(index: pd.DataFrame, chances: np.ndarray) -> pd.DataFrame:
     """Return a row a patient: hospital, whether a member (1 or 0), and the mean loss."""
-    truth = index[list(FINDINGS)].to_numpy(float)
+    truth = index[findings_of(index)].to_numpy(float)
     right = np.where(truth == 1, chances, 1 - chances).clip(1e-12)
     loss = np.nanmean(np.where(np.isnan(truth), np.nan, -np.log(right)), axis=1)
     member = (index["split"] == "train").astype(int)

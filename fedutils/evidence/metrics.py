@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.device import count_cores
-from ..base.findings import FINDINGS
+from ..base.findings import findings_of
 from ..dataset import ChestXrayDataset
 from . import tables
 from .bootstrap import Resamples, bootstrap, interval, patient_resamples, variance
@@ -57,30 +57,31 @@ def evaluate_parts(
     masks = {name: mask for family in groups.values() for name, mask in family.items()}
     truth, patients = tables.truth_of(index), index["patient_id"].to_numpy()
     counts = {name: count_patients(truth[mask], patients[mask]) for name, mask in masks.items()}
-    enough = {name: np.minimum(*both) >= LEAST_PATIENTS for name, both in counts.items()}
-    findings: dict[str, list[str]] = {}
+    names, enough = findings_of(index), {}
+    chosen: dict[str, list[int]] = {}  # by part: the positions of the findings of its mean
     for kind, family in groups.items():
         shared = evaluable_findings(truth, patients, list(family.values()))
         if kind == "client":
             at_home = shared
         elif kind == "outside":  # to be laid beside home
-            shared = [finding for finding in shared if finding in at_home]
+            shared = [k for k in shared if k in at_home]
         # A mean of a part never holds a finding that the primary mean leaves out.
-        shared = [finding for finding in shared if finding in findings.get(ALL_FILMS, shared)]
+        shared = [k for k in shared if k in chosen.get(ALL_FILMS, shared)]
         for name in family:  # nor one that the part has too few patients of: then it has no mean
-            has = [enough[name][FINDINGS.index(finding)] for finding in shared]
-            findings[name] = shared if all(has) else []
+            enough[name] = pd.Series(np.minimum(*counts[name]) >= LEAST_PATIENTS, names)
+            chosen[name] = shared if enough[name].iloc[shared].all() else []
     resamples = patient_resamples(patients, repeats, seed)
-    draws = add_means(resample_models(predictions, index, resamples, masks, findings))
+    draws = add_means(resample_models(predictions, index, resamples, masks, chosen))
     parts = []
     for owner, by_part in draws.items():
         for name, values in by_part.items():
-            rows = tabulate_draws(values, truth[masks[name]], *counts[name], findings[name])
-            chosen = [FINDINGS.index(finding) for finding in findings[name]]
-            whole = by_part[ALL_FILMS][0, chosen, 0].mean() if chosen else np.nan
+            mine, labels = chosen[name], truth[masks[name]]
+            rows = tabulate_draws(names, values, labels, *counts[name], mine)
+            whole = by_part[ALL_FILMS][0, mine, 0].mean() if mine else np.nan
             rows["on_all_films"] = np.where(rows["finding"] == MEAN, whole, np.nan)
             parts.append(tables.name_model(tables.name_rows(rows, {"test_set": name}), owner))
-    return draws, pd.concat(parts, ignore_index=True), enough, findings[ALL_FILMS]
+    mean_over = [names[k] for k in chosen[ALL_FILMS]]
+    return draws, pd.concat(parts, ignore_index=True), enough, mean_over
 
 
 def test_groups(index: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:
@@ -114,12 +115,12 @@ def resample_models(
     index: pd.DataFrame,
     resamples: Resamples,
     masks: Mapping[str, np.ndarray],
-    findings: Mapping[str, Sequence[str]],
+    chosen: Mapping[str, Sequence[int]],
 ) -> dict[Owner, Draws]:
     """Compute each model's AUROC (on all films also average precision) in every resample.
 
-    `index` holds the labels, in the order of `resamples`; `masks` names its parts, `findings` those
-    of each part's mean. Findings are computed side by side, in as many threads as there are cores.
+    `index` holds the labels, in the order of `resamples`; `masks` names its parts, `chosen` the
+    findings of each part's mean. Findings are computed side by side, a thread a core.
     """
 
     def on_each_part(truth: np.ndarray, scores: np.ndarray) -> list[np.ndarray]:
@@ -137,7 +138,7 @@ def resample_models(
             scores = tables.truth_of(rows.set_index("image_index").loc[index.index])
             parts = zip(*pool.map(on_each_part, truth.T, scores.T), strict=True)
             result[tuple(map(str, owner))] = {
-                name: with_mean(np.stack(part, axis=1), findings[name])
+                name: with_mean(np.stack(part, axis=1), chosen[name])
                 for name, part in zip(masks, parts, strict=True)
             }
     return result
@@ -161,9 +162,9 @@ def _mean(several: Sequence[Draws]) -> Draws:
 
 
 def count_patients(truth: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Count the patients with a positive film, and with a negative one, by finding: (14,) each.
+    """Count the patients with a positive film, and with a negative one, by finding: (findings,).
 
-    `truth` is (n, 14) of 0, 1 or NaN, `patients` (n,).
+    `truth` is (n, findings) of 0, 1 or NaN, `patients` (n,).
     """
     known = pd.DataFrame(truth)
     positive, negative = ((known == mark).groupby(patients).any().sum() for mark in (1, 0))
@@ -172,8 +173,8 @@ def count_patients(truth: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray,
 
 def evaluable_findings(
     truth: np.ndarray, patients: np.ndarray, groups: Sequence[np.ndarray | slice] = (slice(None),)
-) -> list[str]:
-    """Return the findings that the macro mean is taken over, in canonical order.
+) -> list[int]:
+    """Return the positions of the findings that the macro mean is taken over.
 
     Those with positive films of at least LEAST_PATIENTS different patients, and negative films of
     as many, in each of the `groups` (masks (n,); without any all films are one), so that groups
@@ -182,38 +183,39 @@ def evaluable_findings(
     """
     counts = [np.minimum(*count_patients(truth[mask], patients[mask])) for mask in groups]
     enough = [count >= LEAST_PATIENTS for count in counts if (count >= LEAST_PATIENTS).any()]
-    kept = np.all(enough, axis=0) if enough else np.zeros(len(FINDINGS), dtype=bool)
-    return [finding for finding, good in zip(FINDINGS, kept, strict=True) if good]
+    kept = np.all(enough, axis=0) if enough else np.zeros(truth.shape[1], dtype=bool)
+    return np.flatnonzero(kept).tolist()
 
 
-def with_mean(values: np.ndarray, findings: Sequence[str]) -> np.ndarray:
-    """Append the mean over some findings to values (..., 14, repeats): NaN if one is NaN."""
-    chosen = [FINDINGS.index(finding) for finding in findings]
+def with_mean(values: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
+    """Append the mean over some positions to values (..., findings, repeats): NaN if one is NaN."""
     none = np.full_like(values[..., :1, :], np.nan)
-    mean = values[..., chosen, :].mean(axis=-2, keepdims=True) if chosen else none
+    mean = values[..., chosen, :].mean(axis=-2, keepdims=True) if len(chosen) else none
     return np.concatenate([values, mean], axis=-2)
 
 
 def tabulate_draws(
+    names: Sequence[str],
     draws: np.ndarray,
     truth: np.ndarray,
     positive: np.ndarray,
     negative: np.ndarray,
-    findings: Sequence[str],
+    chosen: Sequence[int],
 ) -> pd.DataFrame:
-    """Tabulate the values of a model with 95 % intervals: for each metric 14 findings, then `mean`.
+    """Tabulate the values of a model with 95 % intervals: each metric's findings, then `mean`.
 
-    `draws` (metrics, 15, 1 + repeats) is `bootstrap` by finding and `with_mean` over `findings`;
-    `truth` (n, 14) are the labels it was taken on, `positive` and `negative` as `count_patients`
-    has them. An AUROC has a score interval (`auroc_interval`), their mean one on the logit's scale
-    (`mean_auroc_interval`), all else the percentile interval; with fewer patients than
-    LEAST_PATIENTS of either kind there is none. Columns: `finding, metric, value, ci_low, ci_high,
-    n, positives`. `n` is the number of labelled films, `positives` that of positive films; in the
-    row `mean` the number of films, and of findings in the mean.
+    `draws` (metrics, findings + 1, 1 + repeats) is `bootstrap` by finding, of these `names`, and
+    `with_mean` over those `chosen`; `truth` (n, findings) are the labels it was taken on,
+    `positive` and `negative` as `count_patients` has them. An AUROC has a score interval
+    (`auroc_interval`), their mean one on the logit's scale (`mean_auroc_interval`), all else the
+    percentile interval; with fewer patients than LEAST_PATIENTS of either kind there is none.
+    Columns: `finding, metric, value, ci_low, ci_high, n, positives`. `n` is the number of labelled
+    films, `positives` that of positive films; in the row `mean` the number of films, and of
+    findings in the mean.
     """
     count = {
         "n": [*(~np.isnan(truth)).sum(axis=0), len(truth)],
-        "positives": [*(truth == 1).sum(axis=0), len(findings)],
+        "positives": [*(truth == 1).sum(axis=0), len(chosen)],
     }
     few = np.minimum(positive, negative) < LEAST_PATIENTS
     parts = []
@@ -224,9 +226,8 @@ def tabulate_draws(
             if metric == "auroc":
                 ends[k] = auroc_interval(values[k, 0], spread[k], positive[k], negative[k])
         ends[-1] = interval(values[-1, 1:])
-        if metric == "auroc" and findings:
-            fewest = min(positive[FINDINGS.index(finding)] for finding in findings)
-            ends[-1] = mean_auroc_interval(values[-1, 0], spread[-1], fewest)
-        about = {"finding": [*FINDINGS, MEAN], "metric": metric, "value": values[:, 0]}
+        if metric == "auroc" and len(chosen):
+            ends[-1] = mean_auroc_interval(values[-1, 0], spread[-1], min(positive[chosen]))
+        about = {"finding": [*names, MEAN], "metric": metric, "value": values[:, 0]}
         parts.append(pd.DataFrame(about | {"ci_low": ends[:, 0], "ci_high": ends[:, 1]} | count))
     return pd.concat(parts, ignore_index=True)

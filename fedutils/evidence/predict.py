@@ -12,7 +12,6 @@ import pandas as pd
 from ..base.device import find_devices
 from ..base.errors import InputError
 from ..base.files import read_written
-from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
 from ..base.state import State
 from ..base.threads import Shared
@@ -26,13 +25,16 @@ from .tables import check_once, name_model
 def predict_films(settings: Parameters, films: ChestXrayDataset, split: str) -> pd.DataFrame:
     """Predict the films of a split with every model of a run, at its best validation round.
 
-    `films.index` carries `client` and `split`. Returns `arm, seed, client, image_index` and 14
-    probabilities; `client` names the model's owner in the arm `local` and is empty elsewhere.
+    `films.index` carries `client` and `split`. Returns `arm, seed, client, image_index` and a
+    probability a finding; `client` names the model's owner in the arm `local`, else it is empty.
     """
     clients = films.index["client"].unique()
     films = films.where(films.index["split"] == split)
     devices = find_devices(settings.device)[: max(1, len(films) // AT_ONCE)]  # each has work
-    net = build_resnet34("none", settings.tracked, "average", precision=settings.precision)
+    net = build_resnet34(
+        "none", settings.tracked, "average",
+        outputs=len(films.findings), precision=settings.precision,
+    )  # fmt: skip
     net.load(read_model(settings.run, TRUNK))
     nets = Shared([copy.deepcopy(net).place(device) for device in devices])
     tables = []
@@ -42,7 +44,7 @@ def predict_films(settings: Parameters, films: ChestXrayDataset, split: str) -> 
         parts = films.parts(1 if own else len(nets.tools))
         judge = partial(_judge, state=state, own=own)
         logits = np.concatenate(list(nets.each(judge, parts, settings.threads)))
-        table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=FINDINGS)
+        table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=films.findings)
         table.insert(0, "image_index", films.index["image_index"])
         tables.append(name_model(table, model))
     return pd.concat(tables, ignore_index=True)
@@ -51,7 +53,7 @@ def predict_films(settings: Parameters, films: ChestXrayDataset, split: str) -> 
 def _judge(
     part: ChestXrayDataset, net: ChestResNet, state: State, own: dict[str, State]
 ) -> np.ndarray:
-    """Return logits (N, 14) of some films, in float64."""
+    """Return logits (N, findings) of some films, in float64."""
     net.batchnorm = "local" if own else "average"  # whether each client's films have their own
     return predict_with(net, part, state, own).astype(np.float64)
 

@@ -10,14 +10,14 @@ import pandas as pd
 
 from ..base.errors import InputError
 from ..base.files import read_written
-from ..base.findings import FINDINGS
+from ..base.findings import findings_of
 from ..base.parameters import Parameters
 from ..base.scores import undefined
 from ..run import ADOPTED, Model, read_history
 
 OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
 Owner = tuple[str, str, str]  # arm, seed, client
-Draws = dict[str, np.ndarray]  # by test set: (metrics, 15, 1 + repeats)
+Draws = dict[str, np.ndarray]  # by test set: (metrics, findings + 1, 1 + repeats)
 MEAN, MEAN_LOCAL = "mean", "mean local model"
 ALL_FILMS, ONE_FILM = "all", "one film a patient"  # test sets beside the clients and the subgroups
 OUTSIDE = "outside="  # then a client: the test films of all others
@@ -58,8 +58,8 @@ def check_once(predictions: pd.DataFrame, where: object = "predictions") -> pd.D
 
 
 def truth_of(index: pd.DataFrame) -> np.ndarray:
-    """Return the labels (n, 14) of an index as float."""
-    return index[list(FINDINGS)].to_numpy(dtype=float)
+    """Return the labels of an index, or the scores of predictions, as float (n, findings)."""
+    return index[findings_of(index)].to_numpy(dtype=float)
 
 
 def name_rows(rows: pd.DataFrame, names: Mapping[str, object]) -> pd.DataFrame:
@@ -131,7 +131,8 @@ def tabulate(metrics: pd.DataFrame) -> pd.DataFrame:
             name = f"{word}, {MEAN_LOCAL if arm == 'local' else arm}"
             columns[name] = pd.Series(texts, own["finding"])
     most = rows.loc[rows["finding"] == MEAN, "positives"].max()
-    table = pd.DataFrame(columns).loc[[MEAN, *FINDINGS]]
+    table = pd.DataFrame(columns)
+    table = table.loc[[MEAN, *table.index.drop(MEAN)]]
     return table.rename({MEAN: f"mean of {most}"}).rename_axis(index=None)
 
 

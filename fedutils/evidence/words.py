@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import InputError
-from ..base.findings import FINDINGS
+from ..base.findings import findings_of
 from ..base.parameters import Parameters
 from ..base.scores import undefined
 from ..base.text import templates
@@ -92,7 +92,7 @@ def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
 def _limits_in_words(result: tables.Evaluation, means: pd.DataFrame, source: str) -> str:
     """Say what limits all this: where the labels come from, and how few films there are."""
     rows = tables.over_seeds(result.metrics).drop_duplicates("finding").set_index("finding")
-    without = rows.loc[[name for name in FINDINGS if name not in result.mean_over]].itertuples()
+    without = rows.drop([MEAN, *result.mean_over]).itertuples()
     films = tables.over_seeds(means)["n"].max()
     return say("limits", release=source.split()[0], films=films, without=without)
 
@@ -105,7 +105,7 @@ def too_small(result: tables.Evaluation, labels: pd.DataFrame) -> str:
     fewer = np.minimum(*count_patients(truth, owners))  # of those with a finding, and without
     best, count = int(fewer.argmax()), len(np.unique(owners))
     wanted = -(-LEAST_PATIENTS * count // fewer[best]) if fewer[best] else 0
-    return say("too_small", patients=count, finding=FINDINGS[best], wanted=wanted)
+    return say("too_small", patients=count, finding=findings_of(labels)[best], wanted=wanted)
 
 
 def privacy_words(settings: Parameters) -> list[str]:

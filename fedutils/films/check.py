@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..base.findings import FINDINGS
+from ..base.findings import findings_of
 from .read import NihData
 
 CHECKS = tomllib.loads(Path(__file__).with_name("checks.toml").read_text())  # with their meanings
@@ -48,7 +48,7 @@ def summary(data: NihData) -> dict[str, object]:
         "films": data.films_present, "split lists": data.lists, "boxes": len(data.boxes),
         "scanners" if data.release == "own" else "pixel spacing": scanners,
         "ages": table["age"].count(), "sexes": sexes, "views": views,
-    } | dict(table[list(FINDINGS)].count())  # fmt: skip
+    } | dict(table[findings_of(table)].count())  # fmt: skip
     return {
         "folder": str(data.folder), "table": data.table_file, "release": data.release,
         "films": len(table), "films_present": data.films_present,

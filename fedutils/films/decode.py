@@ -17,7 +17,7 @@ from PIL import Image
 from ..base.device import count_cores
 from ..base.errors import InputError
 from ..base.files import open_store, read_written, run_lock, sha256, write_atomic
-from ..base.findings import FINDINGS
+from ..base.findings import findings_of
 from ..base.parameters import Parameters, parameter
 from .find import check_films
 from .formats import read_grey
@@ -175,16 +175,17 @@ def _publish(work: Path, prepared: Path, key: str) -> None:
 
 def example_films(
     data: NihData, size: int = 256
-) -> tuple[dict[str, np.ndarray], dict[str, list[tuple[float, ...]]]]:
+) -> tuple[dict[str, np.ndarray | None], dict[str, list[tuple[float, ...]]]]:
     """Decode one film for each finding: uint8 (size, size), and its boxes in these pixels.
 
     The rule: a film with a box of that finding if there is one, then the fewest other findings,
-    then the first name. A finding without a readable film is left out.
+    then the first name. A finding without a readable film has None.
     """
-    films, boxes = {}, {}
+    findings = findings_of(data.table)
+    films, boxes = dict.fromkeys(findings), {}
     table = data.table[data.table["path"] != ""]
-    others = table[list(FINDINGS)].sum(axis=1)
-    for finding in FINDINGS:
+    others = table[findings].sum(axis=1)
+    for finding in findings:
         mine = data.boxes[data.boxes["finding"] == finding]
         boxed = ~table["image_index"].isin(mine["image_index"])
         order = table.assign(boxed=boxed, others=others)[table[finding] == 1]
@@ -229,7 +230,8 @@ def _write_index(
     if about.get("twins") == "drop":
         index = index[~index["image_index"].isin(near[["film", "twin"]].to_numpy().ravel())]
         check_splits(index, about.get("seed", 0), "twins=drop left out near-equal films; ")
-    index = index[INDEX_COLUMNS + list(FINDINGS)].astype(dict.fromkeys(FINDINGS, "Int8"))
+    findings = findings_of(table)
+    index = index[INDEX_COLUMNS + findings].astype(dict.fromkeys(findings, "Int8"))
     content = index.to_csv(index=False).encode()
     write_atomic(prepared / "index.csv", content)
     inside = boxes.merge(good[["image_index", "width", "height"]], on="image_index")
@@ -244,6 +246,7 @@ def _write_index(
     report = {
         "fingerprint": sha256(content + hashes.encode()),
         **about,
+        "outputs": findings,
         "films": len(index),
         "patients": int(index["patient_id"].nunique()),
         "splits": by_split.to_dict("index"),

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import InputError
-from ..base.findings import FINDINGS, SPLITS
+from ..base.findings import NO_FINDINGS, SPLITS
 from .find import MAPPING_NAME
 
 # What [columns] may name, and the column of `read_nih`'s rows that it becomes.
@@ -29,7 +29,7 @@ COLUMNS = {
     "scanner": "scanner", "follow_up": "follow_up", "split": "split",
 }  # fmt: skip
 KEYS = {"": ("table", "columns", "findings", "labels"), "columns": tuple(COLUMNS),
-        "findings": FINDINGS, "labels": ("column", "separator", "none", "ignore")}  # fmt: skip
+        "findings": (), "labels": ("column", "separator", "none", "ignore")}  # fmt: skip
 MARKS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": np.nan}
 MARK_SEPARATOR = "\x1f"  # joins the marks of one row into a text, as no cell holds it
 
@@ -39,7 +39,7 @@ class OwnTable:
     """A mapping as read. `columns` is by our names; `words` maps yours to ours.
 
     With a column of `labels`, `words` are the words in it, in lower case, with "" for a word that
-    says nothing about the 14 findings and "none" for one that says that there is no finding;
+    says nothing about the findings and "none" for one that says that there is no finding;
     without one, `words` are columns of marks.
     """
 
@@ -48,6 +48,11 @@ class OwnTable:
     words: dict[str, str]
     labels: str = ""
     separator: str = ""
+
+    @property
+    def findings(self) -> list[str]:
+        """The findings that the mapping names, in its order."""
+        return [name for name in dict.fromkeys(self.words.values()) if name not in ("", "none")]
 
     def read(self, text: str) -> pd.DataFrame:
         """Turn the table's text into rows of text with our column names; the index is the line.
@@ -81,20 +86,20 @@ class OwnTable:
         )  # fmt: skip
 
     def parse(self, text: str) -> np.ndarray:
-        """Turn a row's `labels` into float32 (14,): 1, 0, or NaN where nobody looked.
+        """Turn a row's `labels` into float32 (findings,): 1, 0, or NaN where nobody looked.
 
         Raises InputError on a mark that is not 0, 1 or empty, on an unknown word, and on a word for
         no finding beside a finding.
         """
         if self.labels:
             return self._parse_words(text)
-        vector = np.full(len(FINDINGS), np.nan, np.float32)
+        vector = np.full(len(self.findings), np.nan, np.float32)
         marks = zip(self.words.items(), text.split(MARK_SEPARATOR), strict=True)
         for (column, finding), mark in marks:
             if mark not in MARKS:
                 todo = "write 1 for present, 0 for absent, or leave it empty for unknown"
                 raise InputError(f"column {column!r} ({finding}) holds {mark!r}; {todo}")
-            vector[FINDINGS.index(finding)] = MARKS[mark]
+            vector[self.findings.index(finding)] = MARKS[mark]
         return vector
 
     def _parse_words(self, text: str) -> np.ndarray:
@@ -107,10 +112,10 @@ class OwnTable:
                     f" {MAPPING_NAME} under [findings], or under none or ignore in [labels]"
                 )
         said = {self.words[word] for word in words}
-        if "none" in said and said & {*FINDINGS}:
+        if "none" in said and said & {*self.findings}:
             raise InputError(f"a word for no finding stands beside a finding in {text!r}")
         known = {*self.words.values()} if words else {}
-        return np.array([f in said if f in known else np.nan for f in FINDINGS], np.float32)
+        return np.array([f in said if f in known else np.nan for f in self.findings], np.float32)
 
 
 def film_name(column: pd.Series) -> pd.Series:
@@ -169,12 +174,9 @@ def _check_keys(given: Mapping[str, Any]) -> None:
     for section, part in parts.items():
         if not isinstance(part, dict):
             raise InputError(f"{section} = {part!r}; write a section [{section}]")
-        for key in (key for key in part if key not in KEYS[section]):
+        for key in (key for key in part if section != "findings" and key not in KEYS[section]):
             where = f" in [{section}]" if section else ""
             told = f"unknown {key!r}{where}; known: {', '.join(KEYS[section])}"
-            if section == "findings":
-                told += "; write the known name on the left and yours on the right, such as"
-                told += f' Effusion = "{key}"'
             raise InputError(told)
     needed = [("", "table"), ("columns", "image"), ("columns", "patient")]
     needed += [("labels", key) for key in ("column", "separator") if "labels" in given]
@@ -183,7 +185,10 @@ def _check_keys(given: Mapping[str, Any]) -> None:
             where = f"[{section}] has no" if section else "no"
             raise InputError(f'{where} {key}; add {key} = "..." (see data/README.md)')
     if not given.get("findings"):
-        raise InputError(f"[findings] is missing or empty; known: {', '.join(FINDINGS)}")
+        raise InputError("[findings] is missing or empty; name what is to be found")
+    for name in given["findings"]:
+        if not re.fullmatch(r"\w[\w /()-]*", name) or name in {*NO_FINDINGS, "none"}:
+            raise InputError(f"[findings] {name!r}: no name for a finding; choose another")
     for key, value in [*parts["columns"].items(), *parts["labels"].items()]:
         if key not in ("none", "ignore") and not (isinstance(value, str) and value):
             raise InputError(f'{key} = {value!r}; give a text, such as {key} = "..."')

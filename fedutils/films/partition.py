@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..base.errors import InputError
 from ..base.files import sha256
-from ..base.findings import FINDINGS, NO_FINDING, SPLITS, no_finding
+from ..base.findings import NO_FINDING, SPLITS, findings_of, no_finding
 from ..base.parameters import Parameters, parameter
 from ..base.rng import generator
 from .split import assert_disjoint
@@ -40,7 +40,7 @@ def partition_patients(
     """Place every patient of a split at one client.
 
     `index` has a row a film with `patient_id, split` (rows with "" are left out) and, as the
-    method needs them, the 14 findings (0/1, NaN counts as absent), `scanner` and `follow_up`.
+    method needs them, the findings (0/1, NaN counts as absent), `scanner` and `follow_up`.
     Returns `patient_id, client, split`, one row a patient, sorted by patient_id.
 
     - `iid`: patients are dealt in random order; within each split the clients' numbers of
@@ -80,7 +80,7 @@ def partition_report(index: pd.DataFrame, clients: pd.DataFrame) -> pd.DataFrame
     """Describe the clients, one row each, with the client as index.
 
     Columns: `patients`, `films`, films in `train`, `val` and `test`, then the prevalence of the
-    14 findings and of No Finding as a share of films (`report[list(FINDINGS)]` is the heat map);
+    findings and of No Finding as a share of films (`findings_of(report)` is the heat map);
     unknown labels (NaN) do not count.
     """
     films = _placed(index, clients)
@@ -88,8 +88,9 @@ def partition_report(index: pd.DataFrame, clients: pd.DataFrame) -> pd.DataFrame
     report = pd.DataFrame({"patients": groups["patient_id"].nunique(), "films": groups.size()})
     by_split = films.groupby(["client", "split"]).size().unstack(fill_value=0)
     report = report.join(by_split.reindex(columns=list(SPLITS), fill_value=0))
-    films[NO_FINDING] = no_finding(films[list(FINDINGS)])
-    shares = films[[*FINDINGS, NO_FINDING]].astype(float).groupby(films["client"]).mean()
+    findings = findings_of(films)
+    films[NO_FINDING] = no_finding(films[findings])
+    shares = films[[*findings, NO_FINDING]].astype(float).groupby(films["client"]).mean()
     return report.join(shares)
 
 
@@ -103,7 +104,7 @@ def label_skew(index: pd.DataFrame, clients: pd.DataFrame) -> float:
     be No Finding, for want of labels, are left out; without any other film it is NaN.
     """
     films = _placed(index, clients)
-    films = films[no_finding(films[list(FINDINGS)]).notna()]
+    films = films[no_finding(films[findings_of(films)]).notna()]
     if films.empty:
         return float("nan")
     joint = _profiles(films).groupby(films["client"]).sum().to_numpy() / len(films)
@@ -120,8 +121,8 @@ def _placed(index: pd.DataFrame, clients: pd.DataFrame) -> pd.DataFrame:
 
 
 def _profiles(films: pd.DataFrame) -> pd.DataFrame:
-    """Spread each film's unit evenly over its findings, or No Finding; shape (films, 15)."""
-    present = films[list(FINDINGS)].fillna(0).astype(float)
+    """Spread each film's unit evenly over its findings, or No Finding; the last column."""
+    present = films[findings_of(films)].fillna(0).astype(float)
     profile = present.assign(**{NO_FINDING: (present.sum(axis=1) == 0).astype(float)})
     return profile.div(profile.sum(axis=1), axis=0)
 
@@ -190,14 +191,14 @@ def _dirichlet(
     common for one client (No Finding is half of all films) fills up the others.
     """
     rng = generator(seed, "partition-dirichlet")
-    # A patient's most frequent finding, ties at random; 14, No Finding, only if no film has one.
+    # A patient's most frequent finding, ties at random; No Finding only if no film has one.
     profile = _profiles(index).groupby(index["patient_id"]).mean().loc[split.index]
     profile[NO_FINDING] *= 1e-6
     # Rounded first: sums of thirds depend on the order of the rows in the last bit.
     finding = (profile.to_numpy().round(9) + 1e-10 * rng.random(profile.shape)).argmax(axis=1)
     films = index["patient_id"].value_counts().loc[split.index].to_numpy()
     train = (split == "train").to_numpy()
-    mass = np.bincount(finding[train], films[train], minlength=len(FINDINGS) + 1)
+    mass = np.bincount(finding[train], films[train], minlength=profile.shape[1])
     shares = _shares(mass, num_clients, alpha, rng)
     number = np.zeros(len(split), dtype=int)
     for name in SPLITS:

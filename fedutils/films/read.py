@@ -12,18 +12,19 @@ one row a film, sorted by `image_index` (text, unique), and these columns:
   their table says; "" if not given
 - `official_split`: train_val, test, or "" for a film in no list; of own films also train and val
 - `path` (text): the film, relative to the data folder; "" if it is missing
-- the 14 findings (float32): 0 or 1; of own films also NaN, where nobody looked
+- the findings (float32): 0 or 1; of own films also NaN, where nobody looked
 
 Source: Wang et al., "ChestX-ray8", CVPR 2017, and the files that NIH and Kaggle hand out.
 """
 
+import dataclasses
 import gzip
 import io
 import re
 import unicodedata
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,12 +32,19 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import InputError
-from ..base.findings import FINDINGS, canonical, format_labels, parse_labels
+from ..base.findings import NO_FINDING, choose_findings, findings_of, format_labels
 from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, label_tables, printable, walk
 from .formats import FILM_ENDINGS
 from .own import OwnTable, film_name, own_lists, read_mapping
 from .phantom.write import write_phantom
 
+NIH_FINDINGS = (
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+    "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
+    "Hernia",
+)  # fmt: skip
+# Other spellings that NIH's own files use: the box list and some mirrors.
+ALIASES = {"Infiltrate": "Infiltration", "No_Finding": NO_FINDING}
 BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
 LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
 OWN_LISTS = {"train": "train_list.txt", "val": "val_list.txt"}  # more than NIH has
@@ -82,11 +90,17 @@ class NihData:
         return int((self.table["path"] != "").sum())
 
 
-def open_data(data_dir: str, work_dir: str | Path) -> NihData:
-    """Read a run's data set; without a folder the phantom, written below `work_dir` if need be."""
-    if data_dir:
-        return read_nih(Path(data_dir), Path(work_dir))
-    return read_nih(write_phantom(Path(work_dir) / "phantom"))
+def open_data(data_dir: str, work_dir: str | Path, findings: str = "") -> NihData:
+    """Read a run's data set; without a folder the phantom, written below `work_dir` if need be.
+
+    `findings` is the parameter: which of those that the data know are kept.
+    """
+    folder = Path(data_dir) if data_dir else write_phantom(Path(work_dir) / "phantom")
+    data = read_nih(folder, Path(work_dir) if data_dir else None)
+    known = findings_of(data.table)
+    left_out = [name for name in known if name not in choose_findings(known, findings)]
+    boxes = data.boxes[~data.boxes["finding"].isin(left_out)].reset_index(drop=True)
+    return dataclasses.replace(data, table=data.table.drop(columns=left_out), boxes=boxes)
 
 
 def read_nih(folder: Path, work: Path | None = None) -> NihData:
@@ -131,7 +145,7 @@ def read_nih(folder: Path, work: Path | None = None) -> NihData:
         "orphaned films": sorted(map(printable, films.keys() - set(names))),
         "other tables": [other.name for other in label_tables(folder) if other != file],
     }
-    table = _tidy(rows, labels, lists, films)
+    table = _tidy(rows, labels, lists, films, own.findings if own else NIH_FINDINGS)
     return NihData(folder, table, _read_boxes(folder), release, file.name, tuple(lists), found)
 
 
@@ -241,7 +255,8 @@ def _row_problems(rows: pd.DataFrame, lists: dict, own: bool) -> dict[str, list[
     names = rows["image_index"]
     texts = rows[names.duplicated(keep=False)].groupby("image_index")["labels"].nunique()
     spelled = () if own else rows["labels"].unique()  # an own table has a spelling of its own
-    plain = {text: format_labels(parse_labels(text)) for text in spelled}
+    plain = {text: format_labels(dict(zip(NIH_FINDINGS, parse_labels(text), strict=True)))
+             for text in spelled}  # fmt: skip
     odd = [text for text in plain if sorted(text.split("|")) != sorted(plain[text].split("|"))]
     listed = Counter(film for films in lists.values() for film in films)
     return {
@@ -276,11 +291,13 @@ def _films(
     return films, {"films in two folders": sorted(twice)}
 
 
-def _tidy(rows: pd.DataFrame, labels: pd.Series, lists: dict, films: dict) -> pd.DataFrame:
+def _tidy(
+    rows: pd.DataFrame, labels: pd.Series, lists: dict, films: dict, known: Sequence[str]
+) -> pd.DataFrame:
     """Turn the named text columns and the parsed labels into the documented table."""
     names = rows["image_index"]
     matrix = np.stack(labels.to_list()).astype(np.float32)
-    findings = pd.DataFrame(matrix, index=rows.index, columns=list(FINDINGS))
+    findings = pd.DataFrame(matrix, index=rows.index, columns=list(known))
     spacing, visits = _numbers(rows["spacing"]), _numbers(rows["follow_up"])
     splits = ["test", "val", "train_val", "train"]  # of a film in two the first counts
     listed = [names.isin(lists.get(split, ())) for split in splits]
@@ -328,6 +345,26 @@ def _read_boxes(folder: Path) -> pd.DataFrame:
     for line in sides.index[sides.isna().any(axis=1)]:
         raise InputError(f"{file}, line {line}: a box needs four numbers; correct this row")
     return boxes.assign(finding=findings, **sides).reset_index(drop=True)
+
+
+def canonical(finding: str) -> str:
+    """Return the canonical spelling of one finding of NIH's; raise InputError if it is unknown."""
+    name = ALIASES.get(finding, finding)
+    if name not in NIH_FINDINGS and name != NO_FINDING:
+        known = ", ".join(NIH_FINDINGS)
+        raise InputError(f"unknown finding {finding!r}; known: {known}, {NO_FINDING}")
+    return name
+
+
+def parse_labels(text: str) -> np.ndarray:
+    """Turn NIH's 'Effusion|Mass' into a uint8 vector of shape (14,); 'No Finding' is all zeros.
+
+    Raises InputError on an unknown finding, and on 'No Finding' beside a finding.
+    """
+    names = [canonical(part) for part in text.split("|")]
+    if NO_FINDING in names and len(names) > 1:
+        raise InputError(f"{NO_FINDING!r} stands beside a finding in {text!r}")
+    return np.array([finding in names for finding in NIH_FINDINGS], dtype=np.uint8)
 
 
 def _numbers(column: pd.Series) -> pd.Series:

@@ -18,13 +18,16 @@ TEST_BELOW, VAL_BELOW = 0.2, 0.3  # without lists: 20 % test, 10 % val, 70 % tra
 
 @dataclass(frozen=True)
 class SplitParameters(Parameters):
-    """Which patients take part, and in which split."""
+    """Which patients and findings take part, and in which split."""
 
     seed: int = parameter(0, "fixes the split of patients and the partition to clients")
     max_films: int = parameter(
         0, "at most so many films, of whole patients, for a quick first result; 0: all",
         bounds=(0, math.inf),
     )  # fmt: skip
+    findings: str = parameter(
+        "", "those to train, such as Effusion,Mass, in the data's order; empty: all the data know"
+    )
 
 
 def split_patients(table: pd.DataFrame, seed: int) -> pd.Series:

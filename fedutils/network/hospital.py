@@ -1,7 +1,7 @@
 """A hospital behind Flower: the ClientApp, with all that ever leaves a hospital.
 
-The tracked state, counts, losses, the hospital's name, what its patients were exposed to, and of an
-error its kind, not its text.
+The tracked state, counts, losses, the hospital's name and findings, what its patients were exposed
+to, and of an error its kind, not its text.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from ..settings import FIELDS, Settings
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
 from ..training.replicas import fit_safely, start_model
-from .messages import Answer, pack, trunk_hash, unpack
+from .messages import SEPARATOR, Answer, pack, trunk_hash, unpack
 
 client_app = ClientApp()
 
@@ -68,7 +68,7 @@ class Hospital:
         """Build the model; raise InputError where its frozen trunk is not the server's."""
         settings = self.settings
         set_up(self.threads, settings.precision)  # before a trunk is calibrated
-        model = start_model(settings, settings.seed_list[0])
+        model = start_model(settings, settings.seed_list[0], len(self.films.findings))
         if trunk_hash(model) != self.order["trunk"]:
             raise InputError(f"weights={settings.weights!r}: not the trunk of the server")
         return model.place(find_devices(settings.device)[0])
@@ -107,9 +107,10 @@ def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Con
 @client_app.query()
 @answers
 def query(here: Hospital, sent: State) -> Answer:
-    """Say who this is, and what its update counts in the mean."""
+    """Say who this is, which findings it knows, and what its update counts in the mean."""
     client = here.client()
-    return {"name": here.name}, {"weight": client.weight, "known": client.known}, {}
+    words = {"name": here.name, "findings": SEPARATOR.join(here.films.findings)}
+    return words, {"weight": client.weight, "known": client.known}, {}
 
 
 @client_app.train()

@@ -9,14 +9,14 @@ import torch
 from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load, save
 
-from ..base.findings import FINDINGS
 from ..base.parameters import Parameters
 from ..base.state import State, find_misfit, state_hash
 from ..client import Update
 from ..model import ChestResNet
 
-# The sums of a validation, with their shapes.
-SUMS = {"loss": (), "labels": (), "pairs": (len(FINDINGS),), "ordered": (len(FINDINGS),)}
+# The sums of a validation: whether there is one for each finding.
+SUMS = {"loss": False, "labels": False, "pairs": True, "ordered": True}
+SEPARATOR = "\n"  # between the findings in an introduction
 SAID = "member/said"  # in what the server keeps of a hospital
 Answer = tuple[dict[str, str], dict[str, Any], State]  # words, numbers, tensors
 Fault = tuple[str, str]  # status and reason, as the history has them
@@ -75,20 +75,26 @@ def read_update(
 def read_introduction(reply: Message | Fault) -> tuple[str, dict[str, Any], str]:
     """Return a hospital's name, what it counts in the mean, and a fault: why it has none.
 
-    It counts by its `weight`, and finding by finding by how many labels are `known`.
+    It counts by its `weight`, and in the row of each of its `findings` by the labels `known`.
     """
     words, numbers, _ = read_reply(reply)
     name, counts = words.get("name"), {key: numbers.get(key) for key in ("weight", "known")}
     if words["status"] != "ok":
         return "", {}, words["reason"] or "it has failed"
+    counts["findings"] = str(words.get("findings", "")).split(SEPARATOR)
     known = counts["known"] if isinstance(counts["known"], list) else [None]
-    fits = len(known) == len(FINDINGS) and all(map(is_number, [counts["weight"], *known]))
+    fits = len(known) == len(counts["findings"]) and all(map(is_number, [counts["weight"], *known]))
     if not (isinstance(name, str) and name and fits):
         return "", {}, f"no introduction: name={name!r} {counts}"
     return name, counts, ""
 
 
-def read_sums(reply: Message | Fault) -> tuple[dict[str, np.ndarray], str]:
+def zero_sums(findings: int) -> dict[str, np.ndarray]:
+    """Return the sums of a validation of no film, by so many findings."""
+    return {key: np.zeros(findings if each else ()) for key, each in SUMS.items()}
+
+
+def read_sums(reply: Message | Fault, findings: int) -> tuple[dict[str, np.ndarray], str]:
     """Return a hospital's validation sums, or why they cannot be: what no films could give."""
     words, numbers, _ = read_reply(reply)
     if words["status"] != "ok":
@@ -97,7 +103,8 @@ def read_sums(reply: Message | Fault) -> tuple[dict[str, np.ndarray], str]:
         sums = {key: np.asarray(numbers[key], dtype=float) for key in SUMS}
     except (KeyError, TypeError, ValueError) as error:
         return {}, f"sums of another kind: {error}"
-    fits = all(value.shape == SUMS[key] for key, value in sums.items())
+    shapes = {key: zero.shape for key, zero in zero_sums(findings).items()}
+    fits = all(value.shape == shapes[key] for key, value in sums.items())
     fits = fits and all((np.isfinite(value) & (value >= 0)).all() for value in sums.values())
     if not fits or (sums["ordered"] > sums["pairs"]).any():
         return {}, "its sums are none of any films"

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
@@ -50,6 +49,7 @@ class Network:
         self.trunk = ""
         self.nodes: dict[str, int] = {}
         self.counts: dict[str, dict[str, Any]] = {}  # in the mean
+        self.findings: list[str] = []  # those of the first hospital, and so of all
         self.asked: dict[int, str] = {}  # SuperNodes ever seen, and their open query
 
     def fit(
@@ -83,9 +83,9 @@ class Network:
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
         """Return loss and mean AUROC over the validation films of the hospitals that answer."""
         about = {"seed": job.seed, "round": now.round}
-        sums = {key: np.zeros(shape) for key, shape in messages.SUMS.items()}
+        sums = messages.zero_sums(len(self.findings))
         for name, reply in self.ask("evaluate", {c.name: about for c in job.clients}, now.state):
-            found, fault = messages.read_sums(reply)
+            found, fault = messages.read_sums(reply, len(self.findings))
             sums = {key: value + found.get(key, 0) for key, value in sums.items()}
             if fault:
                 print(f"round {now.round}: not validated at {name}: {fault}", flush=True)
@@ -138,6 +138,11 @@ class Network:
             name, counts, fault = messages.read_introduction(reply)
             if name in self.nodes:
                 fault = f"calls itself {name}, as SuperNode {self.nodes[name]} does: left out"
+            findings = counts.get("findings", self.findings)
+            self.findings = self.findings or findings
+            if not fault and findings != self.findings:
+                theirs, ours = ", ".join(findings), ", ".join(self.findings)
+                fault = f"{name} is left out: its findings are {theirs}, not the run's {ours}"
             if not fault:
                 self.nodes[name], self.counts[name] = node, counts
             print(f"SuperNode {node}: {fault or name}", flush=True)
@@ -149,6 +154,8 @@ class Network:
         """
         path, end = self.settings.run / "hospitals.json", time.monotonic() + seconds
         known = json.loads(path.read_text()) if path.is_file() else {}
+        for counts in known.values():
+            self.findings = counts["findings"]
         wanted = len(known) or self.settings.num_clients
         while len(self.nodes) < wanted and time.monotonic() < end:
             self.discover()
@@ -219,6 +226,9 @@ class NetworkTraining(Training):
             members = [Member(name, counts, own, seed) for name, counts in hospitals]
             jobs.append(check_rule(Job("federated", seed, members, None)))
         return jobs
+
+    def _findings(self) -> list[str]:
+        return self.network.findings
 
     def _executor(self, job: Job) -> Network:
         """Return the hospitals, which must have this server's trunk."""

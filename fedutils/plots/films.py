@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..base.findings import FINDINGS, NO_FINDING, no_finding
+from ..base.findings import NO_FINDING, findings_of, no_finding
 from . import style
 from .style import BLUE, GREEN, GREY, ORANGE, VERMILION, canvas, grid, in_our_style, percent
 
@@ -22,9 +22,9 @@ def _counted(values: pd.Series, totals: float | pd.Series) -> list[str]:
 def prevalence(table: pd.DataFrame, title: str = "") -> Figure:
     """Films by finding, and those without any, with counts and per cent of the labelled films.
 
-    `table` has one row a film and 14 columns of 0, 1 or NaN named as in FINDINGS.
+    `table` has one row a film and a column of 0, 1 or NaN a finding.
     """
-    labels = table[list(FINDINGS)]
+    labels = table[findings_of(table)]
     labels = labels.assign(**{NO_FINDING: no_finding(labels)})
     counts = labels.sum().sort_values(ascending=False, kind="stable")
     fig, (ax,) = canvas("Films by finding (a film can have several)", title, 4.4)
@@ -39,11 +39,11 @@ def cooccurrence(table: pd.DataFrame, title: str = "") -> Figure:
 
     Rows give their number of films. A pair that no film is labelled for stays grey.
     """
-    labels = table[list(FINDINGS)]
+    labels = table[findings_of(table)]
     present, known = (labels == 1).astype(float), labels.notna().astype(float)
     share = (present.T @ present) / (present.T @ known)
     share = share.mask(np.eye(len(share), dtype=bool))
-    counts = zip(FINDINGS, present.sum(), known.any(), strict=True)
+    counts = zip(labels, present.sum(), known.any(), strict=True)
     share.index = [f"{f} ({n:,.0f})" if any_ else f"{f} (not labelled)" for f, n, any_ in counts]
     texts = share.map(lambda value: percent(value)[:-2]).to_numpy()
     fig, (ax,) = canvas("Of the films with the row's finding, % that also have …", title, 5.6)
@@ -117,14 +117,14 @@ def demographics(table: pd.DataFrame, title: str = "") -> Figure:
 def finding_grid(
     images: dict[str, np.ndarray], boxes: dict[str, list[tuple]], title: str = ""
 ) -> Figure:
-    """One film for each of the 14 findings, with the radiologist's boxes.
+    """One film for each finding, with the radiologist's boxes.
 
-    `images` maps a finding to a uint8 array (height, width), `boxes` a finding to a list of
-    (x, y, w, h) in that array's pixels. A finding without a film is said to have none.
+    `images` maps each finding to a uint8 array (height, width) or None, `boxes` a finding to a
+    list of (x, y, w, h) in that array's pixels. A finding without a film is said to have none.
     """
-    fig, axes = grid("One film for each finding, boxes where known", title, len(FINDINGS), 2.0)
-    for ax, finding in zip(axes, FINDINGS, strict=False):
-        style.show_film(ax, images.get(finding), finding, boxes.get(finding, []))
+    fig, axes = grid("One film for each finding, boxes where known", title, len(images), 2.0)
+    for ax, (finding, film) in zip(axes, images.items(), strict=False):
+        style.show_film(ax, film, finding, boxes.get(finding, []))
     return fig
 
 
@@ -153,10 +153,10 @@ def split_overlap(table: pd.DataFrame, title: str = "") -> Figure:
 def client_heatmap(report: pd.DataFrame, title: str = "") -> Figure:
     """Share of each finding at each client; the colour compares it with all clients together.
 
-    `report` is indexed by client with `films`, `patients` and 14 columns of shares (0..1, or
-    NaN where a client has no labels).
+    `report` is indexed by client with `films`, `patients` and a column of shares a finding (0..1,
+    or NaN where a client has no labels).
     """
-    share, films = report[list(FINDINGS)].astype(float), report["films"]
+    share, films = report[findings_of(report)].astype(float), report["films"]
     of_all = share.mul(films, axis=0).sum() / share.notna().mul(films, axis=0).sum()
     # No film at any client: 0 of 0 is as expected. No label at this client: grey.
     ratio = np.log2((share / of_all).fillna(1).clip(lower=2**-9)).where(share.notna())

@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..base import scores
-from ..base.findings import FINDINGS
 from ..evidence import tables
 from ..evidence.tables import BRACKETS, LEAST_POSITIVES, MEAN, is_client, is_subgroup
 from . import style
@@ -17,7 +16,7 @@ from .style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION, blank, can
 
 
 def _curve_panels(
-    truth: np.ndarray, probability: np.ndarray, title: str, words: tuple, metric: Callable,
+    truth: pd.DataFrame, probability: pd.DataFrame, title: str, words: tuple, metric: Callable,
     points: Callable, diagonal: bool,
 ) -> Figure:  # fmt: skip
     """Draw each finding's curve, if defined, over that of a guess: the diagonal or the prevalence.
@@ -26,11 +25,11 @@ def _curve_panels(
     of a metric's value and of the prevalence.
     """
     heading, x, y, remark, form = words
-    fig, axes = style.grid(heading, title, len(FINDINGS), 1.95, sharex=True, sharey=True)
+    fig, axes = style.grid(heading, title, truth.shape[1] + 1, 1.95, sharex=True, sharey=True)
     fig.supxlabel(x)
     fig.supylabel(y)
-    truth, probability = np.asarray(truth, dtype=float), np.asarray(probability, dtype=float)
-    for ax, finding, labels, score in zip(axes, FINDINGS, truth.T, probability.T, strict=False):
+    for ax, finding in zip(axes, truth, strict=False):
+        labels, score = (part[finding].to_numpy(float) for part in (truth, probability))
         ax.set_title(f"{finding}\n")
         if np.isnan(value := metric(labels, score)):
             why = scores.undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
@@ -43,14 +42,17 @@ def _curve_panels(
         ax.set_title(f"{finding}\n{form.format(value, prevalence)}")
     ticks = (0, 0.5, 1)
     axes[0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=ticks, yticks=ticks)
-    axes[len(FINDINGS) - 5].tick_params(labelbottom=True)  # the panel above the blank one
-    style.note(axes[-1], remark)
+    last = axes[truth.shape[1]]
+    last.axis("off")
+    style.note(last, remark)
+    for above, ax in zip(axes, axes[5:], strict=False):
+        above.tick_params(labelbottom=not ax.axison)  # the panel above a blank one
     return fig
 
 
 @in_our_style
-def roc_curves(truth: np.ndarray, probability: np.ndarray, title: str = "") -> Figure:
-    """ROC curve of each finding, for truth (n, 14) of 0, 1 or NaN and probability (n, 14)."""
+def roc_curves(truth: pd.DataFrame, probability: pd.DataFrame, title: str = "") -> Figure:
+    """ROC curve of each finding, for a column each of 0, 1 or NaN, and of probability."""
     note = "dotted:\na model that\nguesses"
     words = ("ROC curves", "1 − specificity", "sensitivity", note, "AUROC {:.2f}")
     metric, points = scores.auroc, scores.roc_points
@@ -58,7 +60,7 @@ def roc_curves(truth: np.ndarray, probability: np.ndarray, title: str = "") -> F
 
 
 @in_our_style
-def pr_curves(truth: np.ndarray, probability: np.ndarray, title: str = "") -> Figure:
+def pr_curves(truth: pd.DataFrame, probability: pd.DataFrame, title: str = "") -> Figure:
     """Precision-recall curve of each finding over its prevalence; arguments as `roc_curves`."""
     note = "dotted:\nthe prevalence,\nwhich a model that\nguesses reaches"
     words = ("Precision-recall curves", "recall (sensitivity)", "precision", note)
@@ -90,9 +92,10 @@ def auroc_forest(
     (else of the first seed). `yardsticks` are published means, right only for that test set.
     """
     whole = tables.rows_of(metrics, metric="auroc", test_set=tables.ALL_FILMS)
-    whole = whole.assign(lane=whole["finding"].map([MEAN, *FINDINGS].index))
+    lanes = list(dict.fromkeys([MEAN, *whole["finding"]]))
+    whole = whole.assign(lane=whole["finding"].map(lanes.index))
     means = whole.loc[whole["finding"] == MEAN, "positives"]
-    names = [f"mean of {means.max():.0f}" if len(means) else MEAN, *FINDINGS]
+    names = [f"mean of {means.max():.0f}" if len(means) else MEAN, *lanes[1:]]
     lone = whole["arm"].nunique() == 1
     heading = "AUROC with 95 % interval over patients"
     return _forest(heading, title, whole, names, yardsticks or {}, lone)
@@ -200,7 +203,8 @@ def difference_forest(differences: pd.DataFrame, title: str = "") -> Figure:
     main = [name for name in pairs if not name.startswith("local ")] or pairs
     colours = dict(zip(main, [VERMILION, GREEN, PURPLE, ORANGE] + [INK] * len(main), strict=False))
     lanes = [(MEAN, name, f"mean: {'− ' * alone}{name}") for name in pairs]
-    lanes += [(f, name, f if name == main[0] else "") for f in FINDINGS for name in main]
+    findings = [finding for finding in rows["finding"].unique() if finding != MEAN]
+    lanes += [(f, name, f if name == main[0] else "") for f in findings for name in main]
     heading = f"AUROC {f'of {firsts[0]} minus others' if alone else 'between runs'} (filled: shown)"
     fig, (ax,) = canvas(heading, title, 0.2 * len(lanes) + 1.2)
     table = rows.set_index(["finding", "pair"])

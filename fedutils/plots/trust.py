@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..base.findings import FINDINGS
 from ..evidence.calibration import reliability
 from ..evidence.explain import ALL_BOXES, CENTRE, ELSEWHERE, KINDS, UPPER
+from ..evidence.tables import MEAN
 from . import style
 from .style import BLUE, GREY, INK, ORANGE, SKY, canvas, in_our_style
 
@@ -22,8 +22,8 @@ def reliability_diagram(
 ) -> Figure:
     """Reliability of all findings together, and calibration error by finding, with its interval.
 
-    `truth` (n, 14) holds 0, 1 or NaN, `probability` is (n, 14); `calibration` has the rows of that
-    model on all films.
+    `truth` (n, findings) holds 0, 1 or NaN, `probability` is alike; `calibration` has the rows of
+    that model on all films.
     """
     fig, (whole, ax) = canvas("Calibration", title, 4.3, columns=2)
     whole.plot([0, 1], [0, 1], ":", color=GREY)
@@ -35,7 +35,7 @@ def reliability_diagram(
     whole.set(xlabel="predicted probability", ylabel="share with the finding")
     whole.set_title("All findings, 15 bins (dotted: calibrated)")
     ax.set_title("By finding, 95 % interval (hollow: too few patients)")
-    own = calibration.set_index("finding").loc[list(FINDINGS)]
+    own = calibration.set_index("finding").drop(MEAN, errors="ignore")
     for row, (_, one) in enumerate(own.iterrows()):
         if np.isnan(one["ece"]):
             at = ax.get_yaxis_transform()
@@ -43,9 +43,9 @@ def reliability_diagram(
         few = np.isnan(one["ece_low"])
         ax.hlines(row, one["ece_low"], one["ece_high"], color=BLUE)
         ax.plot(one["ece"], row, "o", color=GREY if few else BLUE, mfc="white" if few else BLUE)
-    ax.set_yticks(range(len(FINDINGS)), FINDINGS)
+    ax.set_yticks(range(len(own)), own.index)
     most = np.nanmax([*own["ece"], *own["ece_high"], 0.01])
-    limits = {"xlim": (0, 1.08 * most), "ylim": (len(FINDINGS) - 0.5, -0.5)}
+    limits = {"xlim": (0, 1.08 * most), "ylim": (len(own) - 0.5, -0.5)}
     ax.set(**limits, xlabel="expected calibration error")
     ax.tick_params(axis="y", length=0)
     return fig
@@ -58,7 +58,7 @@ def pointing(table: pd.DataFrame, title: str = "") -> Figure:
     `table` is pointing.csv: `method, arm, client, finding, hits, n, value, ci_low, ci_high`. Bars
     are 95 % intervals over patients; a tick is what a point reaches that was fitted on these boxes.
     """
-    names = [ALL_BOXES, *(f for f in FINDINGS if f in set(table["finding"]))]
+    names = list(dict.fromkeys([ALL_BOXES, *table["finding"]]))
     lanes = style.by_arm(table)
     for name, colour in ((CENTRE, INK), (ELSEWHERE, GREY)):
         lanes.append((name, colour, table[table["method"] == name]))

@@ -120,7 +120,7 @@ def clipped_sum(
 
 
 def patient_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of each film (B,), mean over its own known labels; (B, 14) both.
+    """Binary cross-entropy of each film (B,), mean over its own known labels; (B, k) both.
 
     Over the batch's known labels, as elsewhere, a patient would change the weight of all others.
     """

@@ -211,7 +211,10 @@ def stored_features(settings: Parameters, films: ChestXrayDataset) -> ChestXrayD
     """Return the films as the features that training stored; as they are where there are none."""
     if not settings.cache_features:
         return films
-    model = build_resnet34("none", settings.tracked, "average", precision=settings.precision)
+    model = build_resnet34(
+        "none", settings.tracked, "average",
+        outputs=len(films.findings), precision=settings.precision,
+    )  # fmt: skip
     model.place(find_devices(settings.device)[0]).load(read_model(settings.run, TRUNK))
     fingerprint = read_report(settings.prepared)["fingerprint"]
     features = FeatureStore(Shared([model]), films, settings, fingerprint).open()

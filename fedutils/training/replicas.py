@@ -45,10 +45,10 @@ class ReplicaParameters(Parameters):
         find_devices(self.device)
 
 
-def start_model(settings: Parameters, seed: int) -> ChestResNet:
+def start_model(settings: Parameters, seed: int, outputs: int) -> ChestResNet:
     """Build the model that a run starts from; a random trunk is calibrated on phantom films."""
     return build_resnet34(
-        settings.weights, settings.tracked, settings.batchnorm, seed,
+        settings.weights, settings.tracked, settings.batchnorm, seed, outputs=outputs,
         precision=settings.precision, draw_films=lambda: draw_batch(32, 64),
     )  # fmt: skip
 
@@ -56,12 +56,13 @@ def start_model(settings: Parameters, seed: int) -> ChestResNet:
 class Models:
     """The model replicas of a run, one for each device, which its jobs share; built at first use.
 
-    There are at most `most`, as many as clients may ever train at once. All seeds share the trunk
-    of the run's first one.
+    There are at most `most`, as many as clients may ever train at once, with an output a finding.
+    All seeds share the trunk of the run's first one.
     """
 
-    def __init__(self, settings: Parameters, most: int) -> None:
+    def __init__(self, settings: Parameters, most: int, outputs: int) -> None:
         self.settings, self.devices = settings, find_devices(settings.device)[:most]
+        self.outputs = outputs
         self.known: tuple[int, State] = (-1, {})  # the last seed asked for, and where it starts
         self.built: Shared[ChestResNet] | None = None
         self.local: set[str] = set()  # BatchNorm's state, which may stay with the clients
@@ -81,7 +82,7 @@ class Models:
 
     def _build(self) -> Shared[ChestResNet]:
         """Build the replicas on the trunk of the run, which the first one writes."""
-        model = start_model(self.settings, self.settings.seed_list[0])
+        model = start_model(self.settings, self.settings.seed_list[0], self.outputs)
         self.known = self.settings.seed_list[0], to_cpu(model.tracked_state())
         if not model_file(self.settings.run, TRUNK).is_file():
             state = {k: v for k, v in to_cpu(model.state_dict()).items() if not model.is_tracked(k)}
@@ -105,7 +106,8 @@ class Models:
         with self.lock:
             self.built = self.built or self._build()  # which knows the first seed's
             if seed != self.known[0]:
-                self.known = seed, to_cpu(start_model(self.settings, seed).tracked_state())
+                fresh = start_model(self.settings, seed, self.outputs)
+                self.known = seed, to_cpu(fresh.tracked_state())
             return self.known[1]
 
     def replicas(self, job: Job) -> "Replicas":

@@ -49,7 +49,9 @@ class Training:
         set_up(self.config["threads"], settings.precision)
         self.jobs = self._plan(films)
         at_once = sum(len(job.clients) for job in self.jobs)
-        self.models = replicas.Models(settings, 1 if films is None else at_once)
+        self.models = replicas.Models(
+            settings, 1 if films is None else at_once, len(self._findings())
+        )
         self.lock = threading.RLock()  # of the history, which jobs side by side write
         self.seconds = 0.0  # that train() took in this session
         there = [(job, now) for job in self.jobs if (now := self._load(job))]
@@ -136,6 +138,10 @@ class Training:
         jobs = arms.plan(self.settings, films, self.strategy)
         identity.keep_ledgers(jobs, self.config)
         return jobs
+
+    def _findings(self) -> list[str]:
+        """Return what the model has an output for each of."""
+        return self.films.findings
 
     def _executor(self, job: rounds.Job) -> rounds.Executor:
         """Return where the clients of a job train."""

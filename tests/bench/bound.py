@@ -18,8 +18,9 @@ import workload
 from PIL import Image
 from torch import Tensor
 
-from fedutils import FINDINGS, build_resnet34
+from fedutils import build_resnet34
 from fedutils.base.device import count_cores, keep_freed_memory
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.model import ChestResNet
 
 CORES = count_cores()
@@ -42,7 +43,7 @@ def main(films: str, weights: str, size: int, batch: int, rounds: int, epochs: i
     laps.lap()
     free: queue.SimpleQueue[ChestResNet] = queue.SimpleQueue()
     for _ in range(CORES):
-        free.put(build_resnet34(weights, "layer4,fc", "average").place("cpu").train())
+        free.put(build_resnet34(weights, "layer4,fc", "average", outputs=14).place("cpu").train())
     clients = [np.flatnonzero(table["client"] == name) for name in sorted(set(table["client"]))]
 
     @torch.no_grad()

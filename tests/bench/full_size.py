@@ -22,6 +22,7 @@ import pandas as pd
 
 import fedutils
 from fedutils.films.decode import INDEX_COLUMNS
+from fedutils.films.phantom.cases import FINDINGS
 
 FILMS, PATIENTS, SIZE = 112_120, 30_805, 224
 CLIENTS, ROUNDS, SEEDS = 5, 10, "0,1,2"
@@ -36,16 +37,14 @@ def write_store(work: Path, films: int) -> None:
     shape = (films, SIZE, SIZE)
     np.lib.format.open_memmap(prepared / "images.npy", "w+", np.uint8, shape).flush()
     patient = np.sort(rng.integers(0, PATIENTS * films // FILMS, films))
-    index = pd.DataFrame(rng.random((films, 14)) < 0.06, columns=fedutils.FINDINGS).astype(int)
+    index = pd.DataFrame(rng.random((films, 14)) < 0.06, columns=FINDINGS).astype(int)
     about = {
         "image_index": [f"{number:08d}_{k:06d}.png" for k, number in enumerate(patient)],
         "row": np.arange(films), "patient_id": patient.astype(str), "follow_up": 0, "age": 50,
         "sex": "F", "view": "PA", "scanner": rng.choice(SCANNERS, films),
         "split": np.array(["train"] * 7 + ["val"] + ["test"] * 2)[patient % 10],
     }  # fmt: skip
-    index.assign(**about)[[*INDEX_COLUMNS, *fedutils.FINDINGS]].to_csv(
-        prepared / "index.csv", index=False
-    )
+    index.assign(**about)[[*INDEX_COLUMNS, *FINDINGS]].to_csv(prepared / "index.csv", index=False)
     stated = {"fingerprint": "random", "image_size": SIZE, "seed": 0, "lists": []}
     (prepared / "report.json").write_text(json.dumps(stated))
 

@@ -259,7 +259,7 @@ def _one_speed(bench: Bench, films: ChestXrayDataset, batch: int, mode: str) -> 
     about |= {"augment": mode.endswith("augmented"), "batchnorm": "average", "precision": "auto"}
     about |= {"local_epochs": epochs, "device": str(bench.device)}
     settings = tiny_settings(bench.work, **about)
-    model = start_model(settings, 0).place(bench.device)
+    model = start_model(settings, 0, 14).place(bench.device)
     if mode == "cached":
         films = films.holding(_features(model, films))
     client = Client("client-1", films, settings, 0)
@@ -304,7 +304,7 @@ def steps(bench: Bench) -> Measured:
     """Where the time of a round goes: milliseconds a batch of 64, and a round's fixed costs."""
     films, size = bench.random_films(32 if bench.small else 224, 512), 64
     settings = tiny_settings(bench.work, tracked="all", device=str(bench.device))
-    model = start_model(settings, 0).place(bench.device).train()
+    model = start_model(settings, 0, 14).place(bench.device).train()
     rng = generator(0, "bench")
     pixels, labels = films.batch(range(size), bench.device)
     channels = normalise(pixels)
@@ -345,7 +345,7 @@ def compiled(bench: Bench) -> Measured:
         return {"skipped": "compiling takes longer than the tests allow"}
     films = bench.random_films(224, 512)
     settings = tiny_settings(bench.work, tracked="all", batch_size=64, device=str(bench.device))
-    model = start_model(settings, 0).place(bench.device).train()
+    model = start_model(settings, 0, 14).place(bench.device).train()
     pixels, labels = films.batch(range(min(64, len(films))), bench.device)
     channels, said = normalise(pixels), {}
 
@@ -411,7 +411,7 @@ def private(bench: Bench) -> Measured:
         about = {"dp": "patient", "noise_multiplier": 1.0, "batchnorm": "frozen", "delta": 1e-5}
         about |= {"tracked": tracked, "batch_size": 256, "device": str(bench.device)}
         settings = tiny_settings(bench.work, **about)
-        model = start_model(settings, 0).place(bench.device)
+        model = start_model(settings, 0, 14).place(bench.device)
         client = PrivateClient("client-1", films, settings, 0)
         sent = to_cpu(model.tracked_state())
         if bench.cuda:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.models import resnet34
 
-from fedutils import FINDINGS
 from fedutils.dataset import IMAGENET_MEAN, IMAGENET_STD
+from fedutils.films.phantom.cases import FINDINGS
 
 
 class Films(Dataset):

@@ -31,6 +31,7 @@ import torch
 from torchvision.models import resnet34
 
 import fedutils
+from fedutils.films.phantom.cases import FINDINGS
 
 Result = dict[str, str]  # what a run gave: hashes and the content of files, by name
 SHA = "state_sha256 of "  # begins the name of a hash
@@ -107,11 +108,11 @@ def write_prepared(prepared: Path, pixels: np.ndarray, index: pd.DataFrame) -> N
 def begin(work: Path, **changes: Any) -> tuple[fedutils.Settings, fedutils.ChestXrayDataset]:
     """Return settings and random films, on which each finding brightens its own stripe."""
     rng, patient = np.random.default_rng(0), np.arange(100)
-    labels = rng.random((100, len(fedutils.FINDINGS))) < 0.4
+    labels = rng.random((100, len(FINDINGS))) < 0.4
     pixels = rng.integers(0, 100, (100, 32, 32), dtype=np.uint8)
-    for finding in range(len(fedutils.FINDINGS)):
+    for finding in range(len(FINDINGS)):
         pixels[labels[:, finding], 2 * finding : 2 * finding + 2] += 120
-    about = dict(zip(fedutils.FINDINGS, labels.T.astype(int), strict=True)) | {
+    about = dict(zip(FINDINGS, labels.T.astype(int), strict=True)) | {
         "image_index": [f"{p:08d}_000.png" for p in patient],
         "row": patient,
         "patient_id": patient.astype(str),
@@ -122,7 +123,7 @@ def begin(work: Path, **changes: Any) -> tuple[fedutils.Settings, fedutils.Chest
         "scanner": "0.143",
         "split": np.array(["train", "train", "val", "test", "test"])[patient % 5],
     }
-    write_prepared(work / "prepared", pixels, pd.DataFrame(about)[INDEX + [*fedutils.FINDINGS]])
+    write_prepared(work / "prepared", pixels, pd.DataFrame(about)[INDEX + [*FINDINGS]])
     settings = fedutils.read_parameters(TINY | {"work_dir": str(work)} | changes)
     index = fedutils.read_index(work / "prepared")
     index["client"] = [f"client-{1 + p // 5 % settings.num_clients}" for p in patient]

@@ -20,7 +20,7 @@ from fedutils.evidence.words import headline
 from fedutils.plots.scores import (
     auroc_forest, client_matrix, difference_forest, pr_curves, roc_curves,
     subgroup_forest)
-from fedutils.base.findings import FINDINGS
+from fedutils.films.phantom.cases import FINDINGS
 
 films, people, rng = 25_596, 2_797, np.random.default_rng(0)
 rates = [.13, .04, .18, .24, .07, .06, .02, .10, .07, .04, .04, .02, .04, .003]

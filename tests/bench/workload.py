@@ -111,7 +111,7 @@ def build() -> ChestResNet:
 def random_network(batchnorm: str = "average") -> ChestResNet:
     """Return random weights as a run starts from them: BatchNorm has seen phantom films."""
     films = functools.partial(draw_batch, 32, 64)
-    return fedutils.build_resnet34("none", "layer4,fc", batchnorm, draw_films=films)
+    return fedutils.build_resnet34("none", "layer4,fc", batchnorm, draw_films=films, outputs=14)
 
 
 def loss(model: ChestResNet, batch: Tensor, labels: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 from sklearn.metrics import brier_score_loss
 
-from fedutils.base.findings import FINDINGS
 from fedutils.evidence.calibration import (
     SENSITIVE,
     YOUDEN,
@@ -21,6 +20,7 @@ from fedutils.evidence.calibration import (
 )
 from fedutils.evidence.intervals import share_interval
 from fedutils.evidence.tables import main_model, tabulate_calibration, tabulate_points
+from fedutils.films.phantom.cases import FINDINGS
 
 
 def naive_error(truth, probability, bins=15):

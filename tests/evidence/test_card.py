@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 from tiny import tiny_films, tiny_settings
 
-from fedutils.base.findings import FINDINGS
 from fedutils.evidence.card import write_card
 from fedutils.evidence.explain import POINTING
+from fedutils.films.phantom.cases import FINDINGS
 
 PARTS = {"train": {"films": 36, "patients": 36}, "test": {"films": 1012, "patients": 12}}
 REPORT = {"release": "2017", "lists": ["train_val", "test"], "films": 60, "patients": 60,
-          "splits": PARTS, "fingerprint": "f00d"}  # fmt: skip
+          "splits": PARTS, "fingerprint": "f00d", "outputs": [*FINDINGS]}  # fmt: skip
 START = {"fedutils": "9", "git_revision": "0123456789abcdef", "torch": "2.9", "device": "CPU"}
 START |= {"machine": "x86"}
 

@@ -15,7 +15,6 @@ from tiny import tiny_films, tiny_settings
 
 from fedutils.__main__ import main
 from fedutils.base.errors import InputError
-from fedutils.base.findings import FINDINGS
 from fedutils.batch.trained import read_run
 from fedutils.dataset import read_report
 from fedutils.evidence.calibration import calibrate, operating_points
@@ -39,6 +38,7 @@ from fedutils.evidence.tables import (
     with_interval,
 )
 from fedutils.evidence.words import _hospitals_in_words, headline, too_small
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.run import read_films
 from fedutils.training.training import Training
 

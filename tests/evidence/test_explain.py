@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from tiny import tiny_films, tiny_settings
 from torch import nn
 
-from fedutils.base.findings import FINDINGS
 from fedutils.dataset import normalise
 from fedutils.evidence import explain
 from fedutils.evidence.calibration import YOUDEN
@@ -38,6 +37,7 @@ from fedutils.evidence.explain import (
 from fedutils.evidence.intervals import share_interval
 from fedutils.evidence.words import pointing_words
 from fedutils.films.decode import decode_film
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.films.read import read_nih
 from fedutils.model import build_resnet34
 
@@ -67,7 +67,7 @@ def test_grad_cam_of_a_toy_network_is_what_paper_and_pencil_give():
 @pytest.mark.parametrize("tracked", ["layer4,fc", "fc"])
 def test_grad_cam_of_a_resnet_is_its_class_activation_map_frozen_or_not(tracked):
     """With a mean and one linear layer behind it, Grad-CAM is CAM (Selvaraju et al., section 3)."""
-    model = build_resnet34("none", tracked).double().eval()
+    model = build_resnet34("none", tracked, outputs=14).double().eval()
     draw = torch.Generator().manual_seed(1)
     x = normalise(torch.randint(256, (2, 1, 96, 96), generator=draw, dtype=torch.uint8)).double()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -187,7 +187,7 @@ def run(tmp_path_factory):
     films = tiny_films(work, films=60)
     (settings.run / "models").mkdir(parents=True)
     for name, seed in (("trunk", 0), ("federated-s0", 1), ("local-s0-client-1", 2)):
-        model = build_resnet34("none", settings.tracked, seed=seed)
+        model = build_resnet34("none", settings.tracked, seed=seed, outputs=14)
         state = {
             k: v for k, v in model.state_dict().items() if model.is_tracked(k) != (name == "trunk")
         }
@@ -216,7 +216,7 @@ def test_the_game_is_played_on_test_films_by_one_model_an_arm(run, monkeypatch):
     assert whole.loc[BY_MODEL, "arm"].tolist() == ["federated", "local"]
     assert whole.loc[BY_MODEL, "client"].tolist() == ["", "client-1"]
     assert whole.loc[CENTRE, "value"] == 1 and whole.loc[UPPER, "value"] == 1
-    model = load_model(settings, "federated-s0")
+    model = load_model(settings, "federated-s0", 14)
     test = films.where(films.index["split"] == "test")
     pairs = box_pairs(read_boxes(settings, test))
     warm = heat_maps(model, test, pairs, batch_size=5).max(axis=(1, 2)) > 0

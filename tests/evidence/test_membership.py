@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 from tiny import tiny_films
 
-from fedutils.base.findings import FINDINGS
 from fedutils.evidence.membership import RATE, attack_films
 from fedutils.evidence.membership import attack_models as membership
 from fedutils.evidence.membership import found_at as rate_at
 from fedutils.evidence.words import membership_words
+from fedutils.films.phantom.cases import FINDINGS
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ import time
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
 from fedutils.base import scores
-from fedutils.base.findings import FINDINGS
 from fedutils.base.scores import average_precision, pr_points, roc_points
 from fedutils.evidence.bootstrap import RESAMPLES_AT_ONCE, bootstrap, interval, patient_resamples
 from fedutils.evidence.differences import holm, join_rows, pair_rows
@@ -20,6 +20,7 @@ from fedutils.evidence.metrics import (
     tabulate_draws,
     with_mean,
 )
+from fedutils.films.phantom.cases import FINDINGS
 
 
 def labels_and_scores(rng, n, ties, prevalence=0.3):
@@ -51,7 +52,9 @@ def table_of(truth, score, patients, repeats):
     draws = np.stack([bootstrap(*column, resamples) for column in columns], axis=1)
     chosen = evaluable_findings(truth, patients)
     counts = count_patients(truth, patients)
-    return tabulate_draws(with_mean(draws, chosen), truth, *counts, chosen)
+    return tabulate_draws(
+        FINDINGS[: truth.shape[1]], with_mean(draws, chosen), truth, *counts, chosen
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -172,7 +175,7 @@ def test_mean_is_taken_over_the_evaluable_findings():
     truth[:, 13] = 0
     few = np.flatnonzero(np.diff(patients, prepend=-1))[:9]
     truth[:, 12] = np.isin(np.arange(len(truth)), few)
-    assert evaluable_findings(truth, patients) == list(FINDINGS[:12])
+    assert evaluable_findings(truth, patients) == list(range(12))
     table = table_of(truth, score, patients, 50)
     for _, rows in table.groupby("metric"):
         rows = rows.set_index("finding")
@@ -184,7 +187,7 @@ def test_positive_patients_count_not_positive_films():
     truth, patients = np.zeros((60, 14)), np.r_[np.arange(30), np.full(30, 99)]
     truth[:10, 0] = 1  # 10 films of 10 patients
     truth[30:50, 1] = 1  # 20 films of one patient
-    assert evaluable_findings(truth, patients) == ["Atelectasis"]
+    assert evaluable_findings(truth, patients) == [0]
     assert [count[:3].tolist() for count in count_patients(truth, patients)] == [
         [10, 1, 0],
         [21, 31, 31],
@@ -194,7 +197,7 @@ def test_positive_patients_count_not_positive_films():
 def test_negative_patients_are_wanted_too():
     truth, patients = np.zeros((60, 14)), np.arange(60)
     truth[:50, 0], truth[:51, 1], truth[:, 2] = 1, 1, 1
-    assert evaluable_findings(truth, patients) == ["Atelectasis"]
+    assert evaluable_findings(truth, patients) == [0]
 
 
 def test_nothing_is_judged_from_few_patients():
@@ -226,10 +229,10 @@ def test_groups_are_compared_over_the_findings_that_all_of_them_have():
     truth, patients = np.zeros((80, 14)), np.arange(80)
     left, right = patients < 40, patients >= 40
     truth[5:20, :2] = truth[50:65, 1:3] = 1
-    assert evaluable_findings(truth, patients) == [*FINDINGS[:3]]
-    assert evaluable_findings(truth, patients, [left, right]) == [FINDINGS[1]]
+    assert evaluable_findings(truth, patients) == [0, 1, 2]
+    assert evaluable_findings(truth, patients, [left, right]) == [1]
     nobody = np.zeros(80, dtype=bool)
-    assert evaluable_findings(truth, patients, [left, right, nobody]) == [FINDINGS[1]]
+    assert evaluable_findings(truth, patients, [left, right, nobody]) == [1]
     assert evaluable_findings(truth, patients, [nobody]) == []
 
 
@@ -246,7 +249,7 @@ def test_holm_never_lowers_a_p_and_keeps_their_order(p):
     assert (np.diff(adjusted[np.argsort(p, kind="stable")]) >= 0).all()
 
 
-ENOUGH = np.full(14, True)
+ENOUGH = pd.Series(True, FINDINGS)
 
 
 def draws_around(values, seeds, noise=0.01):
@@ -254,7 +257,7 @@ def draws_around(values, seeds, noise=0.01):
     over = noise * np.random.default_rng(1).normal(size=(14, 1001))
     over[:, 0] = 0
     one = {
-        str(i): with_mean(np.asarray(values, float)[:, None] + over + move, FINDINGS)[None]
+        str(i): with_mean(np.asarray(values, float)[:, None] + over + move, range(14))[None]
         for i, move in enumerate(seeds)
     }
     return one | {"": np.mean(list(one.values()), axis=0)}
@@ -286,7 +289,7 @@ def test_with_one_seed_nothing_is_shown():
 
 
 def test_too_few_patients_give_no_verdict():
-    few = differences([0.1] * 14, [0.0, 1e-4], np.arange(14) > 0)
+    few = differences([0.1] * 14, [0.0, 1e-4], pd.Series(np.arange(14) > 0, FINDINGS))
     assert few["verdict"].tolist() == ["too few patients"] + ["shown"] * 14
     assert few["p"].isna().tolist() == [True] + [False] * 14
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedutils.base.errors import InputError
-from fedutils.base.findings import FINDINGS
 from fedutils.films.partition import label_skew, partition_patients, partition_report
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.films.read import read_nih
 from fedutils.films.split import assert_disjoint, split_patients
 

@@ -1,17 +1,30 @@
 """The phantom has NIH's layout and quirks, enough of each finding, and signs where boxes say."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_settings
 
 from fedutils.base.errors import InputError
-from fedutils.base.findings import FINDINGS, parse_labels
-from fedutils.films.phantom.cases import NIH_SHARE, SCANNERS, Film, phantom_table
+from fedutils.base.findings import findings_of
+from fedutils.dataset import ChestXrayDataset, read_index
+from fedutils.evidence.metrics import evaluate_models
+from fedutils.evidence.predict import predict_films
+from fedutils.evidence.tables import tabulate
+from fedutils.films.decode import decode_films, write_index
+from fedutils.films.partition import partition_patients
+from fedutils.films.phantom.cases import FINDINGS, NIH_SHARE, SCANNERS, Film, phantom_table
 from fedutils.films.phantom.signs import draw_film
 from fedutils.films.phantom.write import BOXED, draw_batch, write_phantom
+from fedutils.films.prepared import check_prepared, prepared_with
+from fedutils.films.read import open_data, parse_labels
+from fedutils.films.split import split_patients
+from fedutils.training.training import Training
 
 SMALL = {"patients": 60, "size": 96, "seed": 3}
 
@@ -194,3 +207,30 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
 def test_a_phantom_too_small_to_be_one_is_refused(tmp_path, arguments):
     with pytest.raises(InputError, match="at least"):
         write_phantom(tmp_path / "phantom", **arguments)
+
+
+def test_fewer_findings_are_a_smaller_head_and_smaller_tables(tmp_path):
+    folder = write_phantom(tmp_path / "phantom", 60, 64)
+    settings = tiny_settings(tmp_path / "work", findings="Mass,Effusion", rounds=1, num_clients=2)
+    data = open_data(str(folder), settings.work_dir, settings.findings)
+    assert findings_of(data.table) == ["Effusion", "Mass"]  # the data's order
+    assert set(data.boxes["finding"]) == {"Effusion", "Mass"}
+    table = data.table.assign(split=split_patients(data.table, 0))
+    films = decode_films(table, data.folder, settings.prepared, 32)
+    about = {"release": data.release, **prepared_with(settings)}
+    report = write_index(table, films, data.boxes, settings.prepared, about)
+    assert report["outputs"] == ["Effusion", "Mass"]
+    index = read_index(settings.prepared)
+    check_prepared(settings, report, index)
+    with pytest.raises(InputError, match=r"findings='': .* prepared with 'Mass,Effusion'"):
+        check_prepared(dataclasses.replace(settings, findings=""), report, index)
+    clients = partition_patients(index, "dirichlet", 2, 0.5, 0)
+    index["client"] = index["patient_id"].map(clients.set_index("patient_id")["client"])
+    films = ChestXrayDataset(settings.prepared, index)
+    settings.run.mkdir(parents=True)
+    Training(settings, films).train()
+    head = load_file(settings.run / "global_model.safetensors")["fc.bias"]
+    assert head.shape == (2,)
+    result = evaluate_models(predict_films(settings, films, "test"), films, 0, 20)
+    assert set(result.metrics["finding"]) == {"Effusion", "Mass", "mean"}
+    assert list(tabulate(result.metrics).index[1:]) == ["Effusion", "Mass"]

@@ -8,11 +8,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from fedutils.base.errors import InputError
-from fedutils.base.findings import FINDINGS
 from fedutils.dataset import read_index
 from fedutils.films import twins
 from fedutils.films.decode import decode_films, write_index
-from fedutils.films.phantom.cases import phantom_table, to_films
+from fedutils.films.phantom.cases import FINDINGS, phantom_table, to_films
 from fedutils.films.phantom.write import draw_batch
 from fedutils.films.twins import find_twins, hash_films
 from fedutils.settings import read_parameters

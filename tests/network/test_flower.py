@@ -24,8 +24,8 @@ from torchvision.models import resnet34
 from fedutils import rounds, run
 from fedutils.base.device import precision
 from fedutils.base.errors import InputError
-from fedutils.base.findings import FINDINGS
 from fedutils.base.state import to_cpu
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.model import build_resnet34
 from fedutils.network import hospital, messages, server
 from fedutils.network.hospital import Hospital, client_app
@@ -55,12 +55,12 @@ def one_process():
     """In earnest each message is a process of its own; here all share one task and one model."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 2, 3
     built = functools.cache(
-        lambda settings, seed: (m := start_model(settings, seed), to_cpu(m.state_dict()))
+        lambda settings, *of: (m := start_model(settings, *of), to_cpu(m.state_dict()))
     )
 
-    def start(settings, seed):
+    def start(settings, *of):
         about = "weights", "tracked", "batchnorm", "precision"
-        model, fresh = built(Start(*(getattr(settings, name) for name in about)), seed)
+        model, fresh = built(Start(*(getattr(settings, name) for name in about)), *of)
         model.load(fresh)
         model._forward_pre_hooks.clear()  # of the run before
         return model.train()
@@ -143,7 +143,7 @@ def test_the_validation_is_that_of_all_hospitals_films(both):
 
 def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
     _films, *_, grid = both
-    model = build_resnet34("none", "layer1,fc", "average")
+    model = build_resnet34("none", "layer1,fc", "average", outputs=14)
     shapes = {name: (tuple(v.shape), v.dtype) for name, v in model.tracked_state().items()}
     measured = {k: v for k, v in shapes.items() if k.endswith(("running_mean", "running_var"))}
     numbers = {"weight", "known", "examples", "train_loss", "loss", "labels", "pairs", "ordered"}
@@ -154,6 +154,7 @@ def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
     for name, reply in replies:
         assert set(reply.content) == {"words", "numbers", "state"}
         words = dict(reply.content["words"])
+        assert words.pop("findings", "\n".join(FINDINGS)) == "\n".join(FINDINGS)
         assert words.pop("name", name) == name and words == {"status": "ok", "reason": ""}
         assert set(reply.content["numbers"]) <= numbers
         for value in reply.content["numbers"].values():
@@ -379,7 +380,7 @@ def test_each_hospital_has_written_down_what_it_released(private):
 def test_nothing_but_noised_parameters_and_counts_leaves_a_private_hospital(private):
     """And the sums on validation patients, whom no run protects."""
     *_, history, grid, _ = private
-    model = build_resnet34("none", "layer1,fc", "frozen")
+    model = build_resnet34("none", "layer1,fc", "frozen", outputs=14)
     shapes = {k: v.shape for k, v in model.named_parameters() if k.startswith(("layer1", "fc"))}
     shapes = {name: shape for name, shape in shapes.items() if ".bn" not in name}
     budget = {"hospital", "patients", "sampling_rate", "noise_multiplier", "steps", "delta",
@@ -391,6 +392,7 @@ def test_nothing_but_noised_parameters_and_counts_leaves_a_private_hospital(priv
             reply.content["numbers"],
             unpack(reply),
         )
+        assert words.pop("findings", "\n".join(FINDINGS)) == "\n".join(FINDINGS)
         assert words.pop("name", name) == name and words.pop("status") == "ok"
         if reply.metadata.message_type == "train":
             assert {k: v.shape for k, v in state.items()} == shapes
@@ -540,14 +542,18 @@ SUMS = {"loss": 2.0, "labels": 28, "pairs": [4] * 14, "ordered": [3.0] * 14}
     {"pairs": [-1] * 14, "ordered": [-2.0] * 14},
 ])  # fmt: skip
 def test_sums_that_no_films_could_give_are_that_hospitals_fault(wrong):
-    assert read_sums(reply_with(SUMS))[1] == "" and read_sums(reply_with(SUMS))[0]["labels"] == 28
-    found, fault = read_sums(reply_with(SUMS | wrong))
+    assert (
+        read_sums(reply_with(SUMS), 14)[1] == ""
+        and read_sums(reply_with(SUMS), 14)[0]["labels"] == 28
+    )
+    found, fault = read_sums(reply_with(SUMS | wrong), 14)
     assert found == {} and fault
-    assert read_sums(reply_with({"loss": 1.0}))[1].startswith("sums of another kind")
+    assert read_sums(reply_with({"loss": 1.0}), 14)[1].startswith("sums of another kind")
 
 
 def test_a_lying_hospital_neither_ends_the_validation_nor_moves_it(tmp_path, capfd):
     network = server.Network(Grid({}), tiny_settings(tmp_path))
+    network.findings = list(FINDINGS)
     replies = {"a": reply_with(SUMS | {"ordered": [400.0] * 14}), "b": reply_with(SUMS)}
     network.ask = lambda kind, orders, state: replies.items()
     job = rounds.Job("federated", 0, [Member(name, counts(1), None, 0) for name in "ab"], None)
@@ -560,14 +566,18 @@ def counts(weight):
     return {"weight": weight, "known": [weight] * 14}
 
 
+NAMES = "\n".join(FINDINGS)
+
+
 @pytest.mark.parametrize(
     "numbers",
     [{}, {"weight": math.nan}, {"weight": -5}, {"weight": [1]}, {"known": 5}, {"known": [5] * 13},
      {"known": [5] * 13 + [-1]}, {"known": [5.0] * 13 + [math.nan]}],
 )  # fmt: skip
 def test_an_introduction_that_is_none_is_named_and_its_node_takes_no_part(numbers):
-    name = {"name": "north"}
-    assert read_introduction(reply_with(counts(5), name)) == ("north", counts(5), "")
+    name = {"name": "north", "findings": NAMES}
+    about = counts(5) | {"findings": list(FINDINGS)}
+    assert read_introduction(reply_with(counts(5), name)) == ("north", about, "")
     numbers = counts(5) | numbers if numbers else {}
     assert read_introduction(reply_with(numbers, name))[2].startswith("no introduction")
     assert read_introduction(reply_with(counts(5)))[2].startswith("no introduction")
@@ -578,8 +588,21 @@ def test_a_second_node_of_the_same_name_does_not_replace_the_first(tmp_path, cap
     network.grid.nodes = {11: "a", 12: "a"}
     network.asked = {11: "first", 12: "second"}
     network.wait = lambda asked, end: reply_with(
-        counts({"first": 5, "second": 99}[asked]), {"name": "a"}
+        counts({"first": 5, "second": 99}[asked]), {"name": "a", "findings": NAMES}
     )
     network.discover()
-    assert network.nodes == {"a": 11} and network.counts == {"a": counts(5)}
+    assert network.nodes == {"a": 11} and network.counts["a"]["weight"] == 5
     assert "SuperNode 12: calls itself a, as SuperNode 11 does" in capfd.readouterr().out
+
+
+def test_a_hospital_with_other_findings_is_left_out_by_name(tmp_path, capfd):
+    network = server.Network(Grid({}), tiny_settings(tmp_path))
+    network.grid.nodes = {11: "a", 12: "b"}
+    network.asked = {11: "A\nB", 12: "B\nA"}
+    network.wait = lambda asked, end: reply_with(
+        {"weight": 5, "known": [5, 5]},
+        {"name": network.grid.nodes[11 if asked == "A\nB" else 12], "findings": asked},
+    )
+    network.discover()
+    assert network.nodes == {"a": 11} and network.findings == ["A", "B"]
+    assert "b is left out: its findings are B, A, not the run's A, B" in capfd.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from fedutils.base.findings import FINDINGS, NO_FINDING
+from fedutils.base.findings import NO_FINDING
 from fedutils.evidence.explain import (
     ALL_BOXES,
     BY_MODEL,
@@ -24,6 +24,7 @@ from fedutils.evidence.explain import (
     UPPER,
 )
 from fedutils.evidence.metrics import YARDSTICKS_OFFICIAL
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.plots.films import (
     client_heatmap,
     cooccurrence,
@@ -187,13 +188,15 @@ def every_figure(films=30, clients=3, rounds=5):
         "cooccurrence": cooccurrence(table, "phantom"),
         "films_per_patient": films_per_patient(table, "phantom"),
         "demographics": demographics(table, "phantom"),
-        "finding_grid": finding_grid({"Mass": film}, {"Mass": [(1, 1, 2, 3)]}, "phantom"),
+        "finding_grid": finding_grid(
+            dict.fromkeys(FINDINGS) | {"Mass": film}, {"Mass": [(1, 1, 2, 3)]}, "phantom"
+        ),
         "film_grid": film_grid([film], ["a film"], "phantom"),
         "split_overlap": split_overlap(overlap, "phantom"),
         "client_heatmap": client_heatmap(client_report(clients), "phantom"),
         "learning_curves": learning_curves(history(["federated"], 1, rounds), "phantom"),
-        "roc_curves": roc_curves(truth, truth * 0.5, "phantom"),
-        "pr_curves": pr_curves(truth, truth * 0.5, "phantom"),
+        "roc_curves": roc_curves(table[[*FINDINGS]], table[[*FINDINGS]] * 0.5, "phantom"),
+        "pr_curves": pr_curves(table[[*FINDINGS]], table[[*FINDINGS]] * 0.5, "phantom"),
         "auroc_forest": auroc_forest(metrics_table(["federated"]), title="phantom"),
         "subgroup_forest": subgroup_forest(three_arms(), "phantom"),
         "client_matrix": client_matrix(three_arms(), "phantom"),
@@ -273,7 +276,8 @@ def test_demographics_counts_what_it_cannot_show():
 
 
 def test_a_finding_without_a_film_is_said_to_have_none():
-    figure = finding_grid({"Mass": np.zeros((9, 9), np.uint8)}, {"Mass": [(1, 2, 3, 4)]})
+    films = dict.fromkeys(FINDINGS) | {"Mass": np.zeros((9, 9), np.uint8)}
+    figure = finding_grid(films, {"Mass": [(1, 2, 3, 4)]})
     assert texts(figure).count("no film") == 13
     (box,) = figure.axes[FINDINGS.index("Mass")].patches
     assert (*box.get_xy(), box.get_width(), box.get_height()) == (1, 2, 3, 4)
@@ -335,7 +339,8 @@ def test_curves_have_a_panel_a_finding_and_name_the_undefined(draw):
     truth = np.zeros((20, 14))
     truth[:5, :12], truth[:, 12] = 1, 1
     truth[3, 0] = np.nan
-    figure = draw(truth, np.linspace(1, 0, 20 * 14).reshape(20, 14))
+    scores = np.linspace(1, 0, 20 * 14).reshape(20, 14)
+    figure = draw(*(pd.DataFrame(part, columns=FINDINGS) for part in (truth, scores)))
     assert len([ax for ax in figure.axes if ax.get_title(loc="left")]) == 14
     assert texts(figure).count("no film shows it") == 1
     assert texts(figure).count("all films show it") == 1
@@ -346,7 +351,8 @@ def test_curves_have_a_panel_a_finding_and_name_the_undefined(draw):
 def test_pr_panels_show_the_prevalence_as_chance():
     truth = np.zeros((20, 14))
     truth[:5] = 1
-    figure = pr_curves(truth, np.random.default_rng(0).random((20, 14)))
+    scores = np.random.default_rng(0).random((20, 14))
+    figure = pr_curves(*(pd.DataFrame(part, columns=FINDINGS) for part in (truth, scores)))
     assert list(figure.axes[0].lines[0].get_ydata()) == [0.25, 0.25]
     assert "(chance 0.250)" in figure.axes[0].get_title(loc="left")
 

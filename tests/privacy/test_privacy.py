@@ -63,7 +63,9 @@ def private_client(tmp_path, films, **changes):
 
 
 def build(tracked="fc"):
-    model = build_resnet34("none", tracked, "frozen", draw_films=lambda: draw_batch(32, 64)).train()
+    model = build_resnet34(
+        "none", tracked, "frozen", draw_films=lambda: draw_batch(32, 64), outputs=14
+    ).train()
     freeze_batchnorm(model)
     return model
 
@@ -382,7 +384,7 @@ def test_the_budget_is_kept_from_round_to_round(tmp_path, films):
 
 
 def test_batchnorm_that_is_not_frozen_is_refused(tmp_path, films):
-    model = build_resnet34("none", "layer4,fc", "average")
+    model = build_resnet34("none", "layer4,fc", "average", outputs=14)
     with pytest.raises(InputError, match="batchnorm=frozen"):
         private_client(tmp_path, films).fit(model, to_cpu(model.tracked_state()), {}, 1)
 

@@ -68,7 +68,7 @@ def test_where_nobody_can_measure_the_averages_stay(tmp_path, monkeypatch):
 
 
 def test_a_client_measures_the_tracked_layers_under_the_global_state(films, tmp_path):
-    model = build_resnet34("none", "layer1,fc")
+    model = build_resnet34("none", "layer1,fc", outputs=14)
     state = {name: value.clone() for name, value in model.tracked_state().items()}
     client = client_of(films, tmp_path, batch_size=60)
     measured = measure_batchnorm(client, model, state, round=1)
@@ -80,7 +80,7 @@ def test_a_client_measures_the_tracked_layers_under_the_global_state(films, tmp_
 
 
 def test_only_statistics_change_and_frozen_layers_stay(films, tmp_path):
-    model = build_resnet34("none", "layer1,fc")
+    model = build_resnet34("none", "layer1,fc", outputs=14)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = {name: value.clone() for name, value in model.tracked_state().items()}
     measured = measure_batchnorm(client_of(films, tmp_path), model, state, round=1)
@@ -97,7 +97,7 @@ def test_measured_statistics_follow_the_films_where_averages_lag(tmp_path):
     for policy in ("average", "precise"):
         settings = tiny_settings(tmp_path, name=policy, batchnorm=policy, lr=0.01)
         Training(settings, films).train()
-        model = build_resnet34("none", "layer1,fc")
+        model = build_resnet34("none", "layer1,fc", outputs=14)
         for name in ("trunk", "federated-s0"):
             model.load(load_file(settings.run / f"models/{name}.safetensors"))
         exact = seen_by_layer1(model, train).double().mean((0, 2, 3))

@@ -17,9 +17,9 @@ from test_federation import NAMES, STRATEGIES, aggregated, hashes
 from tiny import tiny_films, tiny_settings
 
 from fedutils.base.errors import InputError
-from fedutils.base.findings import FINDINGS
 from fedutils.base.threads import Shared
 from fedutils.evidence.predict import predict_films
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.model import build_resnet34
 from fedutils.training import features
 from fedutils.training.features import BLOCK, FeatureStore, find_scratch
@@ -41,7 +41,7 @@ def train(work, films=60, **changes):
 
 def open_store(work, model=None, fingerprint="tiny", size=32, films=FILMS, **changes):
     settings = tiny_settings(work, cache_features=True, **(FROZEN | changes))
-    model = model or build_resnet34("none", "layer4,fc")
+    model = model or build_resnet34("none", "layer4,fc", outputs=14)
     return FeatureStore(Shared([model]), tiny_films(work, films, size=size), settings, fingerprint)
 
 
@@ -106,7 +106,7 @@ def test_half_precision_features_are_close_and_half_the_size(tmp_path):
 
 
 def test_features_stand_in_the_order_of_the_store_whatever_the_batch(tmp_path):
-    model, store = build_resnet34("none", "layer4,fc").eval(), open_store(tmp_path)
+    model, store = build_resnet34("none", "layer4,fc", outputs=14).eval(), open_store(tmp_path)
     features = store.fill()
     rows = np.array([141, 3, 77])
     films = torch.from_numpy(tiny_films(tmp_path, FILMS).store[rows])[:, None]
@@ -119,19 +119,21 @@ def test_features_stand_in_the_order_of_the_store_whatever_the_batch(tmp_path):
 def test_another_trunk_data_size_or_dtype_is_another_store(tmp_path):
     first = open_store(tmp_path).path
     assert open_store(tmp_path).path == first
-    head = build_resnet34("none", "layer4,fc")
+    head = build_resnet34("none", "layer4,fc", outputs=14)
     with torch.no_grad():
         head.layer4[0].conv1.weight.add_(1)
         head.fc.bias.add_(1)
     assert open_store(tmp_path, head).path == first
-    trunk = build_resnet34("none", "layer4,fc")
+    trunk = build_resnet34("none", "layer4,fc", outputs=14)
     trunk.layer1[0].bn1.running_mean[0] += 1e-6
     others = {
         open_store(tmp_path, trunk).path,
         open_store(tmp_path, fingerprint="other").path,
         open_store(tmp_path, size=64).path,
         open_store(tmp_path, feature_dtype="fp16").path,
-        open_store(tmp_path, build_resnet34("none", "layer4,fc", precision="bf16")).path,
+        open_store(
+            tmp_path, build_resnet34("none", "layer4,fc", precision="bf16", outputs=14)
+        ).path,
     }
     assert len(others) == 5 and first not in others
 
@@ -200,7 +202,7 @@ def test_too_little_time_is_refused(tmp_path, monkeypatch):
 
 
 def test_values_too_large_for_half_precision_are_refused(tmp_path):
-    model = build_resnet34("none", "layer4,fc")
+    model = build_resnet34("none", "layer4,fc", outputs=14)
     model.layer3[5].bn2.bias.data.fill_(1e6)
     with pytest.raises(InputError, match="feature_dtype=fp32"):
         open_store(tmp_path, model, feature_dtype="fp16").fill()

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from tiny import tiny_films, tiny_settings
 
 from fedutils.base.errors import InputError
-from fedutils.base.findings import FINDINGS
 from fedutils.base.state import state_hash
 from fedutils.client import Client
 from fedutils.evidence.predict import predict_films
 from fedutils.fedavg import FedAvg
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.rounds import FederationError, sample_clients
 from fedutils.run import HISTORY, best_rounds
 from fedutils.settings import FIELDS, Settings

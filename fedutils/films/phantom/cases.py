@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ...base.errors import InputError
-from ...base.findings import FINDINGS, format_labels
+from ...base.findings import format_labels
 from ...base.rng import generator
 
 DEFAULT_PATIENTS = 1200
@@ -17,6 +17,7 @@ DEFAULT_SIZE = 192  # pixels
 CASES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 Scanner = namedtuple("Scanner", CASES["scanner"][0])
 SCANNERS = tuple(Scanner(**about) for about in CASES["scanner"])
+FINDINGS = tuple(CASES["finding"])  # in NIH's order
 NIH_SHARE = {name: about["share"] for name, about in CASES["finding"].items()}
 SHARE_FLOOR, TEST_SHARE, TEST_PATIENTS = 0.06, 0.32, 45
 
@@ -35,7 +36,11 @@ def phantom_table(patients: int = DEFAULT_PATIENTS, seed: int = 0) -> pd.DataFra
     for split in ("train_val", "test"):
         rows = np.flatnonzero(films["split"] == split)
         labels[rows] = _findings(films.iloc[rows], generator(seed, f"findings {split}"))
-    films.insert(1, "Finding Labels", [format_labels(row) for row in labels])
+    films.insert(
+        1,
+        "Finding Labels",
+        [format_labels(dict(zip(FINDINGS, row, strict=True))) for row in labels],
+    )
     return films
 
 

@@ -6,8 +6,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ...base.findings import FINDINGS
-from .cases import DEFAULT_SIZE, Film
+from .cases import DEFAULT_SIZE, FINDINGS, Film
 from .chest import Chest, develop, side_of, smooth_noise, step
 
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from ...base.device import count_cores
 from ...base.errors import InputError
-from ...base.findings import FINDINGS
-from .cases import DEFAULT_PATIENTS, DEFAULT_SIZE, Film, phantom_table, to_films
+from .cases import DEFAULT_PATIENTS, DEFAULT_SIZE, FINDINGS, Film, phantom_table, to_films
 from .signs import draw_film
 
 FORMAT_VERSION = 4
