@@ -32,6 +32,7 @@ NAMES = {
     "films.phantom.write": "write_phantom",
     "films.prepared": "check_prepared prepared_with",
     "films.read": "open_data",
+    "films.suspects": "mean_films",
     "films.split": "check_splits choose_films leak_of_splits split_patients",
     "model": "build_resnet34",
     "rounds": "FederationError run_round",

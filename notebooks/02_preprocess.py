@@ -126,13 +126,34 @@ display(Markdown(
 display(near.head(20) if len(near) else Markdown("None is named."))
 
 # %% [markdown]
+# ## Does any film lie on its side?
+#
+# The mean film of each hospital, or scanner, shows at once what came inverted or sideways as a whole.
+
+# %%
+index = fedutils.read_index(prepared)
+means = fedutils.mean_films(fedutils.ChestXrayDataset(prepared).store, index)
+fedutils.plots.film_grid(list(means.values()), list(means), data.release, "The mean film of each")
+
+# %% [markdown]
+# Single films are compared with the mean of the others, upright, inverted and turned, and by their edges.
+# Nearly all that are inverted or turned are found, most mirrored ones, and films of something else than a
+# frontal chest; of the untouched ones up to 1 % are named, too. So look before `suspects="drop"` leaves them out.
+
+# %%
+wrong = pd.DataFrame(report["look_wrong"], columns=["film", "looks"])
+display(Markdown(
+    f"Films that look wrong: **{len(wrong)}**{' (left out)' if settings.suspects == 'drop' and len(wrong) else ''}."
+))
+display(wrong.head(20) if len(wrong) else Markdown("None is named."))
+
+# %% [markdown]
 # ## Are the splits alike?
 #
 # The share of labelled films with each finding, by split. NIH's own test list has more sick patients
 # than its training list; a random split of patients has not.
 
 # %%
-index = fedutils.read_index(prepared)
 shares = index.groupby("split")[report["outputs"]].mean().T
 shares = shares.reindex(columns=["train", "val", "test"])
 HTML(shares.to_html(float_format="{:.1%}".format, na_rep="not labelled"))

@@ -23,6 +23,7 @@ from .find import check_films
 from .formats import read_grey
 from .read import NihData
 from .split import check_splits
+from .suspects import find_suspects
 from .twins import find_twins
 
 STORE_VERSION = 2
@@ -43,6 +44,10 @@ class FilmParameters(Parameters):
     twins: str = parameter(
         "keep", "near-equal films of two patients: keep them, named in the report, or drop all",
         allowed=("keep", "drop"),
+    )  # fmt: skip
+    suspects: str = parameter(
+        "report", "films that look inverted, turned, mirrored or unlike a chest: report, or drop",
+        allowed=("report", "drop"),
     )  # fmt: skip
 
 
@@ -207,8 +212,9 @@ def write_index(
     `table` has the store's rows in order, with a `split` column. Films with a problem are left out
     of the index and named in the report. Boxes are written as fractions of the film's sides, so
     that they follow any resize. `about` (release, image_size, ...) goes into the report too. Films
-    of different patients that are near-equal are named there; with `twins` "drop" in `about` they
-    are left out. Raises InputError where another process has stored other films since `films` were.
+    of different patients that are near-equal are named there, and films that look wrong; with
+    `twins` or `suspects` "drop" in `about` they are left out. Raises InputError where another
+    process has stored other films since `films` were.
     """
     with run_lock(prepared, wait=True):
         stored = read_written(prepared / "films.csv", *FILM_COLUMNS)
@@ -226,10 +232,15 @@ def _write_index(
     readable = (films["problem"] == "").to_numpy()
     broken, good = films[~readable], films[readable]
     index = table[readable & (table["split"] != "")].sort_values("image_index")
-    near = find_twins(open_store(prepared / "images.npy"), index.join(films["pixels"]))
-    if about.get("twins") == "drop":
-        index = index[~index["image_index"].isin(near[["film", "twin"]].to_numpy().ravel())]
-        check_splits(index, about.get("seed", 0), "twins=drop left out near-equal films; ")
+    store = open_store(prepared / "images.npy")
+    near, wrong = find_twins(store, index.join(films["pixels"])), find_suspects(store, index)
+    for name, what, named in (
+        ("twins", "near-equal", near[["film", "twin"]]),
+        ("suspects", "suspect", wrong[["film"]]),
+    ):
+        if about.get(name) == "drop":
+            index = index[~index["image_index"].isin(named.to_numpy().ravel())]
+            check_splits(index, about.get("seed", 0), f"{name}=drop left out {what} films; ")
     findings = findings_of(table)
     index = index[INDEX_COLUMNS + findings].astype(dict.fromkeys(findings, "Int8"))
     content = index.to_csv(index=False).encode()
@@ -255,6 +266,7 @@ def _write_index(
         "quarantined": dict(zip(broken["image_index"], broken["problem"], strict=True)),
         "duplicates": sorted(names.tolist() for _, names in twins),
         "near_equal": near.to_dict("split", index=False)["data"],
+        "look_wrong": wrong.to_dict("split", index=False)["data"],
         "boxes": len(inside),
     }
     write_atomic(prepared / "report.json", json.dumps(report, indent=1).encode())

@@ -11,7 +11,9 @@ from ..base.parameters import Parameters
 from .find import list_tables
 from .split import check_splits
 
-PREPARED_WITH = ("data_dir", "tables", "seed", "max_films", "findings", "image_size", "twins")
+PREPARED_WITH = (
+    "data_dir", "tables", "seed", "max_films", "findings", "image_size", "twins", "suspects",
+)  # fmt: skip
 
 
 def prepared_with(settings: Parameters) -> dict[str, Any]:

@@ -129,9 +129,11 @@ def finding_grid(
 
 
 @in_our_style
-def film_grid(images: Sequence[np.ndarray], titles: Sequence[str], title: str = "") -> Figure:
-    """Films (uint8 arrays of height, width), 5 a row, each under its title."""
-    fig, axes = grid("Films", title, len(images), 2.2)
+def film_grid(
+    images: Sequence[np.ndarray], titles: Sequence[str], title: str = "", heading: str = "Films"
+) -> Figure:
+    """Films (uint8 arrays of height, width), or means of films, 5 a row, each under its title."""
+    fig, axes = grid(heading, title, len(images), 2.2)
     for ax, image, name in zip(axes, images, titles, strict=False):
         style.show_film(ax, image, name)
     return fig

@@ -37,7 +37,14 @@ def test_what_is_possible_passes(tmp_path, folder):
 
 @pytest.mark.parametrize(
     ("name", "used"),
-    [("seed", 7), ("max_films", 10), ("twins", "drop"), ("image_size", 64), ("data_dir", "other")],
+    [
+        ("seed", 7),
+        ("max_films", 10),
+        ("twins", "drop"),
+        ("suspects", "drop"),
+        ("image_size", 64),
+        ("data_dir", "other"),
+    ],
 )
 def test_films_that_were_prepared_otherwise_are_refused_by_name(tmp_path, folder, name, used):
     settings = settings_of(folder, tmp_path)

@@ -3,6 +3,7 @@
 import builtins
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -207,3 +208,19 @@ def test_real_films_are_read_and_monochrome1_is_inverted(nih_test_data):
     assert np.array_equal(255 - one, grey(folder / "fake_monochrome1.dcm"))
     asked = {"PatientAge": "62", "PatientSex": "M", "ViewPosition": "PA", "PixelSpacing": "0.168"}
     assert dicom_header(folder / "siim_850819.dcm", list(asked)) == asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 12])
+def test_a_film_is_prepared_as_fast_as_pydicom_alone_reads_it(nih_test_data, tmp_path, bits):
+    path, times = nih_test_data / "dicom/siim_850819.dcm", {}
+    if bits == 12:
+        values = pydicom.dcmread(path).pixel_array.astype(np.uint16) * 16
+        path = write_dicom(tmp_path / "a.dcm", values, 12, **WINDOW)
+    for read in (by_pydicom, lambda path: decode_film(path, 224)) * 2:
+        begun = time.process_time()
+        for _ in range(20):
+            read(path)
+        times.setdefault(read, []).append(time.process_time() - begun)
+    alone, ours = map(min, times.values())
+    assert alone / ours >= 0.8

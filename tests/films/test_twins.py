@@ -95,6 +95,13 @@ def test_different_films_and_films_of_one_patient_are_not_named(drawn):
     assert find_twins(films, about(60)[:0]).empty
 
 
+def test_an_id_stands_for_two_patients_in_two_sources(drawn):
+    films = store(drawn[:20]).repeat(2, axis=0)
+    index = about(40, np.repeat(np.arange(20), 2))
+    assert find_twins(films, index).empty
+    assert len(find_twins(films, index.assign(source=["ours", "theirs"] * 20))) == 20
+
+
 def test_flat_films_are_like_no_other():
     blank = np.full((3, 64, 64), 128, np.uint8)
     blank[1:, 50:60, 50:60] = 255  # the same small stamp
