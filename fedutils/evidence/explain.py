@@ -51,13 +51,9 @@ def grad_cam(model: nn.Module, layer: str, inputs: Tensor, outputs: Tensor) -> T
         seen["cells"] = output.detach().requires_grad_()
         return seen["cells"]
 
-    handle = model.get_submodule(layer).register_forward_hook(keep)
-    try:
-        with torch.no_grad():
-            chosen = model(inputs).gather(1, outputs[:, None]).sum()
-            (gradient,) = torch.autograd.grad(chosen, seen["cells"])
-    finally:
-        handle.remove()
+    with model.get_submodule(layer).register_forward_hook(keep), torch.no_grad():
+        chosen = model(inputs).gather(1, outputs[:, None]).sum()
+        (gradient,) = torch.autograd.grad(chosen, seen["cells"])
     weights = gradient.mean(dim=(2, 3), keepdim=True)
     return (weights * seen["cells"].detach()).sum(dim=1).relu()
 
