@@ -32,12 +32,13 @@ class Ledger:
 
     def __init__(self, work: Path) -> None:
         self.folder, self.file = work / "privacy", work / "privacy" / "ledger.json"
+        self.lock = FileLock(self.folder / "ledger.lock")
 
     def register(self, patients: Sequence[str]) -> str:
         """Write down who the patients of a hospital are; return the hash that names them."""
         names = json.dumps(sorted(patients)).encode()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock():
+        with self.lock:
             if not (path := self._names(sha256(names))).is_file():
                 write_atomic(path, names)
         return sha256(names)
@@ -54,7 +55,7 @@ class Ledger:
 
     def write(self, releases: Mapping[str, Release]) -> None:
         """Write down what has been released in all of some models at a hospital, by their key."""
-        with self._lock():
+        with self.lock:
             entries = {k: entry._asdict() for k, entry in (self.read() | dict(releases)).items()}
             write_atomic(self.file, json.dumps(entries, indent=1).encode())
 
@@ -79,9 +80,6 @@ class Ledger:
         if sha256(text) != patients:
             raise InputError(f"{path} is missing or damaged: nothing is released")
         return set(json.loads(text))
-
-    def _lock(self) -> FileLock:
-        return FileLock(self.folder / "ledger.lock")
 
     def _names(self, patients: str) -> Path:
         return self.folder / f"patients-{patients[:16]}.json"
