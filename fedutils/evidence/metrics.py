@@ -1,7 +1,9 @@
 """metrics.csv: every model, finding and test set, with intervals over patients."""
 
+import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,15 +20,8 @@ from .tables import ALL_FILMS, LEAST_PATIENTS, MEAN, METRICS, OWNER, Draws, Owne
 REPEATS = 1000  # resamples of the test patients; under 560 no p survives Holm over 14 findings
 AGES = {"0-39": 0, "40-59": 40, "60+": 60}  # years: from
 Groups = Mapping[str, Mapping[str, np.ndarray]]  # by family, then name: which films (n,) are in it
-# Published mean AUROC over the 14 findings on NIH's official test split, with the 2017 labels.
-# To be shown only beside results on that very split: random patient splits score higher.
-YARDSTICKS_OFFICIAL: dict[str, float] = {
-    "Wang 2017, ResNet-50": 0.745,  # ChestX-ray8, CVPR 2017
-    "ResNet-18, full fine-tune": 0.789,  # public fine-tuning on the official lists
-    "Baltruschat 2019, ResNet-38 + metadata": 0.806,  # Scientific Reports 9:6381
-    "Guendel 2018, DenseNet-121": 0.807,  # location-aware DenseNet, CIARP 2018
-    "Xiao 2023, masked autoencoder ViT-B": 0.830,  # Delving into Masked Autoencoders, WACV 2023
-}
+# Published means, right only beside results on NIH's official test split.
+YARDSTICKS_OFFICIAL = tomllib.loads(Path(__file__).with_name("yardsticks.toml").read_text())
 
 
 def evaluate_models(
