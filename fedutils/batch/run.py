@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import tomllib
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,17 +24,7 @@ from .early import check_early
 from .notebook import EVALUATE, NOTEBOOKS, READ_FILMS, TRAINS, execute
 from .trained import EVALUATES, check_trained, read_run
 
-# Below the work folder: what a notebook depends on beside code and parameters, and what it leaves.
-TRAINED = ("runs/{}/*.json", "runs/{}/*.csv", "runs/{}/*.safetensors", "runs/{}/models/*")
-PREPARED = ("prepared/report.json", "prepared/index.csv")
-BOXES = "prepared/boxes.csv"
-INPUTS = dict(zip(NOTEBOOKS, ((), (), PREPARED, (*PREPARED, BOXES, *TRAINED)), strict=True))
-EVALUATED = ("runs/{}/evaluation/*",)
-OUTPUTS = {
-    "02_preprocess": (*PREPARED, BOXES, "prepared/images.npy"),
-    "03_federated_train": TRAINED,
-    "04_evaluate": (*EVALUATED, "runs/{}/MODEL_CARD.md"),
-}
+FILES = tomllib.loads(Path(__file__).with_name("notebooks.toml").read_text())
 HASHED_BYTES = 100_000_000  # a larger file, such as all films at 224 pixels, is told by its size
 # What a notebook reads, whether or not its cell shows it.
 EXPLORES = ("data_dir", "work_dir", "profile", "seed", "findings")
@@ -74,17 +65,17 @@ class Step:
         code = [cell.source for cell in self.node.cells]
         package = [path.read_text() for path in package_files()]
         data = self.data if self.stem in READ_FILMS else ""
-        inputs = self._digests(INPUTS[self.stem])
+        inputs = self._digests("wants")
         beside, asked = {}, self.settings
         if self.stem == TRAINS:
             beside = provenance(asked.device, asked.precision, asked.weights)
         elif self.stem == EVALUATE:
-            beside = {name: self._digests(EVALUATED, name) for name in asked.compared}
+            beside = {name: self._digests("compares", name) for name in asked.compared}
         return sha256(json.dumps([code, package, self.parameters, data, inputs, beside]).encode())
 
     def left(self) -> dict[str, str]:
         """Return the hashes of what the notebook left, the executed copy and its HTML included."""
-        return self._digests([f"notebooks/{{}}/{self.stem}.*", *OUTPUTS.get(self.stem, ())])
+        return self._digests("leaves")
 
     def is_unchanged(self) -> bool:
         """Tell whether this notebook has finished, and nothing it depends on or left differs."""
@@ -95,10 +86,10 @@ class Step:
         """Tell whether training stopped early, at `max_hours`: then it is always continued."""
         return self.stem == TRAINS and not (self.settings.run / "finished.json").is_file()
 
-    def _digests(self, patterns: Iterable[str], run: str = "") -> dict[str, str]:
-        """Hash the files of a run below the work folder; one that is not there is left out."""
+    def _digests(self, kind: str, run: str = "") -> dict[str, str]:
+        """Hash the files of a run that notebooks.toml lists; one that is not there is left out."""
         work, run = Path(self.settings.work_dir), run or self.settings.name
-        found = [path for p in patterns for path in work.glob(p.format(run))]
+        found = [f for p in FILES[self.stem].get(kind, ()) for f in work.glob(p.format(run))]
         files = sorted(path for path in found if path.is_file())
         return {str(path.relative_to(work)): _digest(path) for path in files}
 
