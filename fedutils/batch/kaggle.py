@@ -34,8 +34,8 @@ ABOUT = {
     PACKAGE_DATA: f"The package fedutils {__version__}: federated learning on chest X-rays (MIT).",
     WEIGHTS_DATA: "resnet34-b627a593.pth as torchvision hands it out (BSD-3-Clause).",
 }
-TEMPLATES = templates(__file__)
-TEMPLATES.filters["quote"] = lambda path: shlex.quote(str(path))
+KIT = templates(__file__)
+KIT.filters["quote"] = lambda path: shlex.quote(str(path))
 
 
 def write_kit(user: str, out: Path, values: Mapping[str, Any]) -> list[str]:
@@ -95,7 +95,7 @@ def describe_kernel(user: str, stem: str) -> str:
     """Return `kernel-metadata.json`; sources of sources are not attached, so 04 names 02, too."""
     before = NOTEBOOKS[: NOTEBOOKS.index(stem)]
     sources = [*before[-1:], *(before[1:2] if len(before) > 2 else [])]
-    return TEMPLATES.get_template("kernel.json.j2").render(
+    return KIT.get_template("kernel.json.j2").render(
         id=kernel_name(user, stem),
         stem=stem,
         gpu=stem in NOTEBOOKS[2:],
@@ -124,7 +124,7 @@ def set_parameters(node: NotebookNode, values: Mapping[str, Any]) -> None:
 def commands(user: str, out: Path) -> list[str]:
     """Return what to type, in order, with a comment where one has to wait."""
     code, trunk = (out / slug(title) for title in ABOUT)
-    text = TEMPLATES.get_template("kaggle.sh.j2").render(
+    text = KIT.get_template("kaggle.sh.j2").render(
         code=code,
         trunk=trunk,
         has_weights=any(trunk.glob("resnet34-*.pth")),
