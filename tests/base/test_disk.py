@@ -1,6 +1,7 @@
 """A full disk is one line that says where and how much; and paths with a ~ lead home."""
 
 import errno
+import json
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypat
     )
     settings = tiny_settings(tmp_path / "results")
     settings.run.mkdir(parents=True)
-    (settings.run / "config.json").write_text("{}")
+    (settings.run / "config.json").write_text(json.dumps(settings.identity()))
     assert read_run("~/results").work_dir == str(tmp_path / "results")
     torch.save({}, tmp_path / "resnet34-mine.pth")
     monkeypatch.chdir(tmp_path)

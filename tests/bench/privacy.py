@@ -83,7 +83,7 @@ def main() -> None:
         if options.only in (None, tracked):
             trade(values, tracked)
     if options.only in (None, "liars"):
-        run(values | {"name": "films"}, only="01,02")
+        run({key: values[key] for key in ("profile", "work_dir")}, only="01,02")
         about = {"tracked": "layer4,fc", "num_clients": "5", "rounds": "3", "lr": "0.001"}
         print(compare_rules(values | about))
     if options.only in (None, "attack"):
