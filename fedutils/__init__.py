@@ -19,7 +19,7 @@ NAMES = {
     "evidence.compare": "compare_runs",
     "evidence.explain": "fill_gallery pick_gallery pointing_game",
     "evidence.membership": "attack_films attack_models",
-    "evidence.metrics": "YARDSTICKS_OFFICIAL evaluate_models",
+    "evidence.metrics": "evaluate_models",
     "evidence.predict": "check_fingerprint predict_films write_predictions",
     "evidence.summary": "record_files write_summary",
     "evidence.tables": "hospitals main_model tabulate tabulate_calibration"

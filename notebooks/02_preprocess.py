@@ -96,7 +96,7 @@ def count(counts):
     return ", ".join(f"{number:,} x {kind}" for kind, number in counts.items())
 
 
-about = {"release": data.release, "lists": list(data.lists), **fedutils.prepared_with(settings)}
+about = data.about() | fedutils.prepared_with(settings)
 report = fedutils.write_index(table, films, data.boxes, prepared, about)
 display(Markdown(
     f"**{report['films']:,} films of {report['patients']:,} patients** are prepared, with "

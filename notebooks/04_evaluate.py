@@ -119,8 +119,7 @@ HTML(fedutils.tabulate(result.metrics).to_html())
 # test list: other splits do not compare.
 
 # %%
-official = report["lists"] == ["train_val", "test"] and report["release"] in ("2017", "2020")
-yardsticks = fedutils.YARDSTICKS_OFFICIAL if official and report["films"] > 100_000 else None
+yardsticks = report["yardsticks"] if report["films"] > 100_000 else None
 plots.save(plots.auroc_forest(result.metrics, yardsticks, title), folder / "auroc.png")
 
 # %% [markdown]
@@ -419,13 +418,11 @@ display(Markdown(fedutils.bullets(fedutils.privacy_words(settings))))
 # %% [markdown]
 # ## What this is, and what it is not
 #
-# NIH's labels were mined from reports by text, not given by radiologists. Films stayed with their
+# Labels first: how did they come about? Films stayed with their
 # client, but updates can leak unless `dp=patient` says otherwise. Not for clinical use.
 
 # %%
-notes = {"phantom": "**Phantom films are synthetic: nothing here is evidence about patients.**",
-         "own": "Labels are those of your own table; a finding that is not labelled was not trained either."}
-display(Markdown(notes.get(report["release"], "Labels were mined from reports by text.")))
+display(Markdown(f"**{fedutils.plain(report['source'])}.** {fedutils.plain(report['labels_by'])}"))
 
 # %% [markdown]
 # `summary.json` holds what it takes to repeat this run: parameters, versions, threads, device, the

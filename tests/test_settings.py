@@ -99,7 +99,11 @@ def test_another_parameter_is_another_run_but_rounds_and_device_go_on(tmp_path):
     assert name(rounds=99) == name(device="cpu") == name(max_hours=3.0) == first
     frozen = {"tracked": "layer4,fc", "augment": False}
     assert name(cache_features=True, **frozen) == name(**frozen) != first
-    assert first not in {name(precision="bf16"), name(augment=False), name(feature_dtype="fp32", cache_features=True, **frozen)}
+    assert first not in {
+        name(precision="bf16"),
+        name(augment=False),
+        name(feature_dtype="fp32", cache_features=True, **frozen),
+    }
     others = {name(lr=0.1), name(seeds="0,1"), name(partition="scanner"), name(image_size=32)}
     assert first not in others and len(others) == 4
 

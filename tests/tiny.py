@@ -61,7 +61,9 @@ def tiny_films(work: Path, films: int = 60, clients: int = 3, size: int = 32) ->
     for name in reversed(INDEX_COLUMNS):
         index.insert(0, name, about[name])
     index.to_csv(prepared / "index.csv", index=False)
-    (prepared / "report.json").write_text(json.dumps({"fingerprint": "tiny"}))
+    (prepared / "report.json").write_text(
+        json.dumps({"fingerprint": "tiny", "labels_by": "Labels were drawn."})
+    )
     index = read_index(prepared).assign(client=[f"client-{1 + p // 5 % clients}" for p in patient])
     return ChestXrayDataset(prepared, index)
 

@@ -1,9 +1,7 @@
 """metrics.csv: every model, finding and test set, with intervals over patients."""
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,8 +18,6 @@ from .tables import ALL_FILMS, LEAST_PATIENTS, MEAN, METRICS, OWNER, Draws, Owne
 REPEATS = 1000  # resamples of the test patients; under 560 no p survives Holm over 14 findings
 AGES = {"0-39": 0, "40-59": 40, "60+": 60}  # years: from
 Groups = Mapping[str, Mapping[str, np.ndarray]]  # by family, then name: which films (n,) are in it
-# Published means, right only beside results on NIH's official test split.
-YARDSTICKS_OFFICIAL = tomllib.loads(Path(__file__).with_name("yardsticks.toml").read_text())
 
 
 def evaluate_models(

@@ -31,16 +31,16 @@ def write_summary(settings: Parameters, result: tables.Evaluation, source: str) 
     files += sorted((settings.run / "models").glob("*.safetensors"))
     means = tables.rows_of(tables.over_seeds(result.metrics), finding=tables.MEAN)
     config = json.loads((settings.run / "config.json").read_text())
-    starts = config.pop("starts")
+    starts, report = config.pop("starts"), read_report(settings.prepared)
     summary = {
-        "headline": headline(result, source),
+        "headline": headline(result, source, report["labels_by"]),
         "mean_over": result.mean_over,
         "means": means.astype(object).where(means.notna(), None).to_dict("records"),
         "settings": config,
         "trained": starts,
         "adopted": tables.adopted_models(settings.run),
         "privacy": read_budget(settings.run).to_dict("records"),
-        "fingerprint": read_report(settings.prepared)["fingerprint"],
+        "fingerprint": report["fingerprint"],
         "evaluated": this_machine(),
         "sha256": _hashes(settings.run, files),
     }

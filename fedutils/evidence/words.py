@@ -34,14 +34,17 @@ def say(sentence: str, **facts: Any) -> str:
     return " ".join(getattr(template, sentence)(**facts).split())
 
 
-def headline(result: tables.Evaluation, source: str) -> list[str]:
-    """Say in plain sentences what the tables show; each begins with the source of the films."""
+def headline(result: tables.Evaluation, source: str, labels: str) -> list[str]:
+    """Say in plain sentences what the tables show; each begins with the source of the films.
+
+    `labels` says how the labels came about.
+    """
     means = tables.mean_auroc_rows(result.metrics)
     lines = [
         *_arms_in_words(means),
         *_differences_in_words(result.differences, list(means["arm"].unique())),
         *_hospitals_in_words(means),
-        _limits_in_words(result, means, source),
+        _limits_in_words(result, means, labels),
     ]
     return [f"{source}: {line}" for line in lines]
 
@@ -89,12 +92,12 @@ def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
     return [say("hospitals", worst=worst, best=best, apart=up < down, count=len(rows))]
 
 
-def _limits_in_words(result: tables.Evaluation, means: pd.DataFrame, source: str) -> str:
+def _limits_in_words(result: tables.Evaluation, means: pd.DataFrame, labels: str) -> str:
     """Say what limits all this: where the labels come from, and how few films there are."""
     rows = tables.over_seeds(result.metrics).drop_duplicates("finding").set_index("finding")
     without = rows.drop([MEAN, *result.mean_over]).itertuples()
     films = tables.over_seeds(means)["n"].max()
-    return say("limits", release=source.split()[0], films=films, without=without)
+    return say("limits", labels=labels, films=films, without=without)
 
 
 def too_small(result: tables.Evaluation, labels: pd.DataFrame) -> str:

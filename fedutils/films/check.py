@@ -6,12 +6,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..base.findings import findings_of
-from .read import NihData
+from .read import DataSet
 
 CHECKS = tomllib.loads(Path(__file__).with_name("checks.toml").read_text())  # with their meanings
 
 
-def check_table(data: NihData) -> pd.DataFrame:
+def check_table(data: DataSet) -> pd.DataFrame:
     """Check the table and the list of files (never pixels).
 
     Returns one row a check: `check, count, examples` (up to five, as text) and `meaning`; a
@@ -38,7 +38,7 @@ def check_table(data: NihData) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["check", "count", "examples", "meaning"])
 
 
-def summary(data: NihData) -> dict[str, object]:
+def summary(data: DataSet) -> dict[str, object]:
     """Tell what was found: films, patients, views, scanners, ages, lists, and what is missing."""
     table = data.table
     names = ["view", "sex", "scanner", "official_split"]

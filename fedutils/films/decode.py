@@ -21,7 +21,7 @@ from ..base.findings import findings_of
 from ..base.parameters import Parameters, parameter
 from .find import check_films
 from .formats import read_grey
-from .read import NihData
+from .read import DataSet
 from .split import check_splits
 from .suspects import find_suspects
 from .twins import find_twins
@@ -179,7 +179,7 @@ def _publish(work: Path, prepared: Path, key: str) -> None:
 
 
 def example_films(
-    data: NihData, size: int = 256
+    data: DataSet, size: int = 256
 ) -> tuple[dict[str, np.ndarray | None], dict[str, list[tuple[float, ...]]]]:
     """Decode one film for each finding: uint8 (size, size), and its boxes in these pixels.
 

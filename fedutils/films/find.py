@@ -1,7 +1,6 @@
 """Where the films are: a given folder, the environment, Kaggle's mounts, or the phantom."""
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from ..base.errors import InputError
 from ..base.files import KAGGLE, search_files
+from .mapping import MAPPING_NAME, candidates, presets
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PHANTOM_MARKER, MAPPING_NAME = "PHANTOM.json", "films.toml"
-TABLE_NAME = re.compile(r"(Data_Entry.*|sample_labels)\.csv(\.gz)?")
+PHANTOM_MARKER = "PHANTOM.json"
 KAGGLE_DEPTH, FILM_DEPTH = 4, 3  # folders below the mount, and below the data folder
 WRITES = ("explore", "notebooks", "phantom", "prepared", "privacy", "runs")  # below the work folder
 
@@ -38,7 +37,7 @@ def find_data(data_dir: str = "", kaggle: Path = KAGGLE / "input") -> Path | Non
 
 def data_problem(folder: Path) -> str:
     """Say why a folder cannot be used and what to do; "" if it can."""
-    todo = f"give the folder that holds Data_Entry_2017*.csv or your own {MAPPING_NAME}"
+    todo = f"give the folder of {', '.join(presets())}, or one with your own {MAPPING_NAME}"
     todo += " (see data/README.md)"
     try:
         names = sorted(path.name for path in folder.iterdir())
@@ -46,7 +45,7 @@ def data_problem(folder: Path) -> str:
         return f"folder {folder} cannot be read ({error.strerror}); {todo}"
     if not names:
         return f"folder {folder} is empty; {todo}"
-    if any(TABLE_NAME.fullmatch(name) or name == MAPPING_NAME for name in names):
+    if MAPPING_NAME in names or candidates(folder):
         return ""
     nested = _search_data(folder, 2)
     hint = f"there is one in {nested}: give that folder" if nested else todo
@@ -54,16 +53,24 @@ def data_problem(folder: Path) -> str:
 
 
 def _search_data(root: Path, depth: int) -> Path | None:
-    """Return the best folder with a table or a mapping, at most `depth` folders below `root`.
+    """Return the best folder with a mapping or a preset's table, at most `depth` below `root`.
 
-    Real data come before a phantom, NIH's sample set after all other, then NIH before own films,
-    then the nearest.
+    Real data come before a phantom, NIH's sample set after all other, then NIH before other
+    presets, these before own films, then the nearest.
     """
-    tables = search_files(root, "*.csv*", depth)
-    found = [path for path in tables if TABLE_NAME.fullmatch(path.name)]
-    found += search_files(root, MAPPING_NAME, depth)
-    rank = {path: ((path.parent / PHANTOM_MARKER).exists(), path.name[0] == "s") for path in found}
-    return min(found, key=rank.__getitem__).parent if found else None
+    tables = list(search_files(root, "*.csv*", depth))
+    folders = dict.fromkeys(folder for path in tables for folder in (path.parent, path.parents[1]))
+    found = {folder: [one.name for one in candidates(folder)] for folder in folders}
+    found |= {path.parent: ["own"] for path in search_files(root, MAPPING_NAME, depth)}
+
+    def rank(folder: Path) -> tuple[bool, bool, int]:
+        """Say how far down a folder stands."""
+        sample = (folder / "sample_labels.csv").exists()
+        order = {"nih": 0, "own": 2}.get(found[folder][0], 1)
+        return (folder / PHANTOM_MARKER).exists(), sample, order
+
+    known = [folder for folder in found if found[folder]]
+    return min(known, key=rank) if known else None
 
 
 def walk(folder: Path, work: Path | None) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -110,9 +117,3 @@ def describe_files(folder: Path, work: Path | None) -> str:
     kinds = [f"{len(names)} x {kind or 'file'} such as {names[0]}" for kind, names in found.items()]
     wanted = f"unpacked, at most {FILM_DEPTH} folders deep, and named as in the table"
     return f"it holds {', '.join(kinds) or 'no other files'}; films should be {wanted}"
-
-
-def label_tables(folder: Path) -> list[Path]:
-    """Return the label tables of a folder: the whole set first, and its newer release first."""
-    tables = [path for path in folder.glob("*.csv*") if TABLE_NAME.fullmatch(path.name)]
-    return sorted(tables, key=lambda path: (path.name[0] == "s", "v2020" not in path.name, path))

@@ -25,7 +25,7 @@ from fedutils.base.files import PACKAGE
 from fedutils.batch import notebook
 from fedutils.batch.notebook import NOTEBOOKS, read_notebook
 from fedutils.batch.run import Step, run
-from fedutils.films.read import read_nih
+from fedutils.films.read import read_folder
 from fedutils.films.split import split_patients
 
 HEADER = """# ---
@@ -496,7 +496,7 @@ def test_a_split_of_which_all_films_are_missing_stops_a_run_before_it_starts(
     project, executed, capsys, gone
 ):
     data = write_films(project / "films")
-    table = read_nih(data).table
+    table = read_folder(data).table
     for path in table["path"][split_patients(table, 0) == gone]:
         (data / path).unlink()
     assert command("--data", "films") == 2 and executed == []

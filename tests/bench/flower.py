@@ -16,7 +16,7 @@ import pandas as pd
 from fedutils.base.errors import NotebookFailed
 from fedutils.base.files import write_atomic
 from fedutils.batch.run import run
-from fedutils.films.read import NihData, open_data
+from fedutils.films.read import DataSet, open_data
 from fedutils.network.commands import (
     check_flower,
     flower_environment,
@@ -123,7 +123,7 @@ def demo(values: Mapping[str, Any]) -> None:
     compare_models(simulated.run, settings.run, about)
 
 
-def scatter(data: NihData, clients: pd.DataFrame, folder: Path) -> dict[str, Path]:
+def scatter(data: DataSet, clients: pd.DataFrame, folder: Path) -> dict[str, Path]:
     """Write each client's patients as a folder `films/` of its own in NIH's layout, films linked.
 
     Returns the folders by the client's name. They stand for the hospitals' machines.

@@ -271,6 +271,7 @@ def phantom(work: Path) -> Result:
     table, prepared = fedutils.choose_films(table, 80, 0), work / "prepared"
     films = fedutils.decode_films(table, data.folder, prepared, 224)
     about = {"release": data.release, "seed": 0, "image_size": 224, "lists": list(data.lists)}
+    about |= {"source": "phantom", "labels_by": "drawn"}
     report = fedutils.write_index(table, films, data.boxes, prepared, about)
     found = {"fingerprint": report["fingerprint"]}
     found["images.npy"] = hashlib.sha256((prepared / "images.npy").read_bytes()).hexdigest()

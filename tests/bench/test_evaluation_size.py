@@ -51,7 +51,7 @@ read = write_predictions(pd.concat(tables, ignore_index=True), path)
 mark("written and read")
 result = evaluate_models(read, SimpleNamespace(index=index), seed=0)
 mark("evaluated")
-assert headline(result, "invented")
+assert headline(result, "invented", "")
 tabulate(result.metrics)
 for draw in (auroc_forest, subgroup_forest, client_matrix):
     draw(result.metrics, title="invented").savefig(folder / "figure.png")

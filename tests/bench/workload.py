@@ -61,7 +61,7 @@ def decode(data_dir: str, work: Path, size: int) -> None:
     data = fedutils.open_data(data_dir, work)
     table = data.table.assign(split=fedutils.split_patients(data.table, 0))
     films = fedutils.decode_films(table, data.folder, work / "prepared", size)
-    about = {"release": data.release, "seed": 0, "image_size": size, "lists": list(data.lists)}
+    about = data.about() | {"seed": 0, "image_size": size}
     fedutils.write_index(table, films, data.boxes, work / "prepared", about)
 
 

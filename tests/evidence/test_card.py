@@ -10,10 +10,19 @@ from tiny import tiny_films, tiny_settings
 from fedutils.evidence.card import write_card
 from fedutils.evidence.explain import POINTING
 from fedutils.films.phantom.cases import FINDINGS
+from fedutils.films.read import OWN, PHANTOM
 
 PARTS = {"train": {"films": 36, "patients": 36}, "test": {"films": 1012, "patients": 12}}
 REPORT = {"release": "2017", "lists": ["train_val", "test"], "films": 60, "patients": 60,
-          "splits": PARTS, "fingerprint": "f00d", "outputs": [*FINDINGS]}  # fmt: skip
+          "splits": PARTS, "fingerprint": "f00d", "outputs": [*FINDINGS], "source": "NIH ChestX-ray14, release 2017",
+          "labels_by": "Labels were mined from reports by text."}  # fmt: skip
+
+
+def said(texts):
+    """What a report says of its source and its labels."""
+    return dict(zip(("source", "labels_by"), texts, strict=True))
+
+
 START = {"fedutils": "9", "git_revision": "0123456789abcdef", "torch": "2.9", "device": "CPU"}
 START |= {"machine": "x86"}
 
@@ -25,7 +34,9 @@ def evaluated(work, arms=("federated", "local"), report=REPORT, **changes):
     (settings.prepared / "report.json").write_text(json.dumps(report))
     folder = settings.run / "evaluation"
     folder.mkdir(parents=True)
-    (settings.run / "config.json").write_text(json.dumps({"threads": 1, "starts": [START]}))
+    (settings.run / "config.json").write_text(
+        json.dumps({"threads": 1, "starts": [START], "server": "FedAvg"})
+    )
     films.index[["patient_id", "client"]].to_csv(settings.run / "clients.csv", index=False)
     owners = [(arm, 0, "client-2" if arm == "local" else "") for arm in arms]
     rounds = [(*o, r, 0.7 - 0.1 * r, 0.5) for o in owners for r in (1, 2)]
@@ -62,13 +73,13 @@ def test_the_card_says_what_the_run_was_and_what_it_reached(tmp_path):
 
 
 def test_on_the_phantom_the_card_says_phantom(tmp_path):
-    text = write_card(evaluated(tmp_path, report=REPORT | {"release": "phantom"}))
+    text = write_card(evaluated(tmp_path, report=REPORT | {"release": "phantom"} | said(PHANTOM)))
     assert "Trained on phantom films" in text and "nothing here is evidence about patients" in text
     assert "NIH" not in text and "mined" not in text and "Any use on real films" in text
 
 
 def test_the_card_of_own_films_does_not_speak_of_nih(tmp_path):
-    text = write_card(evaluated(tmp_path, report=REPORT | {"release": "own"}))
+    text = write_card(evaluated(tmp_path, report=REPORT | {"release": "own"} | said(OWN)))
     assert "Films and table of the user's own" in text and "as it was given" in text
     assert "NIH" not in text and "mined" not in text and "hantom" not in text
 

@@ -58,6 +58,9 @@ def run(tmp_path_factory):
     return settings, films, predicted, read, result
 
 
+MINED, DRAWN = "Labels were mined from reports by text.", "These films are drawn, not taken."
+
+
 def invented(seeds=3, gain=1.0, films=240, clients=3):
     """Predictions of all arms on films of two each patient; federated sees more by `gain`."""
     rng = np.random.default_rng(0)
@@ -249,12 +252,14 @@ def test_the_worst_hospital_is_named_only_where_it_stands_out(three_arms):
     means = three_arms.metrics.copy()
     row = (means["test_set"] == "client-2") & (means["finding"] == "mean")
     means.loc[row, ["value", "ci_low", "ci_high"]] = 0.5, 0.45, 0.55
-    said = "\n".join(headline(three_arms._replace(metrics=means), "2017 data"))
+    said = "\n".join(headline(three_arms._replace(metrics=means), "2017 data", MINED))
     assert "the federated model is worst on the films of client-2: mean AUROC 0.500" in said
 
 
 def test_with_one_seed_words_say_what_is_missing():
-    said = "\n".join(headline(evaluate_models(*invented(seeds=1), seed=0, repeats=50), "own"))
+    said = "\n".join(
+        headline(evaluate_models(*invented(seeds=1), seed=0, repeats=50), "own", MINED)
+    )
     assert "with one training seed. Another may turn it around" in said
     assert "shown to be" not in said
 
@@ -268,7 +273,7 @@ def test_a_test_set_that_is_too_small_says_which_size_would_do():
     assert result.mean_over == [] and too_small(result, few.index).startswith("The test set is too")
     assert "test patients would do" in too_small(result, few.index)
     assert set(result.differences["verdict"]) <= {"too few patients", "not defined"}
-    said = "\n".join(headline(result, "own data"))
+    said = "\n".join(headline(result, "own data", MINED))
     assert "has no mean AUROC: too few test patients" in said and "shown" not in said
 
 
@@ -302,18 +307,18 @@ def evaluable_of(result, test_set):
 
 
 def test_words_say_who_wins_and_what_is_undecided(three_arms):
-    said = "\n".join(headline(three_arms, "2017 data"))
+    said = "\n".join(headline(three_arms, "2017 data", MINED))
     assert "federated is shown to be above the centralised model in mean AUROC: +0." in said
     assert "federated is shown to be above the mean local model in mean AUROC: +0." in said
     assert "shown to be above 3 and below 0 of 3 local models" in said
     assert "mean of 3 seeds" in said and "no hospital stands out: mean AUROC 0." in said
     assert "leaves out Hernia" in said and "mined from reports by text" in said
     even = evaluate_models(*invented(gain=0.5), seed=0, repeats=200)
-    said = "\n".join(headline(even, "phantom data"))
+    said = "\n".join(headline(even, "phantom data", DRAWN))
     assert "federated is not shown to differ from the centralised model" in said
     assert "drawn, not taken" in said and "mined" not in said
     worse = evaluate_models(*invented(gain=0.0), seed=0, repeats=200)
-    said = "\n".join(headline(worse, "phantom data"))
+    said = "\n".join(headline(worse, "phantom data", DRAWN))
     assert "federated is shown to be below the centralised model in mean AUROC: -0." in said
 
 
@@ -322,7 +327,7 @@ def test_words_and_tables_are_true_of_one_arm_alone(arm):
     predictions, films = invented(seeds=1)
     result = evaluate_models(predictions[predictions["arm"] == arm], films, 0, 50)
     assert result.differences.empty
-    said = "\n".join(headline(result, "2017 data"))
+    said = "\n".join(headline(result, "2017 data", MINED))
     assert f"only one arm was trained ({arm})" in said and "one training seed" in said
     assert len(tabulate_differences_text(result.differences)) == 0
     assert list(tabulate(result.metrics).index) == ["mean of 13", *FINDINGS]
@@ -332,7 +337,7 @@ def test_words_survive_a_test_set_on_which_nothing_is_defined():
     predictions, films = invented(seeds=1)
     films.index[list(FINDINGS)] = 0
     result = evaluate_models(predictions, films, 0, 50)
-    said = "\n".join(headline(result, "2017 data"))
+    said = "\n".join(headline(result, "2017 data", MINED))
     assert "federated against the centralised model: not defined" in said and "nan" not in said
 
 

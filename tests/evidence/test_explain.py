@@ -38,7 +38,7 @@ from fedutils.evidence.intervals import share_interval
 from fedutils.evidence.words import pointing_words
 from fedutils.films.decode import decode_film
 from fedutils.films.phantom.cases import FINDINGS
-from fedutils.films.read import read_nih
+from fedutils.films.read import read_folder
 from fedutils.model import build_resnet34
 
 
@@ -125,7 +125,7 @@ def test_boxes_follow_a_resize(tmp_path, size):
 
 def test_position_baselines_of_all_984_boxes_are_those_on_record(nih_test_data):
     """Image centre, and best fixed point fitted on the same films, which is an upper bound."""
-    data = read_nih(nih_test_data / "nih_meta")
+    data = read_folder(nih_test_data / "nih_meta")
     boxes = data.boxes.merge(data.table[["image_index", "patient_id"]], on="image_index")
     boxes[["x", "y", "w", "h"]] /= 1024
     assert len(boxes) == len(box_pairs(boxes)) == 984

@@ -22,7 +22,7 @@ from fedutils.films.check import check_table, summary
 from fedutils.films.decode import decode_films, example_films, write_index
 from fedutils.films.find import find_data
 from fedutils.films.partition import label_skew, partition_patients, partition_report
-from fedutils.films.read import open_data, read_nih
+from fedutils.films.read import open_data, read_folder
 from fedutils.films.split import split_patients
 from fedutils.run import read_films
 from fedutils.training.training import Training
@@ -44,7 +44,7 @@ def prepare(folder, work, image_size=32):
 
 def test_the_example_with_columns_reads_as_the_page_says(tmp_path):
     films = [line.split(";")[0] for line in MARKS_TABLE.splitlines()[1:]]
-    data = read_nih(write(tmp_path, films=films))
+    data = read_folder(write(tmp_path, films=films))
     table = data.table
     assert data.release == "own" and data.table_file == "table.csv"
     assert table["image_index"].tolist() == table["path"].tolist() == films
@@ -60,7 +60,7 @@ def test_the_example_with_columns_reads_as_the_page_says(tmp_path):
 
 
 def test_the_example_with_words_reads_as_the_page_says(tmp_path):
-    data = read_nih(write(tmp_path, WORDS, WORDS_TABLE, ["a.png", "b.jpg", "deep/c.jpg"]))
+    data = read_folder(write(tmp_path, WORDS, WORDS_TABLE, ["a.png", "b.jpg", "deep/c.jpg"]))
     assert data.table["path"].tolist() == ["a.png", "b.jpg", "deep/c.jpg"]
     labels = data.table[["Effusion", "Cardiomegaly"]]
     np.testing.assert_array_equal(labels, [[1, 0], [0, 0], [np.nan, np.nan]])
@@ -150,13 +150,13 @@ def test_own_films_are_found_by_folder_and_a_folder_too_high_is_told(tmp_path):
 
 def test_a_phantom_under_a_mapping_stays_a_phantom(tmp_path):
     (write(tmp_path) / "PHANTOM.json").write_text("{}")
-    assert read_nih(tmp_path).release == "phantom"
+    assert read_folder(tmp_path).release == "phantom"
 
 
 def test_equal_names_in_different_folders_are_different_films_when_named_by_path(tmp_path):
     table = MARKS_TABLE.replace("pictures/A-17/first.png", "pictures\\A-17\\film.jpg")
     films = ["pictures/A-17/film.jpg", "pictures/B-02/film.jpg", "pictures/A-17/second.JPG"]
-    data = read_nih(write(tmp_path, table=table, films=films))
+    data = read_folder(write(tmp_path, table=table, films=films))
     counts = check_table(data).set_index("check")["count"]
     assert data.table["path"].tolist() == ["pictures/A-17/film.jpg", "", films[1]]
     assert counts["films in two folders"] == 0 and counts["orphaned films"] == 1
@@ -164,7 +164,9 @@ def test_equal_names_in_different_folders_are_different_films_when_named_by_path
 
 def test_duplicate_rows_that_differ_in_a_gap_are_counted(tmp_path):
     first = MARKS_TABLE.splitlines()[1]
-    data = read_nih(write(tmp_path, table=f"{MARKS_TABLE}{first}\n{first.replace(';;', ';1;')}\n"))
+    data = read_folder(
+        write(tmp_path, table=f"{MARKS_TABLE}{first}\n{first.replace(';;', ';1;')}\n")
+    )
     counts = check_table(data).set_index("check")["count"]
     assert counts["duplicate rows"] == 2 and counts["duplicate rows that disagree"] == 1
     assert len(data.table) == 3 and np.isnan(data.table.loc[0, "Edema"])
@@ -183,9 +185,9 @@ def test_a_name_that_two_patients_share_is_refused_and_paths_are_right(tmp_path,
     folder = write(tmp_path, table=rows_of(("1.png", "P1"), (again, "P2")), films=files)
     said = "line 3: '1.png' is a film of patient 'P2', and above one of 'P1'; name films by their"
     with pytest.raises(InputError, match=re.escape(said)):
-        read_nih(folder)
+        read_folder(folder)
     (folder / "table.csv").write_text(rows_of((files[0], "P1"), (files[1], "P2")))
-    table = read_nih(folder).table
+    table = read_folder(folder).table
     assert table["path"].tolist() == files and table["patient_id"].tolist() == ["P1", "P2"]
 
 
@@ -194,7 +196,7 @@ def test_a_name_that_lies_in_two_folders_is_refused_even_if_one_row_has_it(tmp_p
     films = ["visit 1/00000001_000.png", "visit 2/00000001_000.png"]
     folder = write(tmp_path, table=rows_of(("00000001_000.png", patient)), films=films)
     with pytest.raises(InputError, match=r"line 2: '0000.*' lies in more than one folder; name"):
-        read_nih(folder)
+        read_folder(folder)
 
 
 def test_split_lists_that_name_films_otherwise_than_the_table_are_refused(tmp_path):
@@ -205,7 +207,7 @@ def test_split_lists_that_name_films_otherwise_than_the_table_are_refused(tmp_pa
     with pytest.raises(
         InputError, match=r"none of the 1 films in the split lists, such as '1\.png'"
     ):
-        read_nih(folder)
+        read_folder(folder)
 
 
 @pytest.mark.parametrize(("one", "other", "id"), [
@@ -216,14 +218,14 @@ def test_split_lists_that_name_films_otherwise_than_the_table_are_refused(tmp_pa
 def test_two_spellings_of_a_patient_are_one_patient_and_are_counted(tmp_path, one, other, id):
     for rows in ((one, other), (other, one)):
         table = rows_of(*zip(["a.png", "b.png", "c.png"], [*rows, "120"], strict=True))
-        data = read_nih(write(tmp_path, table=table))
+        data = read_folder(write(tmp_path, table=table))
         assert data.table["patient_id"].tolist() == [id, id, "120"]
         check = check_table(data).set_index("check").loc["patients in several spellings"]
         assert check["count"] == 1 and " = " in check["examples"]
 
 
 def test_a_film_is_found_however_unicode_composes_its_name(tmp_path):
-    data = read_nih(write(tmp_path, table=rows_of(("e\u0301.png", "1")), films=["\u00e9.png"]))
+    data = read_folder(write(tmp_path, table=rows_of(("e\u0301.png", "1")), films=["\u00e9.png"]))
     assert data.films_present == 1 and data.table["path"].tolist() == ["\u00e9.png"]
 
 
@@ -239,7 +241,7 @@ def with_splits(folder, *splits):
 
 
 def test_a_column_of_splits_is_followed(tmp_path):
-    table = read_nih(with_splits(tmp_path, "train", "train", "test")).table
+    table = read_folder(with_splits(tmp_path, "train", "train", "test")).table
     assert table["official_split"].tolist() == ["train_val", "train_val", "test"]
     assert set(split_patients(table, 0)) <= {"train", "val", "test"}
     table = table.assign(official_split=["train", "val", "test"], patient_id=list("abc"))
@@ -251,13 +253,13 @@ def test_own_lists_are_followed_and_a_film_in_none_is_left_out(tmp_path):
     (folder / "train_list.txt").write_text("pictures\\A-17\\first.png\r\n")
     (folder / "val_list.txt").write_text("")
     (folder / "test_list.txt").write_text("pictures/B-02/film.jpg")
-    data = read_nih(folder)
+    data = read_folder(folder)
     assert split_patients(data.table, 0).tolist() == ["train", "", "test"]
     assert data.lists == ("train", "val", "test")
 
 
 def test_a_patient_in_two_own_splits_is_refused(tmp_path):
-    data = read_nih(with_splits(tmp_path, "train", "test", "test"))
+    data = read_folder(with_splits(tmp_path, "train", "test", "test"))
     assert check_table(data).set_index("check")["count"]["patients in both lists"] == 1
     with pytest.raises(InputError, match="more than one split, such as A-17"):
         split_patients(data.table, 0)
@@ -273,7 +275,7 @@ def test_a_patient_in_two_own_splits_is_refused(tmp_path):
 )
 def test_unusable_own_splits_are_named(tmp_path, splits, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        read_nih(with_splits(tmp_path, *splits))
+        read_folder(with_splits(tmp_path, *splits))
 
 
 # --- errors name the file, the row and what was found
@@ -296,7 +298,7 @@ def test_unusable_own_splits_are_named(tmp_path, splits, message):
 def test_a_table_that_cannot_be_read_is_named_with_its_row(tmp_path, old, new, message):
     assert old in MARKS_TABLE
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        read_nih(write(tmp_path, table=MARKS_TABLE.replace(old, new)))
+        read_folder(write(tmp_path, table=MARKS_TABLE.replace(old, new)))
     assert "\n" not in str(caught.value)
 
 
@@ -309,20 +311,20 @@ def test_a_table_that_cannot_be_read_is_named_with_its_row(tmp_path, old, new, m
 )
 def test_an_unknown_or_contradicting_word_is_named_with_its_row(tmp_path, word, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        read_nih(write(tmp_path, WORDS, WORDS_TABLE.replace("normal", word)))
+        read_folder(write(tmp_path, WORDS, WORDS_TABLE.replace("normal", word)))
 
 
 def test_a_quoted_line_break_does_not_shift_the_row_number(tmp_path):
     table = WORDS_TABLE.replace('"Pleural effusion, pacemaker"', '"Pleural effusion,\n\npacemaker"')
     with pytest.raises(InputError, match=r"line 5 \(b.jpg\): .*'broken'"):
-        read_nih(write(tmp_path, WORDS, table.replace("normal", "broken")))
+        read_folder(write(tmp_path, WORDS, table.replace("normal", "broken")))
 
 
 def test_films_that_are_named_otherwise_than_the_files_are_an_error_that_shows_both(tmp_path):
     with pytest.raises(InputError, match=r"line 2: 'a.png' is no film.*films there are x.png;"):
-        read_nih(write(tmp_path, WORDS, WORDS_TABLE, ["x.png"]))
+        read_folder(write(tmp_path, WORDS, WORDS_TABLE, ["x.png"]))
     shutil.rmtree(tmp_path / "none", ignore_errors=True)
-    assert read_nih(write(tmp_path / "none", WORDS, WORDS_TABLE)).films_present == 0
+    assert read_folder(write(tmp_path / "none", WORDS, WORDS_TABLE)).films_present == 0
 
 
 @pytest.mark.parametrize(
@@ -351,7 +353,7 @@ def test_a_mapping_that_cannot_be_used_says_what_to_write(tmp_path, mapping, old
     write(tmp_path, mapping)
     (tmp_path / "films.toml").write_text(mapping.replace(old, new))
     with pytest.raises(InputError, match=re.escape(message)) as caught:
-        read_nih(tmp_path)
+        read_folder(tmp_path)
     assert "films.toml: " in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -378,11 +380,11 @@ def test_a_line_end_in_a_films_name_is_refused_and_elsewhere_a_blank(tmp_path, s
     name = lines[1].split(";")[0]
     folder = write(tmp_path / "name", table=MARKS_TABLE.replace(name, f'"a{sign}b.png"'))
     with pytest.raises(InputError, match=r"line 2: .* another control sign"):
-        read_nih(folder)
+        read_folder(folder)
     view = write(
         tmp_path / "view", table=MARKS_TABLE.replace(";PA;", f';"p{sign}a";', 1), films=[name]
     )
-    assert "P A" in set(read_nih(view).table["view"])
+    assert "P A" in set(read_folder(view).table["view"])
 
 
 def test_two_scanners_that_would_be_one_hospital_are_refused(tmp_path):
@@ -390,4 +392,4 @@ def test_two_scanners_that_would_be_one_hospital_are_refused(tmp_path):
     table = (folder / "table.csv").read_text().replace("Room 1", "Room/0")
     (folder / "table.csv").write_text(table)
     with pytest.raises(InputError, match="'Room 0' and 'Room/0' would both be 'Room-0'"):
-        read_nih(folder)
+        read_folder(folder)

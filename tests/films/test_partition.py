@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedutils.base.errors import InputError
 from fedutils.films.partition import label_skew, partition_patients, partition_report
 from fedutils.films.phantom.cases import FINDINGS
-from fedutils.films.read import read_nih
+from fedutils.films.read import read_folder
 from fedutils.films.split import assert_disjoint, split_patients
 
 
@@ -314,7 +314,7 @@ def test_the_report_counts_every_placed_film_once():
 @pytest.fixture(scope="module")
 def whole(nih_test_data: Path):
     """All 112,120 rows, with a split."""
-    table = read_nih(nih_test_data / "nih_meta").table
+    table = read_folder(nih_test_data / "nih_meta").table
     return table.assign(split=split_patients(table, 0))
 
 

@@ -22,7 +22,7 @@ from fedutils.films.phantom.cases import FINDINGS, NIH_SHARE, SCANNERS, Film, ph
 from fedutils.films.phantom.signs import draw_film
 from fedutils.films.phantom.write import BOXED, draw_batch, write_phantom
 from fedutils.films.prepared import check_prepared, prepared_with
-from fedutils.films.read import open_data, parse_labels
+from fedutils.films.read import open_data
 from fedutils.films.split import split_patients
 from fedutils.training.training import Training
 
@@ -40,7 +40,8 @@ def table():
 
 
 def positives(table):
-    return pd.DataFrame([parse_labels(text) for text in table["Finding Labels"]], columns=FINDINGS)
+    words = table["Finding Labels"].str.split("|")
+    return pd.DataFrame([[name in said for name in FINDINGS] for said in words], columns=FINDINGS)
 
 
 def contents(folder):
@@ -217,7 +218,7 @@ def test_fewer_findings_are_a_smaller_head_and_smaller_tables(tmp_path):
     assert set(data.boxes["finding"]) == {"Effusion", "Mass"}
     table = data.table.assign(split=split_patients(data.table, 0))
     films = decode_films(table, data.folder, settings.prepared, 32)
-    about = {"release": data.release, **prepared_with(settings)}
+    about = data.about() | prepared_with(settings)
     report = write_index(table, films, data.boxes, settings.prepared, about)
     assert report["outputs"] == ["Effusion", "Mass"]
     index = read_index(settings.prepared)

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from fedutils.base.errors import InputError
-from fedutils.base.findings import FINDINGS
 from fedutils.dataset import read_index
 from fedutils.films.decode import decode_films, write_index
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.films.phantom.write import draw_batch
 from fedutils.films.suspects import find_suspects, mean_films
 from fedutils.settings import read_parameters

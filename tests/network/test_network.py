@@ -20,7 +20,7 @@ from fedutils.__main__ import main
 from fedutils.base.errors import InputError, NotebookFailed
 from fedutils.films.partition import partition_patients
 from fedutils.films.phantom.write import write_phantom
-from fedutils.films.read import read_nih
+from fedutils.films.read import read_folder
 from fedutils.films.split import split_patients
 from fedutils.network import commands
 from fedutils.network.commands import (
@@ -185,11 +185,11 @@ def test_keys_are_private_and_never_overwritten(tmp_path):
 
 
 def test_each_hospital_gets_its_own_patients_and_no_others(tmp_path):
-    data = read_nih(write_phantom(tmp_path / "phantom", patients=60, size=64))
+    data = read_folder(write_phantom(tmp_path / "phantom", patients=60, size=64))
     table = data.table.assign(split=split_patients(data.table, 0))
     clients = partition_patients(table, "scanner", 3, 0.5, 0)
     homes = scatter(data, clients, tmp_path / "hospitals")
-    own = {name: read_nih(home / "films") for name, home in homes.items()}
+    own = {name: read_folder(home / "films") for name, home in homes.items()}
     assert sum(len(part.table) for part in own.values()) == len(data.table)
     for name, part in own.items():
         patients = set(clients[clients["client"] == name]["patient_id"])

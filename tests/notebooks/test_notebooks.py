@@ -22,7 +22,7 @@ from fedutils.base.parameters import convert
 from fedutils.batch.notebook import FOLDER, NOTEBOOKS, read_notebook
 from fedutils.batch.trained import read_evaluated
 from fedutils.films.phantom.write import write_phantom
-from fedutils.films.read import read_nih
+from fedutils.films.read import read_folder
 from fedutils.films.split import split_patients
 from fedutils.settings import FIELDS, read_parameters
 
@@ -220,7 +220,7 @@ def test_papermill_may_give_a_known_parameter_that_a_notebook_does_not_show(phan
 
 def test_02_refuses_films_of_which_a_split_is_missing_before_it_decodes_any(tmp_path, run_cells):
     data = write_films(tmp_path / "films")
-    table = read_nih(data).table
+    table = read_folder(data).table
     for path in table["path"][split_patients(table, 0) == "test"]:
         (data / path).unlink()
     with pytest.raises(InputError, match="patients falls to test"):

@@ -23,7 +23,7 @@ from fedutils.evidence.explain import (
     POINTING,
     UPPER,
 )
-from fedutils.evidence.metrics import YARDSTICKS_OFFICIAL
+from fedutils.films.mapping import presets
 from fedutils.films.phantom.cases import FINDINGS
 from fedutils.plots.films import (
     client_heatmap,
@@ -365,7 +365,7 @@ def test_a_lone_arms_forest_writes_every_value():
 
 @pytest.mark.parametrize("arms", [["federated"], ["federated", "centralised", "local"]])
 def test_forest_labels_stay_apart(arms):
-    figure = auroc_forest(metrics_table(arms), YARDSTICKS_OFFICIAL, "phantom")
+    figure = auroc_forest(metrics_table(arms), presets()["nih"].section("yardsticks"), "phantom")
     assert_apart([*figure.axes[0].texts, *figure.axes[0].get_yticklabels()], figure)
     assert any("Wang 2017" in text for text in texts(figure))
 

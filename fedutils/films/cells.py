@@ -1,0 +1,169 @@
+"""Cells of tables: as spreadsheets save them, to text, ids, numbers, ages and labels."""
+
+import csv
+import functools
+import gzip
+import io
+import posixpath
+import re
+import unicodedata
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..base.errors import InputError
+
+HEADER_BYTES = 65_536
+CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+WHOLE_NUMBER = re.compile(r"(\d+)(?:[.,]0{0,2})?")  # 1,000 and 1.000 may be a thousand
+DAYS_PER_YEAR = 365.25
+AGE_UNITS = {"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / DAYS_PER_YEAR, "D": 1 / DAYS_PER_YEAR}
+
+
+def decode(raw: bytes) -> str:
+    """Return the text of a file: UTF-8 or UTF-16 with their marks, UTF-8 without, or Windows'."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return raw.decode("cp1252")
+
+
+def read_text(file: Path) -> str:
+    """Return a text file, gunzipped if need be; InputError where it cannot be read."""
+    try:
+        raw = file.read_bytes()
+        return decode(gzip.decompress(raw) if file.suffix == ".gz" else raw)
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error}); mend it or get it again") from None
+
+
+def read_header(file: Path, loose: bool) -> list[str]:
+    """Return the names of a table's columns; none where the file cannot be read."""
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
+            first = decode(opened.read(HEADER_BYTES).partition(b"\n")[0] + b"\n")
+        return _cells(first, file, loose)[1][1] if first.strip() else []
+    except (OSError, EOFError, zlib.error, UnicodeError, InputError):
+        return []  # whoever reads the whole file says why
+
+
+def _cells(text: str, file: Path, loose: bool) -> tuple[dict[int, list[str]], tuple[int, list]]:
+    """Return a CSV's rows by the line at which each starts, and the header with its line.
+
+    The separator is a comma, a semicolon or a tab. Blank lines are no rows.
+    """
+    text = text.replace('"', "") if loose else text
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    rows, start = {}, 1
+    try:
+        for cells in reader:
+            cells = [cell.strip() for cell in cells]
+            if any(cells):
+                rows[start] = cells
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{file}, line {start}: is no CSV ({error}); mend it") from None
+    if not rows:
+        raise InputError(f"{file}: is empty; give a table with films")
+    first = next(iter(rows))
+    return rows, (first, rows.pop(first))
+
+
+def read_cells(file: Path, loose: bool, wanted: Callable[[list[str]], dict[str, str]]) -> tuple:
+    """Read some columns of a CSV as text; return them, with the line as index, and the header.
+
+    `wanted` is told the header and returns their names by ours. Where the table is `loose`, quotes
+    mean nothing, and a row may be shorter than the header, or longer. Raises InputError that names
+    the line of a row that is not as long as the header.
+    """
+    rows, (_, header) = _cells(read_text(file), file, loose)
+    if not rows:
+        raise InputError(f"{file}: has no rows below its header; give a table with films")
+    width = len(header)
+    for line, cells in rows.items():
+        if len(cells) != width:
+            if not loose:
+                found = f"{len(cells)} cells, but the header has {width}"
+                todo = "mend the row (quote a cell that holds the separator)"
+                raise InputError(f"{file}, line {line}: {found}; {todo}")
+            cells += [""] * (width - len(cells))
+    places = {ours: header.index(theirs) for ours, theirs in wanted(header).items()}
+    columns = {ours: [cells[at] for cells in rows.values()] for ours, at in places.items()}
+    return pd.DataFrame(columns, index=list(rows), dtype=object), header
+
+
+def one_spelling(ids: pd.Series) -> pd.Series:
+    """Write each patient's id (text) in one way, so that no patient is two.
+
+    These are one: ids that differ in case, in blanks or invisible characters, in how Unicode
+    composes a letter, and whole numbers with leading zeros or a fraction of one or two zeros (`12`,
+    `012`, `12.0`). Numbers become plain; else the spelling that sorts first stands.
+    """
+    one, written = {}, {}
+    for text in sorted(ids.unique()):
+        seen = "".join(c for c in unicodedata.normalize("NFC", text) if c.isprintable())
+        plain = " ".join(seen.split())
+        number = WHOLE_NUMBER.fullmatch(plain)
+        plain = str(int(number[1])) if number else plain
+        written[text] = one.setdefault(plain.lower(), plain)
+    return ids.map(written)
+
+
+def film_name(column: pd.Series) -> pd.Series:
+    """Write a film's name, or its path below the folder, in one way: `a/b.png`, composed."""
+    column = column.str.replace("\\", "/").str.normalize("NFC")
+    return column.where(~column.str.contains("/"), column.map(posixpath.normpath))
+
+
+def once(work: Callable[[pd.Series], pd.Series]) -> Callable[[pd.Series], pd.Series]:
+    """Let a function of a column see each different text once."""
+
+    @functools.wraps(work)
+    def on_different(column: pd.Series) -> pd.Series:
+        """Work on the different texts, and put each result where its text stands."""
+        codes, different = pd.factorize(column)
+        done = work(pd.Series(different, dtype=object).str.strip())
+        return pd.Series(done.to_numpy()[codes], column.index, dtype=done.dtype)
+
+    return on_different
+
+
+@once
+def numbers(column: pd.Series) -> pd.Series:
+    """Turn text to floats, with a decimal comma too; what is no number becomes NaN."""
+    plain = column.str.replace(r"^(-?\d+),(\d+)$", r"\1.\2", regex=True)
+    found = pd.to_numeric(plain, errors="coerce").astype(float)
+    return found.where(np.isfinite(found))
+
+
+@once
+def years(column: pd.Series) -> pd.Series:
+    """Turn ages such as 58, 61,5, 060Y, 018M, 003W or 005D to years; NaN for any other text."""
+    parts = column.str.upper().str.extract(r"^(-?\d+(?:[.,]\d+)?)([YMWD]?)$")
+    return numbers(parts[0].fillna("")) * parts[1].map(AGE_UNITS)
+
+
+@once
+def on_one_line(column: pd.Series) -> pd.Series:
+    """Turn line ends and other control signs into blanks."""
+    return column.str.replace(CONTROL, " ", regex=True).str.strip()
+
+
+@once
+def upper(column: pd.Series) -> pd.Series:
+    """Write a text in capitals."""
+    return column.str.upper()
+
+
+def first_group(column: pd.Series, pattern: str) -> pd.Series:
+    """Return the first group of an expression found in each text, "" where it is not found."""
+    found = map(re.compile(pattern).search, column)
+    return pd.Series(
+        [match[1] or "" if match else "" for match in found], column.index, dtype=object
+    )

@@ -1,0 +1,296 @@
+"""What a data set's tables mean, as TOML: ours on the left, theirs on the right.
+
+Each file in `presets/` is such a mapping of a public data set; `films.toml` beside a table is the
+user's own, and may build on a preset. data/README.md shows it, KEYS lists all that it may say.
+"""
+
+import functools
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base.errors import InputError
+from ..base.findings import NO_FINDINGS
+from .cells import read_header
+
+MAPPING_NAME = "films.toml"
+PRESETS = Path(__file__).with_name("presets")
+READ_BY = ("any", "majority", "all")
+# What [columns] may name, and the column of our rows that it becomes.
+COLUMNS = {
+    "image": "image_index", "patient": "patient_id", "view": "view", "age": "age", "sex": "sex",
+    "scanner": "scanner", "follow_up": "follow_up", "split": "split", "born": "born",
+    "date": "date", "reader": "reader", "width": "width", "height": "height", "spacing": "spacing",
+}  # fmt: skip
+TEXT, TEXTS, FLAG, NUMBER = "a text", "a text, or a list of texts", "true or false", "a number"
+TABLE = "a section"
+# The sections and their keys, with what each holds; in the others any key is a word of theirs.
+KEYS: dict[str, dict[str, str]] = {
+    "": {
+        "table": TEXT, "columns": TABLE, "findings": "", "labels": TABLE, "marks": TABLE,
+        "aliases": TABLE, "optional": TABLE, "values": TABLE, "extract": TABLE, "keep": TABLE,
+        "tables": TABLE, "join": TABLE, "folders": TEXTS, "depth": NUMBER, "several": FLAG,
+        "readers": TEXT, "loose": FLAG, "title": TEXT, "labels_by": TEXT, "yardsticks": TABLE,
+        "preset": TEXT,
+    },
+    "columns": dict.fromkeys(COLUMNS, TEXTS),
+    "optional": dict.fromkeys(COLUMNS, TEXTS),
+    "extract": dict.fromkeys((*COLUMNS, "labels"), TEXT),
+    "values": dict.fromkeys(COLUMNS, TABLE),
+    "labels": {
+        "column": TEXT, "separator": TEXT, "none": TEXTS, "ignore": TEXTS, "unknown": TEXTS,
+        "brackets": TEXT,
+    },
+    "marks": {
+        "present": TEXTS, "absent": TEXTS, "uncertain": TEXTS, "uncertain_is": TEXT,
+        "blank_is": TEXT, "none": TEXT, "spared": TEXTS,
+    },
+}  # fmt: skip
+IS = {"unknown", "present", "absent"}  # what `uncertain_is` and `blank_is` may say
+
+
+class Wrong(InputError):
+    """What is wrong in a mapping, and at which key of which section."""
+
+    def __init__(self, section: str, key: str, told: str) -> None:
+        super().__init__(told)
+        self.section, self.key = section, key
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A mapping as read. `name` is "own" or the preset's; `words` are by their spelling.
+
+    With [labels] `words` are those of one column, in lower case: of a finding, "" for a word that
+    says nothing, "none" for one that says that there is no finding, "unknown" for one that leaves
+    open what the others do not name. Without, they are columns of marks.
+    """
+
+    name: str
+    file: Path
+    given: dict[str, Any]
+    words: dict[str, str]
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Return a section, empty if the mapping has none."""
+        return self.given.get(name, {})
+
+    @property
+    def findings(self) -> list[str]:
+        """The findings that the mapping names, in its order."""
+        return list(self.given["findings"])
+
+    def tables(self, folder: Path, of: str = "tables") -> dict[str, list[Path]]:
+        """Return the files that each of the tables, or of those to join, may be; best first."""
+        if "table" in self.given and of == "tables":
+            return {"": [folder / self.given["table"]]}
+        found = {}
+        for key in self.section(of):
+            patterns = [p + end for p in key.split("|") for end in ("", ".gz")]
+            files = [path for p in patterns for path in sorted(folder.glob(p))]
+            found[key] = list(dict.fromkeys(files))
+        return found
+
+    def missing(self, folder: Path) -> list[str] | None:
+        """Name the columns that the folder's tables lack; None where it has no such table."""
+        if folders := texts(self.given.get("folders", [])):
+            return [] if all((folder / name).is_dir() for name in folders) else None
+        files = [paths[0] for of in ("tables", "join") for paths in self.tables(folder, of).values()
+                 if paths]  # fmt: skip
+        if not any(self.tables(folder).values()):
+            return None
+        loose = self.given.get("loose", False)
+        there = {cell for file in files for cell in read_header(file, loose)}
+        return [names[0] for names in self.needed() if not there & {*names}]
+
+    def needed(self) -> list[list[str]]:
+        """List the columns that must be there, each with its other spellings."""
+        names = []
+        for value in self.section("columns").values():
+            parts = re.findall(r"\{(.*?)\}", texts(value)[0])
+            names += [[part] for part in parts] if parts else [texts(value)]
+        marks = self.section("marks")
+        names += [[name] for name in [*self.section("keep"), *texts(marks.get("none", []))]]
+        if labels := self.section("labels"):
+            return [*names, [labels["column"]]]
+        return names + [[c for c, f in self.words.items() if f == name] for name in self.findings]
+
+
+def texts(value: str | Sequence[str]) -> list[str]:
+    """Return a text, or several, as a list."""
+    return [value] if isinstance(value, str) else list(value)
+
+
+@functools.cache
+def presets() -> dict[str, Mapping]:
+    """Read all presets, by name."""
+    return {path.stem: _mapping(path, path.stem) for path in sorted(PRESETS.glob("*.toml"))}
+
+
+def candidates(folder: Path) -> list[Mapping]:
+    """Return the presets that a folder may be, by its files' names and columns.
+
+    Where no table has all columns of any, those of which a table has at least the name.
+    """
+    found = [(one, one.missing(folder)) for one in presets().values()]
+    named = [(one, missing) for one, missing in found if missing is not None]
+    return [one for one, missing in named if not missing] or [one for one, _ in named]
+
+
+def find_mapping(folder: Path) -> Mapping:
+    """Return the mapping of a folder: its own, else the one preset that it can be.
+
+    Raises InputError where there is none, or more than one.
+    """
+    path = folder / MAPPING_NAME
+    if path.exists():
+        return _mapping(path, "own")
+    found = candidates(folder)
+    names = " or ".join(one.name for one in found)
+    if len(found) == 1:
+        return found[0]
+    todo = (
+        f'write {MAPPING_NAME} with a line such as preset = "{found[0].name if found else "nih"}"'
+    )
+    raise InputError(f"{folder}: its tables may be those of {names or 'no known data set'}; {todo}")
+
+
+def _mapping(path: Path, name: str) -> Mapping:
+    """Read and check a mapping; InputError names the file, the key and its line."""
+    try:
+        text = path.read_text("utf-8-sig")
+        given = tomllib.loads(text)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); see data/README.md") from None
+    try:
+        if "preset" in given:
+            given = _upon_preset(given)
+            name = given["preset"]
+        _check_keys(given)
+        mapping = Mapping(name, path, given, _words(given))
+        _check_table(mapping)
+    except Wrong as error:
+        line = _line_of(text, error.section, error.key)
+        raise InputError(f"{path}: {error}{f' (line {line})' if line else ''}") from None
+    return mapping
+
+
+def _upon_preset(given: dict[str, Any]) -> dict[str, Any]:
+    """Put what a mapping says over the preset that it names, section by section."""
+    if given["preset"] not in presets():
+        raise Wrong("", "preset", f"preset = {given['preset']!r}; known: {', '.join(presets())}")
+    base = presets()[given["preset"]].given
+    both = {key: base[key] | value for key, value in given.items()
+            if isinstance(value, dict) and isinstance(base.get(key), dict)}  # fmt: skip
+    return base | given | both
+
+
+def _line_of(text: str, section: str, key: str) -> int:
+    """Return the line of a key in a TOML text, 0 if it has none."""
+    here = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[([^\]]+)\]", line):
+            here = header[1]
+        named = re.match(rf"\s*\[?[\"']?{re.escape(key)}[\"']?\s*[=\]]", line) if key else None
+        if named and here in (section, key):
+            return number
+    return 0
+
+
+def _check_keys(given: dict[str, Any]) -> None:
+    """Raise Wrong for an unknown or a missing key, or one that holds something else."""
+    for section, keys in KEYS.items():
+        part = given.get(section, {}) if section else given
+        if not isinstance(part, dict):
+            raise Wrong("", section, f"{section} = {part!r}; write a section [{section}]")
+        for key, value in part.items():
+            if key not in keys:
+                where = f" in [{section}]" if section else ""
+                raise Wrong(section, key, f"unknown {key!r}{where}; known: {', '.join(keys)}")
+            _check_kind(section, key, value, keys[key])
+    for section, kind in {"keep": TEXTS, "join": TEXTS, "aliases": TEXT}.items():
+        for key, value in given.get(section, {}).items():
+            _check_kind(section, key, value, kind)
+    needed = [("columns", "image"), ("columns", "patient")]
+    needed += [("labels", "column")] if "labels" in given else []
+    needed += [("labels", "separator")] if "labels" in given and not given.get("several") else []
+    if not given.keys() & {"tables", "folders"}:
+        needed.insert(0, ("", "table"))
+    for section, key in needed:
+        if not (given.get(section, {}) if section else given).get(key):
+            where = f"[{section}] has no" if section else "no"
+            raise Wrong(section, key, f'{where} {key}; add {key} = "..." (see data/README.md)')
+    _check_findings(given)
+
+
+def _check_kind(section: str, key: str, value: Any, kind: str) -> None:
+    """Raise Wrong where a value is of another kind than the key wants."""
+    some = isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)
+    fits = {
+        TEXT: isinstance(value, str) and value, FLAG: isinstance(value, bool),
+        TEXTS: some or (isinstance(value, str) and value), TABLE: isinstance(value, dict),
+        NUMBER: isinstance(value, int) and not isinstance(value, bool),
+    }  # fmt: skip
+    if not fits.get(kind, True):
+        such = f'a text, such as {key} = "..."' if TEXT in (kind, kind[:6]) else kind
+        such = 'a text, or a list such as ["a", "b"]' if isinstance(value, list) else such
+        such = f"a section [{key}]" if kind == TABLE else such
+        raise Wrong(section, key, f"{key} = {value!r}; give {such}")
+    if section == "extract":
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise Wrong(section, key, f"{key} = {value!r}: no expression ({error})") from None
+    allowed = {"readers": READ_BY, "uncertain_is": sorted(IS), "blank_is": sorted(IS)}.get(key)
+    if allowed and value not in allowed:
+        raise Wrong(section, key, f"{key} = {value!r}; allowed are {', '.join(allowed)}")
+
+
+def _check_findings(given: dict[str, Any]) -> None:
+    """Raise Wrong where there is no finding, or one with a name that cannot be one."""
+    if not given.get("findings"):
+        raise Wrong("", "findings", "[findings] is missing or empty; name what is to be found")
+    for name in given["findings"]:
+        plain = isinstance(name, str) and re.fullmatch(r"\w[\w /()-]*", name)
+        if not plain or name in {*NO_FINDINGS, "none", "unknown", "mean"}:
+            told = f"[findings] {name!r}: no name for a finding; choose another"
+            raise Wrong("findings", str(name), told)
+
+
+def _check_table(mapping: Mapping) -> None:
+    """Raise Wrong where the table that an own mapping names cannot be one, or is not there."""
+    if "table" not in mapping.given:
+        return
+    table, folder = mapping.given["table"], mapping.file.parent
+    if not re.fullmatch(r"[^/\\]+\.csv(\.gz)?", table):
+        told = f"table = {table!r}; give the name of a .csv or .csv.gz beside it"
+        raise Wrong("", "table", told)
+    if not (folder / table).exists():
+        there = ", ".join(sorted(p.name for p in folder.glob("*.csv*"))) or "none"
+        raise Wrong("", "table", f"table {table!r} is not there; tables beside it: {there}")
+
+
+def _words(given: dict[str, Any]) -> dict[str, str]:
+    """Map their words, or columns, to our findings; see `Mapping`."""
+    labels, findings = given.get("labels", {}), given["findings"]
+    if isinstance(findings, list):
+        findings = {name: name for name in findings}
+    pairs = list(findings.items())
+    pairs += [(ours, theirs) for theirs, ours in given.get("aliases", {}).items()]
+    ours_of = {"none": "none", "ignore": "", "unknown": "unknown"}
+    pairs += [(ours, labels[key]) for key, ours in ours_of.items() if key in labels]
+    words: dict[str, str] = {}
+    for ours, value in pairs:
+        for word in value if isinstance(value, list) and labels else [value]:
+            if not isinstance(word, str) or not word.strip():
+                wanted = 'a text, or a list such as ["a", "b"]' if labels else "one column's name"
+                raise Wrong("findings", ours, f"{ours or 'ignore'} = {value!r}; give {wanted}")
+            word = word.strip().lower() if labels else word
+            if word in words:
+                raise Wrong("findings", ours, f"{word!r} stands for two things; name it once")
+            words[word] = ours
+    none = {name.lower() for name in texts(labels.get("none", []))}
+    return {word: "none" if ours.lower() in none else ours for word, ours in words.items()}

@@ -1,0 +1,152 @@
+"""The rows of a data set's tables, stacked and joined, in our text columns."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ..base.errors import InputError
+from ..base.findings import SPLITS
+from . import cells
+from .mapping import COLUMNS, Mapping, texts
+
+
+def place(rows: pd.DataFrame, position: int) -> str:
+    """Name the file and the line of a row."""
+    return f"{rows['file'].iloc[position]}, line {rows['line'].iloc[position]}"
+
+
+def read_tables(
+    mapping: Mapping, folder: Path, paths: Sequence[str]
+) -> tuple[pd.DataFrame, list[Path], list[str]]:
+    """Read what a mapping needs of all tables, stacked and joined, with `file` and `line`.
+
+    A column keeps the first name that the mapping has for it. Returns the files and the header of
+    the first one, too. Without tables each film is a row, and its path the only column.
+    """
+    if "folders" in mapping.given:
+        rows = pd.DataFrame({"path": paths, "file": str(folder), "line": range(1, len(paths) + 1)})
+        return rows, [folder], ["path"]
+    named = {key: found[0] for key, found in mapping.tables(folder).items() if found}
+    joins = {key: found[:1] for key, found in mapping.tables(folder, "join").items()}
+    keys = {key for on in mapping.section("join").values() for key in on}
+    parts, headers = [], []
+    for key, file in named.items():
+        part, header = _read_one(mapping, file, keys)
+        whole = len(named) == len(mapping.section("tables"))  # else the split is not known
+        part["of table"] = mapping.section("tables").get(key, "") if whole else ""
+        parts.append(part)
+        headers.append(header)
+    rows = pd.concat(parts, ignore_index=True)
+    for key, found in joins.items():
+        if not found:
+            raise InputError(f"{folder}: no table {key!r}, which {mapping.file.name} joins")
+        rows = _join(rows, *_read_one(mapping, found[0], keys)[:1], mapping.section("join")[key])
+    rows = rows.fillna("")
+    for column in mapping.needed():
+        if column[0] not in rows:
+            there = ", ".join(headers[0])
+            raise InputError(
+                f"{next(iter(named.values()))}: no columns {column[0]!r}, which {mapping.file.name}"
+                f" names; found {there}; correct {mapping.file.name}"
+            )
+    return rows, list(named.values()), headers[0]
+
+
+def _read_one(mapping: Mapping, file: Path, keys: set[str]) -> tuple[pd.DataFrame, list[str]]:
+    """Read the columns of one table that a mapping names, or that it is joined by."""
+    wanted = [*mapping.needed(), *map(texts, mapping.section("optional").values())]
+
+    def choose(header: list[str]) -> dict[str, str]:
+        """Find each column by the first of its names that is there."""
+        places = {}
+        for names in [*wanted, *([key] for key in keys)]:
+            name = next((name for name in names if name in header), None)
+            if name and header.count(name) > 1 and not mapping.given.get("loose"):
+                raise InputError(
+                    f"{file}: {header.count(name)} columns {name!r}, which {mapping.file.name}"
+                    f" names; found {', '.join(header)}; correct {mapping.file.name}"
+                )
+            places |= {names[0]: name} if name else {}
+        return places
+
+    rows, header = cells.read_cells(file, mapping.given.get("loose", False), choose)
+    return rows.assign(file=str(file), line=rows.index), header
+
+
+def _join(rows: pd.DataFrame, other: pd.DataFrame, on: list[str]) -> pd.DataFrame:
+    """Add the columns of another table, of which no two rows may fit one of ours."""
+    for position in np.flatnonzero(other.duplicated(on)):
+        key = ", ".join(other[on].iloc[position])
+        raise InputError(f"{place(other, position)}: a second row of {key}; remove one")
+    new = [column for column in other if column not in rows]
+    return rows.merge(other[[*on, *new]], how="left", on=on)
+
+
+def our_columns(mapping: Mapping, raw: pd.DataFrame, paths: Sequence[str]) -> pd.DataFrame:
+    """Turn the raw text columns into ours, ids as `written` too; a missing one comes back empty."""
+    rows = raw[["file", "line"]].copy()
+    given = mapping.section("columns") | mapping.section("optional")
+    for name, ours in COLUMNS.items():
+        column = pd.Series("", index=raw.index, dtype=object)
+        if name == "image":
+            column = _images(raw, texts(given[name]), paths)
+        elif name in given and texts(given[name])[0] in raw:
+            column = raw[texts(given[name])[0]]
+        if pattern := mapping.section("extract").get(name):
+            column = cells.first_group(column, pattern)
+        rows[ours] = column.replace(mapping.section("values").get(name, {}))
+    for position in np.flatnonzero(rows["image_index"].str.contains(cells.CONTROL)):
+        found = repr(rows["image_index"].iloc[position])
+        what = f"{found} holds a line's end or another control sign"
+        raise InputError(f"{place(rows, position)}: {what}")
+    for name in ("image_index", "patient_id", "sex", "view", "scanner"):
+        rows[name] = cells.on_one_line(rows[name])
+    rows["image_index"] = cells.film_name(rows["image_index"])
+    rows["written"] = rows["patient_id"]
+    rows["patient_id"] = cells.one_spelling(rows["patient_id"])
+    for position in np.flatnonzero((rows["image_index"] == "") | (rows["patient_id"] == "")):
+        what = "no image index or no patient id; mend the row"
+        raise InputError(f"{place(rows, position)}: {what}")
+    if "of table" in raw:
+        rows["split"] = rows["split"].where(rows["split"] != "", raw["of table"])
+    for position in np.flatnonzero(~rows["split"].isin(["", *SPLITS])):
+        what, todo = rows["split"].iloc[position], "write train, val or test, or leave it empty"
+        raise InputError(f"{place(rows, position)}: split {what!r}; {todo}")
+    sex, view = cells.upper(rows["sex"]).str[:1], cells.upper(rows["view"])
+    return rows.assign(sex=sex, view=view, scanner=_scanners(rows))
+
+
+def _images(raw: pd.DataFrame, ways: list[str], paths: Sequence[str]) -> pd.Series:
+    """Return the films' names by the first of some columns or templates that any film has."""
+    there = {name for path in paths for name in (path, path.rpartition("/")[2])}
+    found = []
+    for way in ways:
+        column = raw.get(way, pd.Series("", raw.index, dtype=object))
+        for k, part in enumerate(() if way in raw else re.split(r"\{(.*?)\}", way)):
+            column = column + (raw[part] if k % 2 else part)
+        found.append(column)
+        if column.isin(there).any():
+            return column
+    return found[0]
+
+
+def _scanners(rows: pd.DataFrame) -> pd.Series:
+    """Write scanners, which may become clients, as parts of file names; refuse two that are one."""
+    plain = rows["scanner"].str.replace(r"[^\w.-]+", "-", regex=True)
+    for text, several in rows["scanner"].groupby(plain):
+        if several.nunique() > 1:
+            told = " and ".join(map(repr, sorted(several.unique())[:2]))
+            where = rows["file"].iloc[0]
+            raise InputError(f"{where}: scanners {told} would both be {text!r}; rename one")
+    return plain
+
+
+def kept_rows(mapping: Mapping, raw: pd.DataFrame) -> np.ndarray:
+    """Tell which rows the mapping keeps."""
+    kept = np.full(len(raw), True)
+    for column, values in mapping.section("keep").items():
+        kept &= raw[column].isin(texts(values)).to_numpy()
+    return kept
