@@ -40,21 +40,17 @@ def headline(result: tables.Evaluation, source: str, labels: str) -> list[str]:
     `labels` says how the labels came about.
     """
     means = tables.mean_auroc_rows(result.metrics)
-    lines = [
-        *_arms_in_words(means),
-        *_differences_in_words(result.differences, list(means["arm"].unique())),
-        *_hospitals_in_words(means),
-        _limits_in_words(result, means, labels),
-    ]
-    return [f"{source}: {line}" for line in lines]
-
-
-def _arms_in_words(means: pd.DataFrame) -> list[str]:
-    """Say the mean AUROC of each arm on all test films, and how far the seeds lie apart."""
     whole = tables.rows_of(means, client="", test_set=ALL_FILMS)
     by_seed = whole[whole["seed"] != ""].groupby("arm")["value"]
-    rows = whole[whole["seed"] == ""].itertuples()
-    return [say("arm", row=row, seeds=by_seed.get_group(row.arm)) for row in rows]
+    arms = whole[whole["seed"] == ""].itertuples()
+    lines = [say("arm", row=row, seeds=by_seed.get_group(row.arm)) for row in arms]
+    lines += _differences_in_words(result.differences, list(means["arm"].unique()))
+    lines += _hospitals_in_words(means)
+    rows = tables.over_seeds(result.metrics).drop_duplicates("finding").set_index("finding")
+    without = rows.drop([MEAN, *result.mean_over]).itertuples()
+    films = tables.over_seeds(means)["n"].max()
+    lines.append(say("limits", labels=labels, films=films, without=without))
+    return [f"{source}: {line}" for line in lines]
 
 
 def _differences_in_words(differences: pd.DataFrame, arms: list[str]) -> list[str]:
@@ -90,14 +86,6 @@ def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
     up = worst["value"] + wider * (worst["ci_high"] - worst["value"])
     down = best["value"] - wider * (best["value"] - best["ci_low"])
     return [say("hospitals", worst=worst, best=best, apart=up < down, count=len(rows))]
-
-
-def _limits_in_words(result: tables.Evaluation, means: pd.DataFrame, labels: str) -> str:
-    """Say what limits all this: where the labels come from, and how few films there are."""
-    rows = tables.over_seeds(result.metrics).drop_duplicates("finding").set_index("finding")
-    without = rows.drop([MEAN, *result.mean_over]).itertuples()
-    films = tables.over_seeds(means)["n"].max()
-    return say("limits", labels=labels, films=films, without=without)
 
 
 def too_small(result: tables.Evaluation, labels: pd.DataFrame) -> str:
