@@ -26,10 +26,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from ..base.device import count_cores
 from .phantom.write import draw_batch
 
-SHRUNK, COARSE = (
-    32,
-    16,
-)  # of the shrunk film whose edges are looked at, and of the one that is turned
+SHRUNK, COARSE = 32, 16  # sides of the film whose edges are looked at, of that which is turned
 CELLS, DIRECTIONS = 8, 8  # of the histograms of edges: a grid of cells, and directions in each
 ENOUGH = 40  # films whose mean is a reference; of fewer only blank ones are named
 BLANK = 3.0  # grey levels that a film's standard deviation has at least
