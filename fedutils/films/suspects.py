@@ -27,7 +27,7 @@ from ..base.device import count_cores
 from .phantom.write import draw_batch
 
 SHRUNK, COARSE = 32, 16  # sides of the film whose edges are looked at, of that which is turned
-CELLS, DIRECTIONS = 8, 8  # of the histograms of edges: a grid of cells, and directions in each
+MESH, DIRECTIONS = 8, 8  # of the histograms of edges: a grid of cells, and directions in each
 ENOUGH = 40  # films whose mean is a reference; of fewer only blank ones are named
 BLANK = 3.0  # grey levels that a film's standard deviation has at least
 TURNED = 0.12  # correlation that a film gains if it is turned
@@ -100,20 +100,20 @@ def _unit(films: np.ndarray) -> np.ndarray:
 
 
 def _edges(films: np.ndarray) -> np.ndarray:
-    """Sum the strength of edges by cell and direction: (N, CELLS, CELLS, DIRECTIONS), of length 1.
+    """Sum the strength of edges by cell and direction: (N, MESH, MESH, DIRECTIONS), of length 1.
 
     Histograms of oriented gradients after Dalal and Triggs, CVPR 2005.
     """
     down, right = np.gradient(films, axis=(1, 2))
     strength = np.hypot(down, right).ravel()
     angle = (np.arctan2(down, right) * (DIRECTIONS / (2 * np.pi)) % DIRECTIONS).ravel()
-    cell = np.arange(SHRUNK) * CELLS // SHRUNK
-    place = (np.arange(len(films))[:, None, None] * CELLS + cell[:, None]) * CELLS + cell
+    cell = np.arange(SHRUNK) * MESH // SHRUNK
+    place = (np.arange(len(films))[:, None, None] * MESH + cell[:, None]) * MESH + cell
     lower = angle.astype(int)
-    total, first = np.zeros(len(films) * CELLS * CELLS * DIRECTIONS), place.ravel() * DIRECTIONS
+    total, first = np.zeros(len(films) * MESH * MESH * DIRECTIONS), place.ravel() * DIRECTIONS
     for step, share in enumerate((1 - (angle - lower), angle - lower)):
         total += np.bincount(first + (lower + step) % DIRECTIONS, share * strength, len(total))
-    edges = np.sqrt(total).astype(np.float32).reshape(-1, CELLS, CELLS, DIRECTIONS)
+    edges = np.sqrt(total).astype(np.float32).reshape(-1, MESH, MESH, DIRECTIONS)
     return edges / np.sqrt((edges**2).sum(axis=(1, 2, 3), keepdims=True)).clip(1e-6)
 
 
