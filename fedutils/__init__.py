@@ -31,7 +31,7 @@ NAMES = {
     "films.partition": "label_skew partition_patients partition_report",
     "films.phantom.write": "write_phantom",
     "films.prepared": "check_prepared prepared_with",
-    "films.read": "open_data",
+    "films.sources": "compare_sources open_data",
     "films.suspects": "mean_films",
     "films.split": "check_splits choose_films leak_of_splits split_patients",
     "model": "build_resnet34",

@@ -14,7 +14,7 @@ from .base.files import find_work
 # fields themselves take seconds to import.
 OPTIONS = {
     "data_dir": "folder with Data_Entry_2017*.csv, or films.toml for films of your own; empty:"
-    " NIH_DATA_DIR, Kaggle, else the phantom",
+    " NIH_DATA_DIR, Kaggle, else the phantom; several: A;B",
     "work_dir": "where results go; empty: work/ of the project",
     "name": "of this run; empty: a short hash of the parameters",
     "profile": "auto, demo (no GPU, no network) or kaggle: what an empty parameter means",
@@ -68,13 +68,23 @@ def add(commands: Any, name: str, do: Callable[..., None]) -> argparse.ArgumentP
     return command
 
 
+class Together(argparse.Action):
+    """An option that may be given several times: its values with semicolons between them."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        """Put a value behind those that were given before."""
+        before = getattr(namespace, self.dest, "")
+        setattr(namespace, self.dest, f"{before};{value}" if before else value)
+
+
 def add_parameters(command: argparse.ArgumentParser) -> None:
     """Add the options of a run: parameters of the notebooks, and which notebooks."""
     for name, text in OPTIONS.items():
         option = name.removesuffix("_dir")
         command.add_argument(
-            f"--{option}", dest=name, metavar=option.upper(), default=argparse.SUPPRESS, help=text
-        )
+            f"--{option}", dest=name, metavar=option.upper(), default=argparse.SUPPRESS, help=text,
+            action=Together if name == "data_dir" else "store",
+        )  # fmt: skip
     add_pairs(command)
     command.add_argument("--force", action="store_true", help="execute what is unchanged, too")
     command.add_argument("--only", default="", metavar="01,02", help="these notebooks only")

@@ -31,7 +31,7 @@ def read_report(prepared: Path) -> dict[str, Any]:
 
 def read_index(prepared: Path) -> pd.DataFrame:
     """Read `index.csv` as notebook 02 wrote it; a finding that nobody looked for is NaN."""
-    text = ("image_index", "patient_id", "sex", "view", "scanner", "split")
+    text = ("image_index", "source", "patient_id", "sex", "view", "scanner", "split")
     index = read_written(prepared / "index.csv", *text)
     return index.astype(dict.fromkeys(findings_of(index), np.float32))
 

@@ -30,7 +30,7 @@ class RunParameters(Parameters):
 
     data_dir: str = parameter(
         "", "folder with Data_Entry_2017*.csv, or films.toml for films of your own; empty:"
-        " NIH_DATA_DIR, Kaggle, else the phantom"
+        " NIH_DATA_DIR, Kaggle, else the phantom; several: A;B"
     )  # fmt: skip
     work_dir: str = parameter("", "where results go; empty: work/ of the project", identity=False)
     name: str = parameter(

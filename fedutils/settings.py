@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import parameters
+from .base.errors import InputError
 from .base.files import find_work, sha256
 from .base.parameters import Parameters, assigned, check_names, check_value, convert, parameter
 from .base.provenance import provenance
@@ -19,6 +20,7 @@ from .fedavg import AggregationParameters
 from .films.decode import FilmParameters
 from .films.find import find_data
 from .films.partition import PartitionParameters
+from .films.sources import split_folders
 from .films.split import SplitParameters
 from .model import ModelParameters
 from .privacy.client import PrivacyParameters
@@ -66,7 +68,8 @@ class Settings(*reversed(ROOMS)):
         values |= {"rounds": self.rounds} if calibrated else {}
         # A share of the clients is at least `min_clients`.
         values |= {"min_clients": self.min_clients} if self.client_fraction < 1 else {}
-        return values | {"data_dir": Path(self.data_dir).name or "phantom"}
+        names = [folder.name for folder in split_folders(self.data_dir)]
+        return values | {"data_dir": ";".join(names) or "phantom"}
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
@@ -113,9 +116,12 @@ def fill(given: Settings) -> Settings:
     number = ("demo", "kaggle").index(profile)
     open_ones = [n for n, f in FIELDS.items() if f.metadata["profiles"] and not getattr(given, n)]
     empty = {name: FIELDS[name].metadata["profiles"][number] for name in open_ones}
-    data = find_data(given.data_dir)
+    folders = map(str, split_folders(given.data_dir)) if given.data_dir else [""]
+    found = [data.resolve() for data in map(find_data, folders) if data]
+    if len(set(found)) < len(found):
+        raise InputError(f"data_dir={given.data_dir!r} names a folder twice")
     work = find_work(given.work_dir)
-    places = {"work_dir": str(work), "data_dir": str(data.resolve()) if data else ""}
+    places = {"work_dir": str(work), "data_dir": ";".join(map(str, found))}
     weights = empty.get("weights", given.weights)
     if weights not in ("none", "imagenet"):  # a notebook runs in another folder than the command
         places["weights"] = str(Path(weights).expanduser().resolve())

@@ -97,6 +97,24 @@ checks.to_csv(folder / "checks.csv", index=False)
 HTML(checks.to_html(index=False))
 
 # %% [markdown]
+# ## Who has what?
+#
+# Of several folders each is a *source*: a hospital with films, patients and a label language of its own.
+# A grey cell is a finding that a source did not look for: there it is unknown, not absent.
+
+# %%
+sources = fedutils.compare_sources(table)
+one = Markdown("There is one folder. `--data` may be given several times, also for other data sets.")
+display(sources[["films", "patients", "age", "view"]] if len(sources) > 1 else one)
+
+# %% [markdown]
+# Films with each finding, source by source, where there are several:
+
+# %%
+if len(sources) > 1:
+    display(fedutils.plots.client_heatmap(sources, title))
+
+# %% [markdown]
 # ## How common is each finding?
 #
 # A film may show several findings, so the bars do not add up to the number of films. *No Finding* is

@@ -13,9 +13,9 @@ SPLITS = ("train", "val", "test")
 # The columns of our tables that are about films, patients, clients and models: any other is a
 # finding, and no finding may be called as one of these.
 NO_FINDINGS = frozenset((
-    "image_index", "row", "patient_id", "follow_up", "age", "sex", "view", "width", "height",
-    "spacing", "scanner", "official_split", "split", "client", "path", "arm", "seed", "patients",
-    "films", *SPLITS, NO_FINDING,
+    "image_index", "row", "source", "patient_id", "follow_up", "age", "sex", "view", "width",
+    "height", "spacing", "scanner", "official_split", "split", "client", "path", "arm", "seed",
+    "patients", "films", *SPLITS, NO_FINDING,
 ))  # fmt: skip
 
 

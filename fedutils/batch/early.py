@@ -13,7 +13,7 @@ from ..base.findings import NO_FINDINGS, choose_findings, findings_of
 from ..base.parameters import split_list
 from ..dataset import ChestXrayDataset, read_index, read_report
 from ..evidence.tables import read_summary
-from ..films import find, partition, prepared, read, split
+from ..films import find, partition, prepared, sources, split
 from ..films.phantom.cases import FINDINGS, phantom_table
 from ..model import build_resnet34
 from ..rounds import Progress, over_budget
@@ -44,7 +44,7 @@ def _find_films(settings: Settings, due: Collection[str]) -> pd.DataFrame | None
     """Return the films that notebook 03 will read, if they are known, with their `split`."""
     films = None
     if settings.data_dir and not set(READ_FILMS).isdisjoint(due):
-        films = read.open_data(settings.data_dir, settings.work_dir, settings.findings).table
+        films = sources.open_data(settings.data_dir, settings.work_dir, settings.findings).table
     if READ_FILMS[1] in due:
         if films is None:
             films = _phantom(settings.findings)
@@ -69,7 +69,7 @@ def _phantom(findings: str) -> pd.DataFrame:
     names = {"Image Index": "image_index", "Follow-up #": "follow_up", "split": "official_split"}
     table = phantom_table().drop(columns="scanner").rename(columns=names)
     table["patient_id"], table["path"] = table["Patient ID"].astype(str), table["image_index"]
-    table["scanner"] = table["Spacing"].map("{:.3f}".format)
+    table["source"], table["scanner"] = "", table["Spacing"].map("{:.3f}".format)
     words = table["Finding Labels"].str.split("|")
     labels = [[float(name in said) for name in FINDINGS] for said in words]
     chosen = pd.DataFrame(labels, columns=FINDINGS)[choose_findings(FINDINGS, findings)]

@@ -3,7 +3,7 @@
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..base.provenance import provenance
 from ..films.decode import FilmParameters
 from ..films.find import list_tables, walk
 from ..films.prepared import PREPARED_WITH
+from ..films.sources import split_folders
 from ..films.split import SplitParameters
 from ..settings import FIELDS, Settings, convert_texts, read_parameters
 from . import notebook
@@ -103,8 +104,7 @@ def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Setti
     chosen = choose_notebooks(only)
     nodes = {stem: notebook.read_notebook(notebook.FOLDER, stem) for stem in NOTEBOOKS}
     settings = read_parameters(convert_texts(values))
-    data = Path(settings.data_dir) if settings.data_dir else None
-    films = identify(data, Path(settings.work_dir))
+    films = identify(split_folders(settings.data_dir), Path(settings.work_dir))
     jobs = [Step(stem, nodes[stem], settings, films, given=tuple(values)) for stem in chosen]
     if EVALUATE in chosen and TRAINS not in chosen:
         check_trained(values, read_run(settings.work_dir, settings.name))
@@ -130,18 +130,19 @@ def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Setti
     return settings
 
 
-def identify(folder: Path | None, work: Path) -> str:
-    """Return a hash of a data folder: its tables, and the names, sizes and times of its films.
+def identify(folders: Iterable[Path], work: Path) -> str:
+    """Return a hash of data folders: their tables, and names, sizes and times of their films.
 
     What we wrote below `work` ourselves is no input, should it lie in that folder.
     """
-    if folder is None:
-        return "phantom"
-    tables, found = list_tables(folder), []
-    for here, _, files in walk(folder, work):
-        films = [path for name in files if (path := here / name) not in tables]
-        found += [(str(path), _stamp(path)) for path in films]
-    return sha256(json.dumps([[_digest(path) for path in tables], sorted(found)]).encode())
+    content = []
+    for folder in folders:
+        tables, found = list_tables(folder), []
+        for here, _, files in walk(folder, work):
+            films = [path for name in files if (path := here / name) not in tables]
+            found += [(str(path), _stamp(path)) for path in films]
+        content.append([[_digest(path) for path in tables], sorted(found)])
+    return sha256(json.dumps(content).encode()) if content else "phantom"
 
 
 def _stamp(path: Path) -> list[int]:

@@ -29,7 +29,8 @@ from .twins import find_twins
 STORE_VERSION = 2
 FILMS_A_CHUNK = 256  # films between two entries in the journal: what a kill costs at most
 INDEX_COLUMNS = [
-    "image_index", "row", "patient_id", "follow_up", "age", "sex", "view", "scanner", "split",
+    "image_index", "row", "source", "patient_id", "follow_up", "age", "sex", "view", "scanner",
+    "split",
 ]  # fmt: skip
 FILM_COLUMNS = ["image_index", "problem", "mode", "width", "height", "pixels"]
 

@@ -17,7 +17,7 @@ from ..base.parameters import Parameters, parameter
 from ..base.rng import generator
 from .split import assert_disjoint
 
-METHODS = ("iid", "dirichlet", "scanner")
+METHODS = ("iid", "dirichlet", "scanner", "source")
 LEAST_SCANNER_SHARE = 0.01  # of all films; a rarer pixel spacing is no client of its own
 LEAST_ALPHA = 0.01  # smaller ones act as this one, whose shares are all or nothing already
 LEAST_PREFERENCE = 1e-60  # relative to the favourite: keeps equal sizes within reach
@@ -28,7 +28,9 @@ class PartitionParameters(Parameters):
     """Which hospital has which patients."""
 
     partition: str = parameter("iid", "of patients to clients", allowed=METHODS)
-    num_clients: int = parameter(0, "hospitals", bounds=(1, 100_000), profiles=(4, 5))
+    num_clients: int = parameter(
+        0, "hospitals", bounds=(1, 100_000), profiles=(4, 5), only="partition=iid|dirichlet|scanner"
+    )
     alpha: float = parameter(
         0.5, "small is skewed", bounds=(1e-12, math.inf), only="partition=dirichlet"
     )
@@ -47,6 +49,7 @@ def partition_patients(
       patients differ by at most one.
     - `dirichlet`: label skew `alpha` > 0, see `_dirichlet`; clients are of about equal size.
     - `scanner`: the natural clients, see `_scanner`; fewer `num_clients` merge the smallest.
+    - `source`: the data folders, whatever `num_clients` says.
 
     Every client gets at least one training patient. Raises InputError for what cannot be done:
     more clients than training patients or scanners, alpha <= 0, no pixel spacing.
@@ -57,6 +60,11 @@ def partition_patients(
     train_patients = int((split == "train").sum())
     if method not in METHODS:
         raise InputError(f"partition={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    if method == "source":
+        placed = index.drop_duplicates("patient_id").set_index("patient_id")["source"]
+        _check_sources(placed, split)
+        placed = pd.DataFrame({"client": placed.loc[split.index], "split": split})
+        return placed.rename_axis("patient_id").reset_index()
     if num_clients < 1 or num_clients > train_patients:
         found = f"there are {train_patients} training patients and each client needs one"
         raise InputError(f"num_clients={num_clients}: {found}; choose 1 to {train_patients}")
@@ -74,6 +82,16 @@ def partition_patients(
         clients = pd.Series([f"client-{n + 1:0{width}d}" for n in number], index=order)
     placed = pd.DataFrame({"client": clients.loc[split.index], "split": split})
     return placed.rename_axis("patient_id").reset_index()
+
+
+def _check_sources(placed: pd.Series, split: pd.Series) -> None:
+    """Raise InputError unless there are several sources, each with a training patient."""
+    sources = sorted(placed.unique())
+    if len(sources) < 2:
+        raise InputError("partition=source wants several folders: give --data for each of them")
+    bare = [name for name in sources if "train" not in set(split[placed.index[placed == name]])]
+    if bare:
+        raise InputError(f"partition=source: {', '.join(bare)} has no patient in training")
 
 
 def partition_report(index: pd.DataFrame, clients: pd.DataFrame) -> pd.DataFrame:

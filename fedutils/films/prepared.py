@@ -1,6 +1,5 @@
 """What notebook 02 prepared, against what is asked of a later notebook."""
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -9,6 +8,7 @@ from ..base.errors import InputError
 from ..base.files import sha256
 from ..base.parameters import Parameters
 from .find import list_tables
+from .sources import split_folders
 from .split import check_splits
 
 PREPARED_WITH = (
@@ -18,7 +18,7 @@ PREPARED_WITH = (
 
 def prepared_with(settings: Parameters) -> dict[str, Any]:
     """Return what decides what is prepared: parameters; of the data folder name and tables."""
-    tables = list_tables(Path(settings.data_dir)) if settings.data_dir else []
+    tables = [path for one in split_folders(settings.data_dir) for path in list_tables(one)]
     content = "".join(path.name + sha256(path.read_bytes()) for path in tables)
     asked = settings.identity() | {"tables": sha256(content.encode())[:16] if tables else ""}
     return {name: asked[name] for name in PREPARED_WITH}

@@ -2,6 +2,7 @@
 
 What its tables mean says a mapping (`mapping.py`): a preset that the folder is recognised by, or a
 `films.toml` of its own. `DataSet.table` has one row a film, sorted by `image_index` (text, unique):
+- `source` (text): the folder's name where there are several, else ""
 - `patient_id` (text): one spelling for each patient, see `one_spelling`
 - `follow_up` (int): number of the visit; -1 if unreadable
 - `age` (float, years): `060Y`, months, weeks and days converted; NaN if unreadable
@@ -15,7 +16,6 @@ What its tables mean says a mapping (`mapping.py`): a preset that the folder is 
 - the findings (float32): 0, 1, or NaN, where nobody looked
 """
 
-import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +25,12 @@ import numpy as np
 import pandas as pd
 
 from ..base.errors import InputError
-from ..base.findings import choose_findings, findings_of
+from ..base.findings import findings_of
 from . import cells
 from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, printable, walk
 from .formats import FILM_ENDINGS
 from .labels import read_labels, unite
 from .mapping import Mapping, find_mapping
-from .phantom.write import write_phantom
 from .rows import kept_rows, our_columns, place, read_tables
 
 BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
@@ -65,6 +64,7 @@ class DataSet:
     table_file: str
     lists: tuple[str, ...]
     found: dict[str, list[str]]
+    parts: tuple["DataSet", ...] = ()  # those that `sources` put together
 
     @property
     def films_present(self) -> int:
@@ -73,6 +73,12 @@ class DataSet:
 
     def about(self) -> dict[str, object]:
         """Return what a report says of the data: release, source, labels, lists, yardsticks."""
+        if self.parts:
+            said = [part.about() for part in self.parts]
+            texts = {key: [one[key] for one in said] for key in ("source", "labels_by")}
+            joined = {key: " ".join(dict.fromkeys(each)) for key, each in texts.items()}
+            joined["source"] = "; ".join(texts["source"])
+            return {"release": self.release, "lists": list(self.lists), "yardsticks": {}} | joined
         source, labels = (self.mapping.given.get(key, "") for key in ("title", "labels_by"))
         if self.release == "phantom":
             source, labels = PHANTOM
@@ -85,19 +91,6 @@ class DataSet:
             "lists": list(self.lists),
             "yardsticks": self.mapping.section("yardsticks") if whole else {},
         }  # fmt: skip
-
-
-def open_data(data_dir: str, work_dir: str | Path, findings: str = "") -> DataSet:
-    """Read a run's data set; without a folder the phantom, written below `work_dir` if need be.
-
-    `findings` is the parameter: which of those that the data know are kept.
-    """
-    folder = Path(data_dir) if data_dir else write_phantom(Path(work_dir) / "phantom")
-    data = read_folder(folder, Path(work_dir) if data_dir else None)
-    known = findings_of(data.table)
-    left_out = [name for name in known if name not in choose_findings(known, findings)]
-    boxes = data.boxes[~data.boxes["finding"].isin(left_out)].reset_index(drop=True)
-    return dataclasses.replace(data, table=data.table.drop(columns=left_out), boxes=boxes)
 
 
 def read_folder(folder: Path, work: Path | None = None, mapping: Mapping | None = None) -> DataSet:
@@ -290,6 +283,7 @@ def _tidy(
     since = cells.numbers(rows["date"].str[:4]) - cells.numbers(rows["born"])
     table = pd.DataFrame({
         "image_index": names,
+        "source": "",  # see `sources`
         "patient_id": rows["patient_id"],
         "follow_up": visits.where(visits.between(0, MOST_VISITS), -1).fillna(-1).astype(int),
         "age": cells.years(rows["age"]).fillna(since),

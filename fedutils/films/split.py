@@ -38,11 +38,15 @@ def split_patients(table: pd.DataFrame, seed: int) -> pd.Series:
     lists may also name train and val.
     Without lists, a hash under 0.2 is test, under 0.3 val, else train. The hash is that of
     (seed, patient) alone, so a hospital that holds only its own patients gets the same answer.
+    Of several sources each is split by its own lists, or by hash.
 
     Raises InputError if a patient is in both official lists.
     """
+    source = table.get("source", pd.Series("", index=table.index))
     patients = table["patient_id"].unique()
-    digests = [hashlib.sha256(f"{seed}|{patient}|split".encode()).digest() for patient in patients]
+    own = table["patient_id"].where(source == "", table["patient_id"].str.partition("/")[2])
+    own = own[~table["patient_id"].duplicated()]  # as each source calls them
+    digests = [hashlib.sha256(f"{seed}|{patient}|split".encode()).digest() for patient in own]
     shares = [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]
     hashed = table["patient_id"].map(dict(zip(patients, shares, strict=True)))
     official = table.get("official_split", pd.Series("", index=table.index))
@@ -50,7 +54,8 @@ def split_patients(table: pd.DataFrame, seed: int) -> pd.Series:
     names = ["test", "train_val", "train", "val"]
     listed = np.select([official == name for name in names], ["test", val, "train", "val"], "")
     free = np.select([hashed < TEST_BELOW, hashed < VAL_BELOW], ["test", "val"], "train")
-    split = pd.Series(listed if (official != "").any() else free, index=table.index, name="split")
+    has_lists = (official != "").groupby(source).transform("any")
+    split = pd.Series(np.where(has_lists, listed, free), index=table.index, name="split")
     assert_disjoint(table["patient_id"][split != ""], split[split != ""], "split")
     return split
 

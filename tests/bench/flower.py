@@ -16,7 +16,8 @@ import pandas as pd
 from fedutils.base.errors import NotebookFailed
 from fedutils.base.files import write_atomic
 from fedutils.batch.run import run
-from fedutils.films.read import DataSet, open_data
+from fedutils.films.read import DataSet
+from fedutils.films.sources import open_data
 from fedutils.network.commands import (
     check_flower,
     flower_environment,

@@ -16,7 +16,8 @@ from fedutils.films.check import check_table, summary
 from fedutils.films.decode import decode_film
 from fedutils.films.find import describe_files, find_data
 from fedutils.films.phantom.cases import FINDINGS
-from fedutils.films.read import open_data, read_folder
+from fedutils.films.read import read_folder
+from fedutils.films.sources import open_data
 
 UNQUOTED = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"

@@ -22,7 +22,8 @@ from fedutils.films.check import check_table, summary
 from fedutils.films.decode import decode_films, example_films, write_index
 from fedutils.films.find import find_data
 from fedutils.films.partition import label_skew, partition_patients, partition_report
-from fedutils.films.read import open_data, read_folder
+from fedutils.films.read import read_folder
+from fedutils.films.sources import open_data
 from fedutils.films.split import split_patients
 from fedutils.run import read_films
 from fedutils.training.training import Training

@@ -22,7 +22,7 @@ from fedutils.films.phantom.cases import FINDINGS, NIH_SHARE, SCANNERS, Film, ph
 from fedutils.films.phantom.signs import draw_film
 from fedutils.films.phantom.write import BOXED, draw_batch, write_phantom
 from fedutils.films.prepared import check_prepared, prepared_with
-from fedutils.films.read import open_data
+from fedutils.films.sources import open_data
 from fedutils.films.split import split_patients
 from fedutils.training.training import Training
 

@@ -1,0 +1,130 @@
+"""Several folders as several hospitals: no patient in two, each with findings of its own."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from ownfilms import write_films
+
+from fedutils.__main__ import build_parser, read_values
+from fedutils.base.errors import InputError
+from fedutils.base.findings import findings_of
+from fedutils.batch.run import identify
+from fedutils.films.decode import decode_films, write_index
+from fedutils.films.partition import partition_patients
+from fedutils.films.sources import compare_sources, open_data
+from fedutils.films.split import split_patients
+from fedutils.run import read_films
+from fedutils.settings import read_parameters
+from fedutils.training.training import Training
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two folders of the same ids: `north` looks for all six findings, `south` for two of them."""
+    work = tmp_path_factory.mktemp("sources")
+    north, south = write_films(work / "north"), write_films(work / "south", patients=30)
+    mapping = (south / "films.toml").read_text()
+    for line in mapping.splitlines():
+        if line.startswith(("Effusion", "Pneumothorax", "Edema", "Infiltration")):
+            mapping = mapping.replace(line + "\n", "")
+    (south / "films.toml").write_text(mapping + 'Fracture = "Effusion"\n')
+    return north, south
+
+
+def both(folders):
+    return ";".join(map(str, folders))
+
+
+def test_each_folder_is_a_source_and_no_patient_is_in_two(folders, tmp_path):
+    table = open_data(both(folders), tmp_path).table
+    alone = [open_data(str(folder), tmp_path).table for folder in folders]
+    assert len(table) == sum(map(len, alone)) and table["image_index"].is_unique
+    sources = table.groupby("patient_id")["source"].nunique()
+    assert (sources == 1).all() and set(table["source"]) == {"north", "south"}
+    assert set(alone[0]["patient_id"]) & set(alone[1]["patient_id"])  # the ids were the same
+    assert findings_of(table) == [*findings_of(alone[0]), "Fracture"]
+    south = table[table["source"] == "south"]
+    assert south[["Effusion", "Edema"]].isna().all(axis=None) and south["Fracture"].notna().any()
+
+
+def test_a_hospital_splits_its_patients_as_it_does_alone(folders, tmp_path):
+    table = open_data(both(folders), tmp_path).table
+    split = split_patients(table, 0)
+    for folder in folders:
+        alone = open_data(str(folder), tmp_path).table
+        here = split[(table["source"] == folder.name).to_numpy()].to_numpy()
+        assert (here == split_patients(alone, 0).to_numpy()).all()
+
+
+def test_lists_are_kept_where_a_source_has_them(folders, tmp_path):
+    north, south = (open_data(str(folder), tmp_path).table for folder in folders)
+    table = pd.concat([
+        north.assign(source="n", patient_id="n/" + north["patient_id"], official_split="train_val"),
+        south.assign(source="s", patient_id="s/" + south["patient_id"]),
+    ], ignore_index=True)  # fmt: skip
+    split = split_patients(table, 0)
+    assert set(split[table["source"] == "n"]) == {"train", "val"}
+    assert set(split[table["source"] == "s"]) == {"train", "val", "test"}
+
+
+def test_sources_are_hospitals_and_are_laid_side_by_side(folders, tmp_path):
+    table = open_data(both(folders), tmp_path).table
+    table = table.assign(split=split_patients(table, 0))
+    clients = partition_patients(table, "source", 4, 0.5, 0)
+    assert set(clients["client"]) == {"north", "south"}
+    assert (clients["patient_id"].str.partition("/")[0] == clients["client"]).all()
+    report = compare_sources(table)
+    assert report["films"].tolist() == [80, 60] and report["patients"].tolist() == [40, 30]
+    assert np.isnan(report.loc["south", "Effusion"]) and np.isnan(report.loc["north", "Fracture"])
+    for other in ("iid", "scanner"):
+        assert len(set(partition_patients(table, other, 2, 0.5, 0)["client"])) == 2
+    with pytest.raises(InputError, match="give --data for each"):
+        partition_patients(table.assign(source=""), "source", 4, 0.5, 0)
+
+
+def test_data_may_be_given_several_times(folders, tmp_path, monkeypatch):
+    monkeypatch.delenv("NIH_DATA_DIR", raising=False)
+    north, south = map(str, folders)
+    options = build_parser().parse_args(["run", "--data", north, "--data", south])
+    values = read_values(options) | {"work_dir": str(tmp_path), "profile": "demo"}
+    settings = read_parameters(values)
+    assert settings.data_dir == both(folders)
+    assert settings.identity()["data_dir"] == "north;south"
+    with pytest.raises(InputError, match="names a folder twice"):
+        read_parameters(values | {"data_dir": f"{north};{north}/"})
+    with pytest.raises(InputError, match="num_clients=3 means nothing with partition='source'"):
+        read_parameters(values | {"partition": "source", "num_clients": 3})
+    before = identify(folders, tmp_path)
+    (folders[1] / "more.txt").write_text("")
+    assert identify(folders, tmp_path) != before
+
+
+def test_a_source_without_films_is_refused(folders, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path in folders[0].glob("*.*"):
+        (empty / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(InputError, match="empty: none of the films of its table is there"):
+        open_data(both([folders[1], empty]), tmp_path)
+
+
+def test_hospitals_with_findings_of_their_own_train_one_model(folders, tmp_path):
+    settings = read_parameters({
+        "data_dir": both(folders), "work_dir": str(tmp_path), "profile": "demo", "image_size": 32,
+        "partition": "source", "rounds": 1, "tracked": "fc", "weights": "none", "name": "run",
+    })  # fmt: skip
+    data = open_data(settings.data_dir, settings.work_dir)
+    table = data.table.assign(split=split_patients(data.table, 0))
+    films = decode_films(table, data.folder, settings.prepared, 32)
+    about = data.about() | {"image_size": 32}
+    report = write_index(table, films, data.boxes, settings.prepared, about)
+    assert report["films"] == 140 and not report["quarantined"]
+    clients = partition_patients(table, "source", 2, 0.5, 0)
+    settings.run.mkdir(parents=True)
+    clients.to_csv(settings.run / "clients.csv", index=False)
+    history = Training(settings, read_films(settings)).train()
+    assert history["client"].tolist() == ["north", "south", ""]
+    assert (history["status"] == "ok").all()
+    assert json.loads((settings.prepared / "report.json").read_text())["release"] == "own"
