@@ -33,7 +33,7 @@ def read_index(prepared: Path) -> pd.DataFrame:
     """Read `index.csv` as notebook 02 wrote it; a finding that nobody looked for is NaN."""
     text = ("image_index", "source", "patient_id", "sex", "view", "scanner", "split")
     index = read_written(prepared / "index.csv", *text)
-    return index.astype(dict.fromkeys(findings_of(index), np.float32))
+    return index.astype({"row": int} | dict.fromkeys(findings_of(index), np.float32))
 
 
 class ChestXrayDataset(torch.utils.data.Dataset):

@@ -50,6 +50,7 @@ def tiny_films(work: Path, films: int = 60, clients: int = 3, size: int = 32) ->
     about = {
         "image_index": [f"{p:08d}_000.png" for p in patient],
         "row": patient,
+        "source": "",
         "patient_id": patient.astype(str),
         "follow_up": 0,
         "age": 50,

@@ -8,7 +8,8 @@ import posixpath
 import re
 import unicodedata
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -46,33 +47,27 @@ def read_header(file: Path, loose: bool) -> list[str]:
     """Return the names of a table's columns; none where the file cannot be read."""
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as opened:
-            first = decode(opened.read(HEADER_BYTES).partition(b"\n")[0] + b"\n")
-        return _cells(first, file, loose)[1][1] if first.strip() else []
+            first = decode(opened.read(HEADER_BYTES)).partition("\n")[0]
+        return next(_rows(first, file, loose), (0, []))[1]
     except (OSError, EOFError, zlib.error, UnicodeError, InputError):
         return []  # whoever reads the whole file says why
 
 
-def _cells(text: str, file: Path, loose: bool) -> tuple[dict[int, list[str]], tuple[int, list]]:
-    """Return a CSV's rows by the line at which each starts, and the header with its line.
+def _rows(text: str, file: Path, loose: bool) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line at which each row of a CSV starts, and its cells; blank lines are no rows.
 
-    The separator is a comma, a semicolon or a tab. Blank lines are no rows.
+    The separator is a comma, a semicolon or a tab.
     """
     text = text.replace('"', "") if loose else text
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows, start = {}, 1
+    reader, start = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1
     try:
         for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if any(cells):
-                rows[start] = cells
+            if any(map(str.strip, cells)):
+                yield start, [cell.strip() for cell in cells] if start == 1 else cells
             start = reader.line_num + 1
     except csv.Error as error:
         raise InputError(f"{file}, line {start}: is no CSV ({error}); mend it") from None
-    if not rows:
-        raise InputError(f"{file}: is empty; give a table with films")
-    first = next(iter(rows))
-    return rows, (first, rows.pop(first))
 
 
 def read_cells(file: Path, loose: bool, wanted: Callable[[list[str]], dict[str, str]]) -> tuple:
@@ -82,20 +77,25 @@ def read_cells(file: Path, loose: bool, wanted: Callable[[list[str]], dict[str, 
     mean nothing, and a row may be shorter than the header, or longer. Raises InputError that names
     the line of a row that is not as long as the header.
     """
-    rows, (_, header) = _cells(read_text(file), file, loose)
-    if not rows:
-        raise InputError(f"{file}: has no rows below its header; give a table with films")
-    width = len(header)
-    for line, cells in rows.items():
-        if len(cells) != width:
+    rows = _rows(read_text(file), file, loose)
+    _, header = next(rows, (0, []))
+    places = {ours: header.index(theirs) for ours, theirs in wanted(header).items()}
+    pick = itemgetter(0, *places.values())  # the first one, too: of one place there is no tuple
+    lines, flat = [], []  # one flat list: to look after a list a row costs more than to read them
+    for line, cells in rows:
+        if len(cells) != len(header):
             if not loose:
-                found = f"{len(cells)} cells, but the header has {width}"
+                found = f"{len(cells)} cells, but the header has {len(header)}"
                 todo = "mend the row (quote a cell that holds the separator)"
                 raise InputError(f"{file}, line {line}: {found}; {todo}")
-            cells += [""] * (width - len(cells))
-    places = {ours: header.index(theirs) for ours, theirs in wanted(header).items()}
-    columns = {ours: [cells[at] for cells in rows.values()] for ours, at in places.items()}
-    return pd.DataFrame(columns, index=list(rows), dtype=object), header
+            cells += [""] * (len(header) - len(cells))
+        lines.append(line)
+        flat.extend(pick(cells))
+    if not lines:
+        raise InputError(f"{file}: has no rows below its header; give a table with films")
+    width = len(places) + 1
+    columns = {ours: [cell.strip() for cell in flat[k::width]] for k, ours in enumerate(places, 1)}
+    return pd.DataFrame(columns, lines, dtype=object), header
 
 
 def one_spelling(ids: pd.Series) -> pd.Series:
@@ -150,9 +150,15 @@ def years(column: pd.Series) -> pd.Series:
 
 
 @once
-def on_one_line(column: pd.Series) -> pd.Series:
+def one_line(column: pd.Series) -> pd.Series:
     """Turn line ends and other control signs into blanks."""
     return column.str.replace(CONTROL, " ", regex=True).str.strip()
+
+
+@once
+def as_file_name(column: pd.Series) -> pd.Series:
+    """Write a text as a part of a file's name."""
+    return column.str.replace(r"[^\w.-]+", "-", regex=True)
 
 
 @once

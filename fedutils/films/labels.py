@@ -53,8 +53,8 @@ def _read_marks(mapping: Mapping, raw: pd.DataFrame, rows: pd.DataFrame) -> np.n
     labels = pd.DataFrame(columns)[mapping.findings]
     if none := about.get("none"):
         others = [name for name in labels if name not in texts(about.get("spared", []))]
-        clear = np.where(raw[none].map(marks) == 1, 0, np.nan)[:, None]
-        labels[others] = labels[others].where(labels[others].notna(), clear)
+        clear, known = raw[none].map(marks).eq(1).to_numpy(), labels[others].to_numpy(float)
+        labels[others] = np.where(np.isnan(known) & clear[:, None], 0, known)
     return labels.to_numpy(np.float32)
 
 

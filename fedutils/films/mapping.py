@@ -1,7 +1,7 @@
 """What a data set's tables mean, as TOML: ours on the left, theirs on the right.
 
 Each file in `presets/` is such a mapping of a public data set; `films.toml` beside a table is the
-user's own, and may build on a preset. data/README.md shows it, KEYS lists all that it may say.
+user's own, and may build on a preset. data/README.md shows it; `mapping.schema.toml` lists its keys.
 """
 
 import functools
@@ -12,44 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jsonschema import Draft202012Validator, FormatChecker
+
 from ..base.errors import InputError
 from ..base.findings import NO_FINDINGS
 from .cells import read_header
 
 MAPPING_NAME = "films.toml"
 PRESETS = Path(__file__).with_name("presets")
-READ_BY = ("any", "majority", "all")
+SCHEMA = tomllib.loads(Path(__file__).with_name("mapping.schema.toml").read_text())
 # What [columns] may name, and the column of our rows that it becomes.
-COLUMNS = {
-    "image": "image_index", "patient": "patient_id", "view": "view", "age": "age", "sex": "sex",
-    "scanner": "scanner", "follow_up": "follow_up", "split": "split", "born": "born",
-    "date": "date", "reader": "reader", "width": "width", "height": "height", "spacing": "spacing",
-}  # fmt: skip
-TEXT, TEXTS, FLAG, NUMBER = "a text", "a text, or a list of texts", "true or false", "a number"
-TABLE = "a section"
-# The sections and their keys, with what each holds; in the others any key is a word of theirs.
-KEYS: dict[str, dict[str, str]] = {
-    "": {
-        "table": TEXT, "columns": TABLE, "findings": "", "labels": TABLE, "marks": TABLE,
-        "aliases": TABLE, "optional": TABLE, "values": TABLE, "extract": TABLE, "keep": TABLE,
-        "tables": TABLE, "join": TABLE, "folders": TEXTS, "depth": NUMBER, "several": FLAG,
-        "readers": TEXT, "loose": FLAG, "title": TEXT, "labels_by": TEXT, "yardsticks": TABLE,
-        "preset": TEXT,
-    },
-    "columns": dict.fromkeys(COLUMNS, TEXTS),
-    "optional": dict.fromkeys(COLUMNS, TEXTS),
-    "extract": dict.fromkeys((*COLUMNS, "labels"), TEXT),
-    "values": dict.fromkeys(COLUMNS, TABLE),
-    "labels": {
-        "column": TEXT, "separator": TEXT, "none": TEXTS, "ignore": TEXTS, "unknown": TEXTS,
-        "brackets": TEXT,
-    },
-    "marks": {
-        "present": TEXTS, "absent": TEXTS, "uncertain": TEXTS, "uncertain_is": TEXT,
-        "blank_is": TEXT, "none": TEXT, "spared": TEXTS,
-    },
-}  # fmt: skip
-IS = {"unknown", "present", "absent"}  # what `uncertain_is` and `blank_is` may say
+COLUMNS = {name: name for name in SCHEMA["$defs"]["columns"]["properties"]}
+COLUMNS |= {"image": "image_index", "patient": "patient_id"}
 
 
 class Wrong(InputError):
@@ -202,57 +176,39 @@ def _line_of(text: str, section: str, key: str) -> int:
 
 def _check_keys(given: dict[str, Any]) -> None:
     """Raise Wrong for an unknown or a missing key, or one that holds something else."""
-    for section, keys in KEYS.items():
-        part = given.get(section, {}) if section else given
-        if not isinstance(part, dict):
-            raise Wrong("", section, f"{section} = {part!r}; write a section [{section}]")
-        for key, value in part.items():
-            if key not in keys:
-                where = f" in [{section}]" if section else ""
-                raise Wrong(section, key, f"unknown {key!r}{where}; known: {', '.join(keys)}")
-            _check_kind(section, key, value, keys[key])
-    for section, kind in {"keep": TEXTS, "join": TEXTS, "aliases": TEXT}.items():
-        for key, value in given.get(section, {}).items():
-            _check_kind(section, key, value, kind)
-    needed = [("columns", "image"), ("columns", "patient")]
-    needed += [("labels", "column")] if "labels" in given else []
-    needed += [("labels", "separator")] if "labels" in given and not given.get("several") else []
-    if not given.keys() & {"tables", "folders"}:
-        needed.insert(0, ("", "table"))
-    for section, key in needed:
-        if not (given.get(section, {}) if section else given).get(key):
-            where = f"[{section}] has no" if section else "no"
-            raise Wrong(section, key, f'{where} {key}; add {key} = "..." (see data/README.md)')
+    checker = Draft202012Validator(SCHEMA, format_checker=FormatChecker(["regex"]))
+    for error in sorted(checker.iter_errors(given), key=lambda error: list(map(str, error.path))):
+        path = [part for part in error.path if isinstance(part, str)]
+        known, section = error.schema.get("properties", {}), ".".join(path)
+        where = f" in [{section}]" if section else ""
+        if error.validator == "additionalProperties":
+            key = next(key for key in error.instance if key not in known)
+            raise Wrong(section, key, f"unknown {key!r}{where}; known: {', '.join(known)}")
+        if error.validator == "required":
+            key = next(key for key in error.validator_value if key not in error.instance)
+            raise _lacks(section, key)
+        key, value = path[-1], error.instance
+        if isinstance(error.path[-1], int):
+            value = given[path[0]][key]
+        wanted = error.schema["title"].format(key=key)
+        raise Wrong(".".join(path[:-1]), key, f"{key} = {value!r}; give {wanted}")
+    if not given.keys() & {"table", "tables", "folders"}:
+        raise _lacks("", "table")
+    if "labels" in given and not given.get("several") and "separator" not in given["labels"]:
+        raise _lacks("labels", "separator")
     _check_findings(given)
 
 
-def _check_kind(section: str, key: str, value: Any, kind: str) -> None:
-    """Raise Wrong where a value is of another kind than the key wants."""
-    some = isinstance(value, list) and value and all(isinstance(v, str) and v for v in value)
-    fits = {
-        TEXT: isinstance(value, str) and value, FLAG: isinstance(value, bool),
-        TEXTS: some or (isinstance(value, str) and value), TABLE: isinstance(value, dict),
-        NUMBER: isinstance(value, int) and not isinstance(value, bool),
-    }  # fmt: skip
-    if not fits.get(kind, True):
-        such = f'a text, such as {key} = "..."' if TEXT in (kind, kind[:6]) else kind
-        such = 'a text, or a list such as ["a", "b"]' if isinstance(value, list) else such
-        such = f"a section [{key}]" if kind == TABLE else such
-        raise Wrong(section, key, f"{key} = {value!r}; give {such}")
-    if section == "extract":
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise Wrong(section, key, f"{key} = {value!r}: no expression ({error})") from None
-    allowed = {"readers": READ_BY, "uncertain_is": sorted(IS), "blank_is": sorted(IS)}.get(key)
-    if allowed and value not in allowed:
-        raise Wrong(section, key, f"{key} = {value!r}; allowed are {', '.join(allowed)}")
+def _lacks(section: str, key: str) -> Wrong:
+    """Return the error for a missing key."""
+    if key in ("findings", "columns"):
+        return Wrong("", key, f"[{key}] is missing or empty; add it (see data/README.md)")
+    where = f"[{section}] has no" if section else "no"
+    return Wrong(section, key, f'{where} {key}; add {key} = "..." (see data/README.md)')
 
 
 def _check_findings(given: dict[str, Any]) -> None:
     """Raise Wrong where there is no finding, or one with a name that cannot be one."""
-    if not given.get("findings"):
-        raise Wrong("", "findings", "[findings] is missing or empty; name what is to be found")
     for name in given["findings"]:
         plain = isinstance(name, str) and re.fullmatch(r"\w[\w /()-]*", name)
         if not plain or name in {*NO_FINDINGS, "none", "unknown", "mean"}:

@@ -31,11 +31,11 @@ from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, printable, walk
 from .formats import FILM_ENDINGS
 from .labels import read_labels, unite
 from .mapping import Mapping, find_mapping
-from .rows import kept_rows, our_columns, place, read_tables
+from .rows import our_rows, place, read_tables
 
 BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
 LISTS = {name: f"{name}_list.txt" for name in ("train", "val", "train_val", "test")}
-PHANTOM = (
+DRAWN = (
     "Synthetic phantom",
     "These films are drawn, not taken: nothing here is evidence about patients.",
 )
@@ -81,7 +81,7 @@ class DataSet:
             return {"release": self.release, "lists": list(self.lists), "yardsticks": {}} | joined
         source, labels = (self.mapping.given.get(key, "") for key in ("title", "labels_by"))
         if self.release == "phantom":
-            source, labels = PHANTOM
+            source, labels = DRAWN
         elif self.mapping.name == "nih":
             source = f"{source}, release {self.release}"
         whole = self.release in ("2017", "2020") and self.lists == ("train_val", "test")
@@ -107,22 +107,17 @@ def read_folder(folder: Path, work: Path | None = None, mapping: Mapping | None 
     mapping = mapping or find_mapping(folder)
     paths = _paths(folder, work, mapping.given.get("depth", FILM_DEPTH))
     raw, files, header = read_tables(mapping, folder, paths)
-    rows = our_columns(mapping, raw, paths)
-    kept = kept_rows(mapping, raw)
-    found = {"rows left out": list(rows["image_index"][~kept])}
-    raw, rows = raw[kept], rows[kept]
-    if rows.empty:
-        raise InputError(f"{files[0]}: [keep] leaves no row; correct {mapping.file.name}")
+    raw, rows, left_out = our_rows(mapping, raw, paths)
     labels, spelled = read_labels(mapping, raw, rows)
     if mapping.given.get("several"):
         rule = mapping.given.get("readers", "any")
         labels, first = unite(labels, rows["image_index"], rows["reader"], rule)
         rows = rows.iloc[first]
-    films, twice = _find_films(rows, paths, mapping.name == "nih")
+    films, twice = _name_films(paths, rows, mapping.name == "nih")
     lists = _split_lists(mapping, folder, rows, files)
     _check_names(rows, labels, lists, twice, mapping.name == "nih")
-    found |= _row_problems(rows, labels, lists)
-    found |= {
+    found = _row_problems(rows, labels, lists) | {
+        "rows left out": left_out,
         "films in two folders": twice,
         "labels in another spelling": spelled,
         "orphaned films": sorted(map(printable, films.keys() - set(rows["image_index"]))),
@@ -133,21 +128,6 @@ def read_folder(folder: Path, work: Path | None = None, mapping: Mapping | None 
     names = " + ".join(file.name for file in files) or "no table"
     release = _release(mapping, folder, names, header)
     return DataSet(folder, mapping, table, boxes, release, names, tuple(lists), found)
-
-
-def _find_films(rows: pd.DataFrame, paths: list[str], nih: bool) -> tuple[dict, list[str]]:
-    """Map each film's name to its path, as the rows name them, and list those that lie twice.
-
-    Raises InputError where the rows name none of the films; NIH's table may come without any.
-    """
-    films, twice = _name_films(paths, rows["image_index"].str.contains("/", regex=False).any())
-    if not nih and films and not rows["image_index"].isin(films.keys()).any():
-        raise InputError(
-            f"{place(rows, 0)}: {rows['image_index'].iloc[0]!r} is no film in the folder, and no"
-            f" other row's is; films there are {', '.join(list(films)[:3])}; name them as the"
-            " files are named, ending included, or by their path below the folder"
-        )
-    return films, twice
 
 
 def _release(mapping: Mapping, folder: Path, name: str, header: Sequence[str]) -> str:
@@ -259,14 +239,24 @@ def _paths(folder: Path, work: Path | None, depth: int) -> list[str]:
     return paths
 
 
-def _name_films(paths: Sequence[str], by_path: bool) -> tuple[dict[str, str], list[str]]:
+def _name_films(
+    paths: Sequence[str], rows: pd.DataFrame, nih: bool
+) -> tuple[dict[str, str], list[str]]:
     """Map each film's name to its path, the first of several; and name those that lie twice.
 
-    Where the table names films by their paths, these are mapped to themselves.
+    Where the table names films by their paths, these are mapped to themselves. Raises InputError
+    where no row names any, but of NIH's, which may be elsewhere.
     """
+    by_path = rows["image_index"].str.contains("/", regex=False).any()
     names = paths if by_path else [path.rpartition("/")[2] for path in paths]
     called = cells.film_name(pd.Series(names, dtype=str))
     films = dict(zip(reversed(list(called)), reversed(paths), strict=True))
+    if films and not nih and not rows["image_index"].isin(films.keys()).any():
+        raise InputError(
+            f"{place(rows, 0)}: {rows['image_index'].iloc[0]!r} is no film in the folder, and no"
+            f" other row's is; films there are {', '.join(sorted(films)[:3])}; name them as the"
+            " files are named, ending included, or by their path below the folder"
+        )
     return films, sorted(set(called[called.duplicated()]))
 
 

@@ -85,8 +85,26 @@ def _join(rows: pd.DataFrame, other: pd.DataFrame, on: list[str]) -> pd.DataFram
     return rows.merge(other[[*on, *new]], how="left", on=on)
 
 
-def our_columns(mapping: Mapping, raw: pd.DataFrame, paths: Sequence[str]) -> pd.DataFrame:
-    """Turn the raw text columns into ours, ids as `written` too; a missing one comes back empty."""
+def our_rows(
+    mapping: Mapping, raw: pd.DataFrame, paths: Sequence[str]
+) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Return the raw rows that the mapping keeps, these in our columns, and the films left out.
+
+    A column that is missing comes back empty; ids are there as `written` too. Raises InputError for
+    a row without a film or a patient, or with another split than ours.
+    """
+    rows = _our_columns(mapping, raw, paths)
+    kept = np.full(len(raw), True)
+    for column, values in mapping.section("keep").items():
+        kept &= raw[column].isin(texts(values)).to_numpy()
+    if not kept.any():
+        what = f"[keep] leaves no row; correct {mapping.file.name}"
+        raise InputError(f"{raw['file'].iloc[0]}: {what}")
+    return raw[kept], rows[kept], list(rows["image_index"][~kept])
+
+
+def _our_columns(mapping: Mapping, raw: pd.DataFrame, paths: Sequence[str]) -> pd.DataFrame:
+    """Turn the raw text columns into ours; see `our_rows`."""
     rows = raw[["file", "line"]].copy()
     given = mapping.section("columns") | mapping.section("optional")
     for name, ours in COLUMNS.items():
@@ -97,13 +115,14 @@ def our_columns(mapping: Mapping, raw: pd.DataFrame, paths: Sequence[str]) -> pd
             column = raw[texts(given[name])[0]]
         if pattern := mapping.section("extract").get(name):
             column = cells.first_group(column, pattern)
-        rows[ours] = column.replace(mapping.section("values").get(name, {}))
+        values = mapping.section("values").get(name)
+        rows[ours] = column.replace(values) if values else column
     for position in np.flatnonzero(rows["image_index"].str.contains(cells.CONTROL)):
         found = repr(rows["image_index"].iloc[position])
         what = f"{found} holds a line's end or another control sign"
         raise InputError(f"{place(rows, position)}: {what}")
-    for name in ("image_index", "patient_id", "sex", "view", "scanner"):
-        rows[name] = cells.on_one_line(rows[name])
+    for name in ("patient_id", "sex", "view", "scanner"):
+        rows[name] = cells.one_line(rows[name])
     rows["image_index"] = cells.film_name(rows["image_index"])
     rows["written"] = rows["patient_id"]
     rows["patient_id"] = cells.one_spelling(rows["patient_id"])
@@ -135,18 +154,10 @@ def _images(raw: pd.DataFrame, ways: list[str], paths: Sequence[str]) -> pd.Seri
 
 def _scanners(rows: pd.DataFrame) -> pd.Series:
     """Write scanners, which may become clients, as parts of file names; refuse two that are one."""
-    plain = rows["scanner"].str.replace(r"[^\w.-]+", "-", regex=True)
+    plain = cells.as_file_name(rows["scanner"])
     for text, several in rows["scanner"].groupby(plain):
         if several.nunique() > 1:
             told = " and ".join(map(repr, sorted(several.unique())[:2]))
             where = rows["file"].iloc[0]
             raise InputError(f"{where}: scanners {told} would both be {text!r}; rename one")
     return plain
-
-
-def kept_rows(mapping: Mapping, raw: pd.DataFrame) -> np.ndarray:
-    """Tell which rows the mapping keeps."""
-    kept = np.full(len(raw), True)
-    for column, values in mapping.section("keep").items():
-        kept &= raw[column].isin(texts(values)).to_numpy()
-    return kept

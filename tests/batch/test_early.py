@@ -103,12 +103,12 @@ def test_a_total_is_kept_before_the_start_and_the_same_model_costs_nothing_more(
 
 def test_our_own_output_in_the_data_folder_is_no_input_and_a_film_come_again_is(folder):
     work = folder / "work"
-    before = identify(folder, work)
+    before = identify([folder], work)
     for name in ("prepared/images.npy", "runs/a/config.json", "notebooks/a/01_explore.ipynb"):
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_text("ours")
-    assert identify(folder, work) == before
+    assert identify([folder], work) == before
     film = next(path for path in folder.rglob("*.jpg") if "work" not in path.parts)
     about = film.stat()
     os.utime(film, ns=(about.st_atime_ns, about.st_mtime_ns + 10**9))  # of equal size
-    assert identify(folder, work) != before
+    assert identify([folder], work) != before

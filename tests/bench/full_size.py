@@ -40,7 +40,7 @@ def write_store(work: Path, films: int) -> None:
     index = pd.DataFrame(rng.random((films, 14)) < 0.06, columns=FINDINGS).astype(int)
     about = {
         "image_index": [f"{number:08d}_{k:06d}.png" for k, number in enumerate(patient)],
-        "row": np.arange(films), "patient_id": patient.astype(str), "follow_up": 0, "age": 50,
+        "row": np.arange(films), "source": "", "patient_id": patient.astype(str), "follow_up": 0, "age": 50,
         "sex": "F", "view": "PA", "scanner": rng.choice(SCANNERS, films),
         "split": np.array(["train"] * 7 + ["val"] + ["test"] * 2)[patient % 10],
     }  # fmt: skip

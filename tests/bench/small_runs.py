@@ -115,6 +115,7 @@ def begin(work: Path, **changes: Any) -> tuple[fedutils.Settings, fedutils.Chest
     about = dict(zip(FINDINGS, labels.T.astype(int), strict=True)) | {
         "image_index": [f"{p:08d}_000.png" for p in patient],
         "row": patient,
+        "source": "",
         "patient_id": patient.astype(str),
         "follow_up": 0,
         "age": 17 + patient % 49,  # test patients of 40 and of 60 are among them

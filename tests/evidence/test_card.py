@@ -10,7 +10,7 @@ from tiny import tiny_films, tiny_settings
 from fedutils.evidence.card import write_card
 from fedutils.evidence.explain import POINTING
 from fedutils.films.phantom.cases import FINDINGS
-from fedutils.films.read import OWN, PHANTOM
+from fedutils.films.read import DRAWN, OWN
 
 PARTS = {"train": {"films": 36, "patients": 36}, "test": {"films": 1012, "patients": 12}}
 REPORT = {"release": "2017", "lists": ["train_val", "test"], "films": 60, "patients": 60,
@@ -73,7 +73,7 @@ def test_the_card_says_what_the_run_was_and_what_it_reached(tmp_path):
 
 
 def test_on_the_phantom_the_card_says_phantom(tmp_path):
-    text = write_card(evaluated(tmp_path, report=REPORT | {"release": "phantom"} | said(PHANTOM)))
+    text = write_card(evaluated(tmp_path, report=REPORT | {"release": "phantom"} | said(DRAWN)))
     assert "Trained on phantom films" in text and "nothing here is evidence about patients" in text
     assert "NIH" not in text and "mined" not in text and "Any use on real films" in text
 

@@ -134,11 +134,11 @@ def test_examples_and_titles_never_call_a_gap_no_finding(tmp_path):
 
 def test_jpeg_films_and_the_mapping_belong_to_the_identity_of_the_data(tmp_path):
     folder = write(tmp_path / "own")
-    seen = {identify(folder, folder.parent / "work")}
+    seen = {identify([folder], folder.parent / "work")}
     (folder / "films.toml").write_text(MARKS + "# another word\n")
-    seen.add(identify(folder, folder.parent / "work"))
+    seen.add(identify([folder], folder.parent / "work"))
     (folder / "new.jpg").touch()
-    assert len(seen | {identify(folder, folder.parent / "work")}) == 3
+    assert len(seen | {identify([folder], folder.parent / "work")}) == 3
 
 
 def test_own_films_are_found_by_folder_and_a_folder_too_high_is_told(tmp_path):

@@ -105,7 +105,7 @@ def test_the_report_names_suspects_and_drop_leaves_them_out(tmp_path, drawn):
     films[7] = 255 - films[7]
     for name, film in zip(names, films, strict=True):
         Image.fromarray(film).save(tmp_path / name)
-    table = pd.DataFrame({"image_index": names, "path": names, "patient_id": names})
+    table = pd.DataFrame({"image_index": names, "path": names, "source": "", "patient_id": names})
     table[["follow_up", "age", "sex", "view", "scanner"]] = [0, 50.0, "F", "PA", "0.143"]
     table = table.assign(**dict.fromkeys(FINDINGS, np.float32(0)))
     table["split"] = ["train"] * 40 + ["val"] * 10 + ["test"] * 10

@@ -126,7 +126,9 @@ def test_the_report_names_twins_and_drop_leaves_them_out(tmp_path, drawn):
     for patient, film in zip(patients, copies, strict=True):
         film.convert("L").save(tmp_path / f"{patient}.png")
     names = [f"{patient}.png" for patient in patients]
-    table = pd.DataFrame({"image_index": names, "path": names, "patient_id": patients})
+    table = pd.DataFrame(
+        {"image_index": names, "path": names, "source": "", "patient_id": patients}
+    )
     table[["follow_up", "age", "sex", "view", "scanner"]] = [0, 50.0, "F", "PA", "0.143"]
     table = table.assign(
         **dict.fromkeys(FINDINGS, np.float32(0)),

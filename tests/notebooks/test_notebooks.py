@@ -324,9 +324,7 @@ def test_films_of_ones_own_without_most_columns(tmp_path):
     explored = texts(tmp_path, "01_explore")
     assert "views unknown" in explored and "Not there: split lists, boxes, scanners" in explored
     metrics = pd.read_csv(tmp_path / "runs/quick/evaluation/metrics.csv").set_index("finding")
-    assert (metrics.loc["Hernia", "n"] == 0).all() and metrics.loc["Hernia", "value"].isna().all()
+    assert len(set(metrics.index)) == 6 + 1 and "Hernia" not in metrics.index
     assert metrics.loc["mean"].query("test_set == 'all'")["value"].isna().all()
     report = (tmp_path / "notebooks" / "quick" / "04_evaluate.html").read_text()
     assert "The test set is too small to judge anything" in report and "shown to be" not in report
-    evaluated = tmp_path / "notebooks" / "quick" / "04_evaluate.html"
-    assert "not labelled" in evaluated.read_text()
