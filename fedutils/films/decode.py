@@ -229,7 +229,8 @@ def _write_index(
     table: pd.DataFrame, films: pd.DataFrame, boxes: pd.DataFrame, prepared: Path, about: dict
 ) -> dict[str, Any]:
     """Write what `write_index` says, and return the report."""
-    table = table.reset_index(drop=True).assign(row=np.arange(len(table)))
+    about_source = {"source": table.get("source", "")}  # a table of one's own may have none
+    table = table.reset_index(drop=True).assign(row=np.arange(len(table)), **about_source)
     readable = (films["problem"] == "").to_numpy()
     broken, good = films[~readable], films[readable]
     index = table[readable & (table["split"] != "")].sort_values("image_index")

@@ -1,7 +1,7 @@
 """What a data set's tables mean, as TOML: ours on the left, theirs on the right.
 
 Each file in `presets/` is such a mapping of a public data set; `films.toml` beside a table is the
-user's own, and may build on a preset. data/README.md shows it; `mapping.schema.toml` lists its keys.
+user's own, and may build on a preset: see data/README.md, and `mapping.schema.toml` for its keys.
 """
 
 import functools
