@@ -13,7 +13,7 @@ from .base.files import find_work
 # The parameters that have an option of their own, with their meaning, which a test compares: the
 # fields themselves take seconds to import.
 OPTIONS = {
-    "data_dir": "folder with Data_Entry_2017*.csv, or films.toml for films of your own; empty:"
+    "data_dir": "a data set's folder as downloaded, or one with films.toml; empty:"
     " NIH_DATA_DIR, Kaggle, else the phantom; several: A;B",
     "work_dir": "where results go; empty: work/ of the project",
     "name": "of this run; empty: a short hash of the parameters",

@@ -29,7 +29,7 @@ class RunParameters(Parameters):
     """Where the films are, and where a run's results go."""
 
     data_dir: str = parameter(
-        "", "folder with Data_Entry_2017*.csv, or films.toml for films of your own; empty:"
+        "", "a data set's folder as downloaded, or one with films.toml; empty:"
         " NIH_DATA_DIR, Kaggle, else the phantom; several: A;B"
     )  # fmt: skip
     work_dir: str = parameter("", "where results go; empty: work/ of the project", identity=False)

@@ -14,14 +14,14 @@
 # %% [markdown]
 # # 1 · Explore the films
 #
-# **What it does.** Reads the NIH ChestX-ray14 table, box list and split lists, checks them, and shows
+# **What it does.** Reads the table, box list and split lists of a data set, checks them, and shows
 # who is in the data: findings, patients, view positions, scanners.
 #
 # **Reads** the data folder (without one: a synthetic *phantom*, written in about 20 seconds).
 # **Writes** `work/explore/checks.csv`. **Takes** seconds; no GPU.
 
 # %% tags=["parameters"]
-data_dir: str = ""  # folder with Data_Entry_2017*.csv or films.toml; empty: NIH_DATA_DIR, Kaggle, else the phantom
+data_dir: str = ""  # a data set's folder as downloaded, or one with films.toml; empty: NIH_DATA_DIR, Kaggle, else the phantom
 work_dir: str = ""  # where results go; empty: work/ beside the notebooks
 profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
 seed: int = 0  # fixes the split of patients
@@ -45,8 +45,8 @@ fedutils.print_environment()
 # %% [markdown]
 # ## The data set as it is found
 #
-# Two label releases, several header forms and folder layouts are in circulation, and films of your
-# own come with a table of their own (`data/README.md` shows how). All become one tidy table: a row a film.
+# A folder tells by its files which data set it is; films of your own come with a few lines that say
+# what their table means (`data/README.md` shows both). All become one tidy table: a row a film.
 
 # %%
 settings = fedutils.read_parameters(globals())

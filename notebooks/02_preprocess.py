@@ -22,7 +22,7 @@
 # real 1024-pixel films, less for the phantom; no GPU. Killed at any moment, it goes on where it was.
 
 # %% tags=["parameters"]
-data_dir: str = ""  # folder with Data_Entry_2017*.csv or films.toml; empty: NIH_DATA_DIR, Kaggle, else the phantom
+data_dir: str = ""  # a data set's folder as downloaded, or one with films.toml; empty: NIH_DATA_DIR, Kaggle, else the phantom
 work_dir: str = ""  # where results go; empty: work/ beside the notebooks
 profile: str = "auto"  # auto, demo (no GPU, no network) or kaggle: what an empty parameter means
 seed: int = 0  # fixes the split of patients
