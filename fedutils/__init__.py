@@ -17,6 +17,7 @@ NAMES = {
     "evidence.calibration": "calibrate operating_points",
     "evidence.card": "write_card",
     "evidence.compare": "compare_runs",
+    "evidence.controls": "control_scores",
     "evidence.explain": "fill_gallery pick_gallery pointing_game",
     "evidence.membership": "attack_films attack_models",
     "evidence.metrics": "evaluate_models",
@@ -24,7 +25,7 @@ NAMES = {
     "evidence.summary": "record_files write_summary",
     "evidence.tables": "hospitals main_model tabulate tabulate_calibration"
     " tabulate_differences_text tabulate_homes tabulate_points training_cost",
-    "evidence.words": "membership_words pointing_words privacy_words too_small",
+    "evidence.words": "control_words membership_words pointing_words privacy_words too_small",
     "fedavg": "FedAvg",
     "films.check": "check_table summary",
     "films.decode": "decode_films example_films write_index",

@@ -116,19 +116,22 @@ HTML(fedutils.tabulate(result.metrics).to_html())
 #
 # A point is the AUROC, the bar its 95 % interval over patients (a score interval); 0.5 is guessing. Small circles are the
 # models of single hospitals. Published figures appear only if these are NIH's own films with NIH's own
-# test list: other splits do not compare.
+# test list: other splits do not compare. Two controls are ticks: what age, sex, view and scanner tell without
+# any film, by a logistic regression on the training patients, and the first model against shuffled labels.
 
 # %%
+controls = fedutils.control_scores(predictions, films.index, result.mean_over, settings.seed)
+controls.to_csv(folder / "controls.csv")
 yardsticks = report["yardsticks"] if report["films"] > 100_000 else None
-plots.save(plots.auroc_forest(result.metrics, yardsticks, title), folder / "auroc.png")
+plots.save(plots.auroc_forest(result.metrics, yardsticks, title, controls), folder / "auroc.png")
 
 # %% [markdown]
-# Which of the two it is here:
+# Which of the two it is here, and what has to be beaten:
 
 # %%
 note = "Published AUROCs of the official split are drawn in." if yardsticks else (
     "No published figure is drawn in: these are not all films of NIH's official split.")
-display(Markdown(note))
+display(Markdown(f"{note} {fedutils.plain(fedutils.control_words(controls, result.metrics))}"))
 
 # %% [markdown]
 # ## ROC curves
@@ -382,7 +385,7 @@ display(Markdown(said))
 
 # %%
 card = fedutils.write_card(settings)
-tables = ("validation.csv.gz", "calibration.csv", "operating_points.csv", "pointing.csv")
+tables = ("validation.csv.gz", "controls.csv", "calibration.csv", "operating_points.csv", "pointing.csv")
 fedutils.record_files(settings, "MODEL_CARD.md", *(f"evaluation/{table}" for table in tables))
 display(Markdown("> " + card.replace("\n", "\n> ")))
 

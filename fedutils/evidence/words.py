@@ -99,6 +99,12 @@ def too_small(result: tables.Evaluation, labels: pd.DataFrame) -> str:
     return say("too_small", patients=count, finding=findings_of(labels)[best], wanted=wanted)
 
 
+def control_words(controls: pd.DataFrame, metrics: pd.DataFrame) -> str:
+    """Say what age, sex, view and scanner alone reach, and shuffled labels, beside the models."""
+    rows = tables.rows_of(tables.mean_auroc_rows(tables.over_seeds(metrics)), client="")
+    return say("controls", mean=controls.loc[MEAN], models=list(rows.itertuples()))
+
+
 def privacy_words(settings: Parameters) -> list[str]:
     """Say in sentences what a run promises its patients, from `privacy.csv` of the run."""
     table = read_budget(settings.run)

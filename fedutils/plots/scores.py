@@ -14,6 +14,8 @@ from ..evidence.tables import BRACKETS, LEAST_POSITIVES, MEAN, is_client, is_sub
 from . import style
 from .style import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, VERMILION, blank, canvas, in_our_style
 
+TICKS = {"chance": GREY, "beside": INK}  # columns of what stands beside a model
+
 
 def _curve_panels(
     truth: pd.DataFrame, probability: pd.DataFrame, title: str, words: tuple, metric: Callable,
@@ -83,13 +85,17 @@ def _yardsticks(ax: Axes, yardsticks: dict[str, float], step: float) -> float:
 
 @in_our_style
 def auroc_forest(
-    metrics: pd.DataFrame, yardsticks: dict[str, float] | None = None, title: str = ""
+    metrics: pd.DataFrame,
+    yardsticks: dict[str, float] | None = None,
+    title: str = "",
+    controls: pd.DataFrame | None = None,
 ) -> Figure:
     """AUROC by finding with 95 % intervals, arms side by side, the mean on top.
 
     `metrics` is metrics.csv: `arm, seed, client, test_set, finding, metric, value, ci_low,
     ci_high, n, positives`. Shown are the rows of the test set `all`, of the mean over seeds
-    (else of the first seed). `yardsticks` are published means, right only for that test set.
+    (else of the first seed). `yardsticks` are published means, right only for that test set;
+    `controls` is controls.csv by finding.
     """
     whole = tables.rows_of(metrics, metric="auroc", test_set=tables.ALL_FILMS)
     lanes = list(dict.fromkeys([MEAN, *whole["finding"]]))
@@ -98,6 +104,10 @@ def auroc_forest(
     names = [f"mean of {means.max():.0f}" if len(means) else MEAN, *lanes[1:]]
     lone = whole["arm"].nunique() == 1
     heading = "AUROC with 95 % interval over patients"
+    if controls is not None:
+        ticks = {"attributes": "beside", "shuffled": "chance"}
+        whole = whole.join(controls.rename(columns=ticks), on="finding")
+        heading += " (tick: by age, sex, view, scanner; grey: labels shuffled)"
     return _forest(heading, title, whole, names, yardsticks or {}, lone)
 
 
@@ -125,7 +135,8 @@ def _forest(
             shade = style.LIGHT if few else colour
             ax.hlines(lane[index], row["ci_low"], row["ci_high"], color=shade)
             ax.plot(row["value"], lane[index], "o", ms=5.5, color=shade)
-            ax.plot(row.get("beside", np.nan), lane[index], "|", ms=9, mew=1.6, color=INK)
+            for tick in row.index.intersection(TICKS):
+                ax.plot(row[tick], lane[index], "|", ms=9, mew=1.6, color=TICKS[tick])
             if all_said or row["lane"] == 0 or np.isnan(row["value"]):
                 text = f"{name} {tables.value_or_why_not(row, **BRACKETS)}".strip()
                 style.at_right(ax, lane[index], text, GREY if few else colour)
