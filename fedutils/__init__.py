@@ -19,6 +19,7 @@ NAMES = {
     "evidence.compare": "compare_runs",
     "evidence.controls": "control_scores",
     "evidence.explain": "fill_gallery pick_gallery pointing_game",
+    "evidence.external": "read_external",
     "evidence.membership": "attack_films attack_models",
     "evidence.metrics": "evaluate_models",
     "evidence.predict": "check_fingerprint predict_films write_predictions",

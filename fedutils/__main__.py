@@ -45,7 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
     sweep.add_argument("grid", nargs="+", metavar="KEY=V1|V2", help="quote it: | is the shell's")
     add_parameters(sweep)
     verify = add(commands, "verify", verify_folder)
-    verify.add_argument("folder", type=a_path, metavar="RUN", help="such as work/runs/NAME")
+    test = add(commands, "test", test_elsewhere)
+    test.add_argument("--data", action="append", required=True, type=a_path, metavar="DIR",
+                      help="a folder of films with a table; may be repeated")  # fmt: skip
+    for command in (verify, test):
+        command.add_argument("folder", type=a_path, metavar="RUN", help="such as work/runs/NAME")
     add_flower(add(commands, "flower", run_flower))
     kit = add(commands, "kaggle", make_kit)
     kit.add_argument("--user", required=True, metavar="NAME", help="your name on Kaggle")
@@ -157,15 +161,30 @@ def render_notebooks(options: argparse.Namespace) -> None:
 
 def verify_folder(options: argparse.Namespace) -> None:
     """Check a run folder: hashes, data, metrics."""
-    from .batch.trained import read_run
     from .evidence.summary import verify_run
 
-    run = options.folder.resolve()
-    if run.parent.name != "runs" or not (run / "config.json").is_file():
-        raise InputError(f"{options.folder}: expected the folder of a run, such as work/runs/NAME")
-    if wrong := verify_run(read_run(str(run.parent.parent), run.name)):
+    if wrong := verify_run(open_run(options.folder)):
         raise NotebookFailed(f"{options.folder}: {'; '.join(wrong)}")
     print(f"{options.folder}: hashes, fingerprint and metrics are as they were written")
+
+
+def test_elsewhere(options: argparse.Namespace) -> None:
+    """Test a run's models on films that they never saw."""
+    from .batch.external import external_test
+
+    settings = open_run(options.folder)
+    for folder in options.data:
+        print(external_test(settings, folder))
+
+
+def open_run(folder: Path) -> Any:
+    """Return the settings of the run in this folder; raise InputError where it is none."""
+    from .batch.trained import read_run
+
+    run = folder.resolve()
+    if run.parent.name != "runs" or not (run / "config.json").is_file():
+        raise InputError(f"{folder}: expected the folder of a run, such as work/runs/NAME")
+    return read_run(str(run.parent.parent), run.name)
 
 
 def make_kit(options: argparse.Namespace) -> None:

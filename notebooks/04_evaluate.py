@@ -254,6 +254,18 @@ if beside is not None:
     display(plots.save(plots.run_forest(beside.metrics, report["release"]), folder / "compare.png"))
 
 # %% [markdown]
+# ## On films from elsewhere
+#
+# `python -m fedutils test RUN --data DIR` puts these models on films that they never saw, of any data set.
+# Intervals are over patients; that of the difference, external minus internal, is of these very models.
+
+# %%
+said, external = fedutils.read_external(settings)
+none = "There is no external test: `python -m fedutils test work/runs/NAME --data DIR` makes one."
+display(Markdown(fedutils.bullets(said) or none))
+display(HTML(external.to_html(index=False) if len(external) else ""))
+
+# %% [markdown]
 # ## Calibration
 #
 # Is a finding there in 20 % of the films that are given 0.20? Brier: mean squared error of the

@@ -26,7 +26,7 @@ MAY = {
     "evidence": {"films"},
     "plots": {"evidence"},
     "network": {"films", "privacy", "training", "settings"},
-    "batch": {"films", "training", "evidence", "settings"},
+    "batch": {"films", "training", "evidence", "plots", "settings"},
 }
 
 

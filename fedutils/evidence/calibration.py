@@ -146,7 +146,7 @@ def calibrate(
     tables, findings = [], findings_of(index)
     for owner, rows in predictions.fillna({"client": ""}).groupby(OWNER, sort=False):
         probability = truth_of(rows.set_index("image_index").loc[index.index])
-        for name in ("", *sorted(set(hospitals))):
+        for name in ("", *sorted(set(hospitals) - {""})):
             films = np.flatnonzero(hospitals == name) if name else np.arange(len(index))
             table = _calibrate(findings, truth[films], probability[films], films, resamples)
             tables.append(name_model(table.assign(hospital=name), owner))

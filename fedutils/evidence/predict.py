@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,38 @@ from ..base.threads import Shared
 from ..dataset import AT_ONCE, ChestXrayDataset
 from ..model import ChestResNet, build_resnet34
 from ..rounds import predict_with
-from ..run import TRUNK, list_models, read_model, read_own_batchnorm
-from .tables import check_once, name_model
+from ..run import TRUNK, Model, list_models, model_file, read_model, read_own_batchnorm
+from .tables import OWNER, check_once, main_model, name_model
 
 
-def predict_films(settings: Parameters, films: ChestXrayDataset, split: str) -> pd.DataFrame:
+def check_models(settings: Parameters) -> list[str]:
+    """Return the clients of a run; raise InputError where a model of it is not there."""
+    if not (settings.run / "clients.csv").is_file():
+        raise InputError(f"{settings.run}: no clients.csv, so nothing was trained: run notebook 03")
+    clients = read_written(settings.run / "clients.csv", "client")["client"].unique().tolist()
+    for name in (TRUNK, *(model.name for model in list_models(settings, clients))):
+        if not model_file(settings.run, name).is_file():
+            raise InputError(f"{settings.run}: no model {name}; finish its training, notebook 03")
+    return clients
+
+
+def predict_films(
+    settings: Parameters,
+    films: ChestXrayDataset,
+    split: str,
+    clients: Sequence[str] = (),
+    main_alone: bool = False,
+) -> pd.DataFrame:
     """Predict the films of a split with every model of a run, at its best validation round.
 
-    `films.index` carries `client` and `split`. Returns `arm, seed, client, image_index` and a
+    `films.index` carries `client` and `split`; `clients` names those of the run where the films are
+    of none of them, `main_alone` takes `main_model`. Returns `arm, seed, client, image_index` and a
     probability a finding; `client` names the model's owner in the arm `local`, else it is empty.
     """
-    clients = films.index["client"].unique()
+    clients = clients or films.index["client"].unique()
+    models = list_models(settings, clients)
+    if main_alone:
+        models = [Model(*main_model(pd.DataFrame(models, columns=OWNER)).iloc[0])]
     films = films.where(films.index["split"] == split)
     devices = find_devices(settings.device)[: max(1, len(films) // AT_ONCE)]  # each has work
     net = build_resnet34(
@@ -38,7 +60,7 @@ def predict_films(settings: Parameters, films: ChestXrayDataset, split: str) -> 
     net.load(read_model(settings.run, TRUNK))
     nets = Shared([copy.deepcopy(net).place(device) for device in devices])
     tables = []
-    for model in list_models(settings, clients):
+    for model in models:
         own = read_own_batchnorm(settings.run, model, clients)
         state = read_model(settings.run, model.name)
         parts = films.parts(1 if own else len(nets.tools))

@@ -237,17 +237,17 @@ def tabulate_points(points: pd.DataFrame) -> pd.DataFrame:
     positive = whole["positives"].map("{:,}".format)
     parts = {"test films": pd.DataFrame({"positive": positive, "prevalence": prevalence})}
     for rule, rows in points.groupby("rule", sort=False):
-        text = pd.DataFrame({name: _texts(rows, name) for name in RATES}, rows.index)
+        text = pd.DataFrame({name: texts_of(rows, name) for name in RATES}, rows.index)
         text.loc[rows["threshold"].isna(), "sensitivity"] = "no cut"  # then nothing is defined
         parts[rule] = text.rename(columns=RATES)
     return pd.concat(parts, axis=1).rename_axis(index=None)
 
 
-def _texts(table: pd.DataFrame, name: str) -> list[str]:
+def texts_of(table: pd.DataFrame, name: str, digits: int = 2) -> list[str]:
     """Write a column with its `_low` and `_high`, such as '0.83 (0.71 to 0.90)'."""
-    ends = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float)
-    interval = [f" ({low:.2f} to {high:.2f})" * (not np.isnan(low)) for _, low, high in ends]
-    shown = ["–" if np.isnan(value) else f"{value:.2f}" for value, _, _ in ends]
+    ends, form = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float), f".{digits}f"
+    interval = [f" ({low:{form}} to {high:{form}})" * (not np.isnan(low)) for _, low, high in ends]
+    shown = ["–" if np.isnan(value) else f"{value:{form}}" for value, _, _ in ends]
     return [value + span for value, span in zip(shown, interval, strict=True)]
 
 
@@ -257,7 +257,7 @@ def tabulate_calibration(calibration: pd.DataFrame) -> pd.DataFrame:
     table = calibration[["hospital", "finding", "n", "positives"]].reset_index(drop=True)
     table["hospital"] = table["hospital"].replace("", "all films")
     for name, word in columns.items():
-        table[word] = _texts(calibration, name)
+        table[word] = texts_of(calibration, name)
     table.insert(6, "ECE if right", calibration["ece_chance"].map("{:.2f}".format).to_numpy())
     return table
 

@@ -1,0 +1,153 @@
+"""A finished run's models on films of another folder: other findings, patients and formats."""
+
+import json
+import shutil
+
+import numpy as np
+import ownfilms
+import pandas as pd
+import pytest
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from tiny import tiny_films, tiny_settings
+
+from fedutils.__main__ import main
+from fedutils.dataset import read_index
+from fedutils.evidence.bootstrap import bootstrap, patient_resamples
+from fedutils.evidence.external import lay_beside, read_external
+from fedutils.evidence.metrics import evaluate_models
+from fedutils.evidence.predict import predict_films, read_predictions, write_predictions
+from fedutils.evidence.summary import write_summary
+from fedutils.evidence.tables import read_table
+from fedutils.training.training import Training
+
+SHARED = ["Effusion", "Cardiomegaly", "Pneumothorax", "Edema", "Mass", "Infiltration"]
+
+
+@pytest.fixture(scope="module", params=["average", "local"])
+def run(tmp_path_factory, request):
+    """A run, of one that shares each model's BatchNorm and one that does not, evaluated."""
+    work = tmp_path_factory.mktemp("work")
+    settings = tiny_settings(work, arms="federated,local", rounds=1, batchnorm=request.param)
+    films = tiny_films(work, films=300)
+    report = {"outputs": films.findings, "release": "tiny", "source": "Tiny", "labels_by": "Drawn."}
+    report |= {"fingerprint": "tiny"}
+    (settings.prepared / "report.json").write_text(json.dumps(report))
+    Training(settings, films).train()
+    clients = films.index[["patient_id", "client", "split"]].drop_duplicates()
+    clients.to_csv(settings.run / "clients.csv", index=False)
+    path = settings.run / "evaluation" / "predictions.csv.gz"
+    predictions = write_predictions(predict_films(settings, films, "test"), path)
+    write_summary(settings, evaluate_models(predictions, films, 0, repeats=20), "tiny")
+    return settings, films
+
+
+def told(capsys):
+    return capsys.readouterr().err.strip()
+
+
+def test_a_run_is_tested_on_another_folder_and_laid_beside_its_own_films(run, tmp_path, capsys):
+    settings, films = run
+    folder = ownfilms.write_films(tmp_path / "elsewhere")
+    shutil.copy(folder / "pictures/P-00/0.PNG", folder / "pictures/P-01/0.jpg")  # 64 pixels
+    one = films.index.query("split == 'train'").iloc[0]  # a film of training, under another id
+    stored = Image.fromarray(films.store[one["row"]])
+    stored.save(folder / "pictures/P-03/0.PNG", format="PNG")
+    (folder / "pictures/P-03/1.jpg").write_bytes(b"no picture")
+    assert main(["test", str(settings.run), "--data", str(folder)]) == 0
+    said, place = capsys.readouterr().out, settings.run / "external" / "elsewhere"
+    predictions = read_predictions(place / "predictions.csv.gz")
+    assert list(predictions)[4:] == films.findings
+    assert set(predictions["arm"] + predictions["client"].fillna("")) == {
+        "federated", "localclient-1", "localclient-2", "localclient-3",
+    }  # fmt: skip
+    index = read_index(place).set_index("image_index")
+    assert len(index) == 79 and (index["split"] == "test").all()
+    assert (
+        index.drop(columns=SHARED)[[n for n in films.findings if n not in SHARED]].isna().all(axis=None)
+    )
+    summary = json.loads((place / "summary.json").read_text())
+    assert sorted(summary["shared"]) == sorted(SHARED)
+    assert [one["image_index"], "pictures/P-03/0.PNG"] in summary["near_equal"]
+    assert "6 findings are shared" in said and "do not know Atelectasis" in said
+    assert "near-equal films" in said
+
+    metrics = read_table(place / "metrics.csv")
+    federated = predictions[predictions["arm"] == "federated"].set_index("image_index")
+    for name in SHARED:
+        known = index[index[name].notna()]
+        value = roc_auc_score(known[name], federated.loc[known.index, name])
+        row = metrics.query("arm == 'federated' and seed == '' and test_set == 'all'")
+        row = row[(row["finding"] == name) & (row["metric"] == "auroc")]
+        assert np.isclose(row["value"].item(), value)
+    beside = read_table(place / "external.csv")
+    row = beside.query("arm == 'federated' and finding == 'Effusion'").iloc[0]
+    assert np.isclose(row["difference"], row["external"] - row["internal"])
+    assert row["difference_low"] < row["difference"] < row["difference_high"]
+    assert set(beside["arm"]) == {"federated", "local"} and "mean" in set(beside["finding"])
+    assert f"{row['external']:.3f} ({row['external_low']:.3f} to" in str(
+        read_external(settings)[1].values
+    )
+    assert read_external(settings)[0] == [said.strip()]
+
+    first = {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
+    assert {"auroc.png", "roc.png", "precision_recall.png", "calibration.png"} < set(first)
+    assert main(["test", str(settings.run), "--data", str(folder)]) == 0
+    assert {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()} == first
+
+
+def test_what_cannot_be_tested_is_said_in_one_line(run, tmp_path, capsys):
+    settings, _ = run
+    other = ownfilms.write_films(tmp_path / "other", patients=4)
+    mapping = (other / "films.toml").read_text()
+    head, _, _ = mapping.partition("[findings]")
+    (other / "films.toml").write_text(f'{head}[findings]\n"Bone age" = "Effusion"\n')
+    for command, message in (
+        (
+            [str(settings.run), "--data", str(other)],
+            "its data know Bone age.* no finding is shared",
+        ),
+        ([str(settings.run), "--data", str(tmp_path / "none")], "none cannot be read"),
+        ([str(tmp_path), "--data", str(other)], "expected the folder of a run"),
+    ):
+        assert main(["test", *command]) == 2
+        err = told(capsys)
+        assert "\n" not in err
+        assert pd.Series(err).str.contains(message).all(), err
+    copy = tmp_path / "work/runs/run"
+    shutil.copytree(settings.run, copy)
+    (copy / "models/federated-s0.safetensors").unlink()
+    assert main(["test", str(copy), "--data", str(other)]) == 2
+    assert "no model federated-s0" in told(capsys)
+    (copy / "clients.csv").unlink()
+    assert main(["test", str(copy), "--data", str(other)]) == 2
+    assert "nothing was trained" in told(capsys)
+
+
+def side(films, seed, gain):
+    """Predictions of one model and the index of its films, two of each patient."""
+    rng = np.random.default_rng(seed)
+    index = pd.DataFrame({"image_index": [f"{seed}-{k:05d}" for k in range(films)]})
+    index["patient_id"] = [f"{k // 2}" for k in range(films)]
+    index["Mass"] = (rng.random(films) < 0.3).astype(float)
+    index["Edema"] = np.where(np.arange(films) < 8, index["Mass"], 0)
+    names = {"arm": "federated", "seed": 0, "client": "", "image_index": index["image_index"]}
+    scores = {name: gain * index[name] + rng.normal(size=films) for name in ("Mass", "Edema")}
+    return pd.DataFrame(names | scores), index
+
+
+def test_the_interval_of_the_difference_is_that_of_independent_draws_subtracted():
+    sides = side(800, 0, 1.5), side(600, 1, 0.8)
+    table = lay_beside(*sides, seed=0).set_index("finding")
+    assert list(table.index) == ["Mass", "mean"]  # too few patients have the other
+    draws = []
+    for number, (predictions, index) in enumerate(sides):
+        resamples = patient_resamples(index["patient_id"].to_numpy(), 2000, seed=number)
+        truth, scores = index["Mass"].to_numpy(), predictions["Mass"].to_numpy()
+        draws.append(bootstrap(truth, scores, resamples, wanted=["auroc"])[0])
+    gap = draws[1] - draws[0]
+    row = table.loc["Mass"]
+    assert np.isclose(row["difference"], gap[0])
+    low, high = np.percentile(gap[1:], [2.5, 97.5])
+    assert np.allclose([row["difference_low"], row["difference_high"]], [low, high], atol=0.01)
+    assert lay_beside(side(20, 0, 1), side(20, 1, 1), seed=0).empty
