@@ -25,7 +25,7 @@ from ..evidence.predict import (
 from ..evidence.words import say
 from ..films.decode import decode_films, write_index
 from ..films.find import check_films
-from ..films.read import open_data
+from ..films.sources import open_data
 from ..run import read_films
 from ..settings import Settings
 
