@@ -35,7 +35,7 @@ KNOW_KAGGLE = (
     "base.weights",
     "films.find",
     "run",
-    "settings",
+    "batch.trained",
     "training.features",
 )
 
