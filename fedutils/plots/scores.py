@@ -85,11 +85,9 @@ def _yardsticks(ax: Axes, yardsticks: dict[str, float], step: float) -> float:
 
 @in_our_style
 def auroc_forest(
-    metrics: pd.DataFrame,
-    yardsticks: dict[str, float] | None = None,
-    title: str = "",
+    metrics: pd.DataFrame, yardsticks: dict[str, float] | None = None, title: str = "",
     controls: pd.DataFrame | None = None,
-) -> Figure:
+) -> Figure:  # fmt: skip
     """AUROC by finding with 95 % intervals, arms side by side, the mean on top.
 
     `metrics` is metrics.csv: `arm, seed, client, test_set, finding, metric, value, ci_low,
@@ -107,8 +105,11 @@ def auroc_forest(
     if controls is not None:
         ticks = {"attributes": "beside", "shuffled": "chance"}
         whole = whole.join(controls.rename(columns=ticks), on="finding")
-        heading += " (tick: by age, sex, view, scanner; grey: labels shuffled)"
-    return _forest(heading, title, whole, names, yardsticks or {}, lone)
+    fig = _forest(heading, title, whole, names, yardsticks or {}, lone)
+    if controls is not None:
+        told = "ticks: black, age, sex, view and scanner alone; grey, labels shuffled"
+        fig.axes[0].set_xlabel(f"{fig.axes[0].get_xlabel()} · {told}")
+    return fig
 
 
 def _forest(

@@ -95,4 +95,4 @@ def test_they_are_said_and_drawn_as_ticks_beside_the_models():
     for name, colour in (("attributes", "#222222"), ("shuffled", "#767676")):
         for value in controls[name].dropna():
             assert (value, colour) in drawn_at
-    assert "labels shuffled" in ax.figure.get_suptitle()
+    assert "grey, labels shuffled" in ax.get_xlabel()
