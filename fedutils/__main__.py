@@ -8,7 +8,7 @@ from typing import Any
 
 from .base import __version__
 from .base.errors import InputError, NotebookFailed
-from .base.files import find_work
+from .base.files import find_work, write_atomic
 
 # The parameters that have an option of their own, with their meaning, which a test compares: the
 # fields themselves take seconds to import.
@@ -48,8 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
     test = add(commands, "test", test_elsewhere)
     test.add_argument("--data", action="append", required=True, type=a_path, metavar="DIR",
                       help="a folder of films with a table; may be repeated")  # fmt: skip
-    for command in (verify, test):
+    predict = add(commands, "predict", predict_paths)
+    for command in (verify, test, predict):
         command.add_argument("folder", type=a_path, metavar="RUN", help="such as work/runs/NAME")
+    predict.add_argument(
+        "paths", nargs="+", type=a_path, metavar="PATH", help="a film, or a folder"
+    )
+    predict.add_argument("--out", type=a_path, metavar="FILE.csv", help="none: print the table")
+    predict.add_argument("--cut", choices=("youden", "sensitivity"), default="",
+                         help="say 0 or 1, too, by the thresholds of notebook 04")  # fmt: skip
     add_flower(add(commands, "flower", run_flower))
     kit = add(commands, "kaggle", make_kit)
     kit.add_argument("--user", required=True, metavar="NAME", help="your name on Kaggle")
@@ -163,7 +170,7 @@ def verify_folder(options: argparse.Namespace) -> None:
     """Check a run folder: hashes, data, metrics."""
     from .evidence.summary import verify_run
 
-    if wrong := verify_run(open_run(options.folder)):
+    if wrong := verify_run(settings_of(options.folder)):
         raise NotebookFailed(f"{options.folder}: {'; '.join(wrong)}")
     print(f"{options.folder}: hashes, fingerprint and metrics are as they were written")
 
@@ -172,12 +179,24 @@ def test_elsewhere(options: argparse.Namespace) -> None:
     """Test a run's models on films that they never saw."""
     from .batch.external import external_test
 
-    settings = open_run(options.folder)
+    settings = settings_of(options.folder)
     for folder in options.data:
         print(external_test(settings, folder))
 
 
-def open_run(folder: Path) -> Any:
+def predict_paths(options: argparse.Namespace) -> None:
+    """Give the probability of each finding by a run's model, a row a film."""
+    from .evidence.predict import predict_files
+
+    table = predict_files(settings_of(options.folder), options.paths, options.cut)
+    text = table.to_csv(index=False, float_format="%.9g")
+    if options.out:
+        write_atomic(options.out, text.encode("utf-8", "surrogateescape"))
+    else:
+        print(text, end="")
+
+
+def settings_of(folder: Path) -> Any:
     """Return the settings of the run in this folder; raise InputError where it is none."""
     from .batch.trained import read_run
 

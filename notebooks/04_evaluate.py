@@ -257,7 +257,8 @@ if beside is not None:
 # ## On films from elsewhere
 #
 # `python -m fedutils test RUN --data DIR` puts these models on films that they never saw, of any data set.
-# Intervals are over patients; that of the difference, external minus internal, is of these very models.
+# Intervals are over patients; the difference is external minus internal, of these very models, over the
+# findings that both sides have patients enough of. `local` is the mean local model.
 
 # %%
 said, external = fedutils.read_external(settings)

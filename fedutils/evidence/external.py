@@ -13,56 +13,36 @@ from . import tables
 from .metrics import REPEATS, evaluable_findings, evaluate_parts
 
 SIDES = "internal", "external"
-OF_A_SIDE = "_low", "_high", "_positives"
 
 
-def lay_beside(
-    inside: tuple[pd.DataFrame, pd.DataFrame],
-    outside: tuple[pd.DataFrame, pd.DataFrame],
-    seed: int,
-    repeats: int = REPEATS,
-) -> pd.DataFrame:
+def lay_beside(sides: list[tuple[pd.DataFrame, pd.DataFrame]], seed: int) -> pd.DataFrame:
     """Tabulate the AUROC of the same models on two sets of films without a common patient.
 
     Each side is predictions and the index of its films. Returns a row an arm (mean over seeds, and
     over local models) and finding that both sides have patients enough of, then their `mean`:
-    `arm, finding`, `internal` and `external` with `_low, _high, _positives`, and `difference`,
-    external - internal, with `_low, _high`; no row without such a finding. Intervals (95 %) are
-    over patients. That of the difference of independent figures is made of theirs, so that it
-    holds with few positives as these do (MOVER: Zou and Donner, Stat. Med. 2008).
+    `arm, finding`, `internal`, `external` and their `difference`, each with `_low` and `_high`.
+    Intervals (95 %) are over patients; the difference's is made of the other two, which are
+    independent, and holds with few positives as they do (MOVER: Zou and Donner, Stat. Med. 2008).
     """
-    both = [_by_film(*side) for side in (inside, outside)]
-    kept = [{*_judged(index)} for _, index in both]
-    others = [name for name in findings_of(both[0][1]) if name not in kept[0] & kept[1]]
-    if not kept[0] & kept[1]:
-        return pd.DataFrame(columns=["arm", "finding", *SIDES, "difference"])
+    sides = [(p, i.set_index("image_index").loc[p["image_index"].unique()]) for p, i in sides]
+    groups = [(tables.truth_of(index), index["patient_id"].to_numpy()) for _, index in sides]
+    enough = set.intersection(*({*evaluable_findings(*group)} for group in groups))
+    others = [name for k, name in enumerate(findings_of(sides[0][1])) if k not in enough]
     parts = []
-    for name, side in zip(SIDES, both, strict=True):
-        predicted, index = (part.drop(columns=others) for part in side)
-        groups = {"all": {tables.ALL_FILMS: np.full(len(index), True)}}
-        _, metrics, _, _ = evaluate_parts(predicted, index, groups, seed, repeats)
+    for name, (predictions, index) in zip(SIDES, sides, strict=True):
+        index = index.assign(**dict.fromkeys(others, np.nan))  # then the mean is over the rest
+        whole = {"all": {tables.ALL_FILMS: np.full(len(index), True)}}
+        _, metrics, _, _ = evaluate_parts(predictions, index, whole, seed, REPEATS)
         rows = tables.over_seeds(tables.rows_of(metrics, metric="auroc", client=""))
-        rows = rows.set_index(["arm", "finding"])[["value", "ci_low", "ci_high", "positives"]]
-        parts.append(rows.set_axis([name, *(f"{name}{end}" for end in OF_A_SIDE)], axis=1))
-    table = pd.concat(parts, axis=1).reset_index()
-    (low, high), (low_there, high_there) = (
-        [abs(table[f"{name}{end}"] - table[name]) for end in OF_A_SIDE[:2]] for name in SIDES
-    )
-    table["difference"] = table["external"] - table["internal"]
-    table["difference_low"] = table["difference"] - np.hypot(low_there, high)
-    table["difference_high"] = table["difference"] + np.hypot(high_there, low)
-    return table
-
-
-def _by_film(predictions: pd.DataFrame, index: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return predictions with the rows of the index that they are of."""
-    return predictions, index.set_index("image_index").loc[predictions["image_index"].unique()]
-
-
-def _judged(index: pd.DataFrame) -> list[str]:
-    """Return the findings that films have patients enough of."""
-    judged = evaluable_findings(tables.truth_of(index), index["patient_id"].to_numpy())
-    return [findings_of(index)[k] for k in judged]
+        rows = rows.set_index(["arm", "finding"])[["value", "ci_low", "ci_high"]]
+        parts.append(rows.set_axis([name, f"{name}_low", f"{name}_high"], axis=1))
+    table = pd.concat(parts, axis=1).dropna()
+    near, far = (table[part.columns].T.to_numpy() for part in parts)  # value, low, high
+    gap = far[0] - near[0]
+    table["difference"] = gap
+    table["difference_low"] = gap - np.hypot(far[0] - far[1], near[2] - near[0])
+    table["difference_high"] = gap + np.hypot(far[2] - far[0], near[0] - near[1])
+    return table.reset_index()
 
 
 def films_in_both(trained: ChestXrayDataset, films: ChestXrayDataset) -> list[list[str]]:
@@ -79,17 +59,10 @@ def films_in_both(trained: ChestXrayDataset, films: ChestXrayDataset) -> list[li
 
 def read_external(settings: Parameters) -> tuple[list[str], pd.DataFrame]:
     """Read all external tests of a run: their sentences, and one table for reading."""
-    found = sorted(settings.run.glob("external/*/summary.json"))
-    shown = [_for_reading(tables.read_table(file.with_name("external.csv"))) for file in found]
-    shown = [table.assign(films=file.parent.name) for table, file in zip(shown, found, strict=True)]
-    columns = ["films", "arm", "finding", *SIDES, "difference"]
-    table = pd.concat([pd.DataFrame(columns=columns), *(part for part in shown if len(part))])
-    return [json.loads(file.read_text())["sentence"] for file in found], table
-
-
-def _for_reading(table: pd.DataFrame) -> pd.DataFrame:
-    """Lay out external.csv, a row an arm and finding; AUROC with its interval as text."""
-    shown = table[["arm", "finding"]].replace({"arm": {"local": tables.MEAN_LOCAL}})
-    for name in (*SIDES, "difference") if len(table) else ():
-        shown[name] = tables.texts_of(table, name, 3)
-    return shown
+    found, shown = sorted(settings.run.glob("external/*/summary.json")), [pd.DataFrame()]
+    for file in found:
+        table = tables.read_table(file.with_name("external.csv"))
+        texts = {name: tables.texts_of(table, name, 3) for name in (*SIDES, "difference")}
+        table = table[["arm", "finding"]].assign(**texts)
+        shown.append(tables.name_rows(table, {"films": file.parent.name}))
+    return [json.loads(file.read_text())["sentence"] for file in found], pd.concat(shown)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,22 @@ import pandas as pd
 from ..base.device import find_devices
 from ..base.errors import InputError
 from ..base.files import read_written
+from ..base.findings import findings_of
 from ..base.parameters import Parameters
 from ..base.state import State
 from ..base.threads import Shared
 from ..dataset import AT_ONCE, ChestXrayDataset
+from ..films.decode import decode_films
+from ..films.formats import FILM_ENDINGS
 from ..model import ChestResNet, build_resnet34
 from ..rounds import predict_with
 from ..run import TRUNK, Model, list_models, model_file, read_model, read_own_batchnorm
-from .tables import OWNER, check_once, main_model, name_model
+from .tables import OWNER, check_once, main_model, name_model, read_summary, read_table
 
 
 def check_models(settings: Parameters) -> list[str]:
-    """Return the clients of a run; raise InputError where a model of it is not there."""
-    if not (settings.run / "clients.csv").is_file():
-        raise InputError(f"{settings.run}: no clients.csv, so nothing was trained: run notebook 03")
+    """Return the clients of a run; raise InputError without its evaluation or one of its models."""
+    read_summary(settings)
     clients = read_written(settings.run / "clients.csv", "client")["client"].unique().tolist()
     for name in (TRUNK, *(model.name for model in list_models(settings, clients))):
         if not model_file(settings.run, name).is_file():
@@ -35,12 +38,9 @@ def check_models(settings: Parameters) -> list[str]:
 
 
 def predict_films(
-    settings: Parameters,
-    films: ChestXrayDataset,
-    split: str,
-    clients: Sequence[str] = (),
-    main_alone: bool = False,
-) -> pd.DataFrame:
+    settings: Parameters, films: ChestXrayDataset, split: str,
+    clients: Sequence[str] = (), main_alone: bool = False,
+) -> pd.DataFrame:  # fmt: skip
     """Predict the films of a split with every model of a run, at its best validation round.
 
     `films.index` carries `client` and `split`; `clients` names those of the run where the films are
@@ -70,6 +70,49 @@ def predict_films(
         table.insert(0, "image_index", films.index["image_index"])
         tables.append(name_model(table, model))
     return pd.concat(tables, ignore_index=True)
+
+
+def predict_files(settings: Parameters, paths: Sequence[Path], rule: str = "") -> pd.DataFrame:
+    """Predict films by file, or of folders, with the main model of an evaluated run: a row a film.
+
+    Columns: `path`, `problem` (empty where it was read), and a probability a finding; with a
+    `rule`, youden or sensitivity, another a finding: 1 at or above the cut that notebook 04 chose
+    on validation films, else 0, NaN without a cut. Raises InputError without a model, an
+    evaluation, or any film that can be read.
+    """
+    clients, folder = check_models(settings), settings.run / "evaluation"
+    findings = findings_of(read_predictions(folder / "predictions.csv.gz"))
+    rows = pd.DataFrame({"path": list_films(paths)})
+    rows["image_index"] = rows.index.astype(str)
+    with TemporaryDirectory() as place:
+        prepared = Path(place, "prepared")
+        rows["problem"] = decode_films(rows, Path(), prepared, settings.image_size)["problem"]
+        index = rows.reindex(columns=[*rows.columns, *findings])
+        index = index.assign(row=rows.index, client="", split="test")[rows["problem"] == ""]
+        films = ChestXrayDataset(prepared, index.drop(columns="problem"))
+        chances = predict_films(settings, films, "test", clients, main_alone=True)
+    rows = rows.merge(chances[["image_index", *findings]], "left").drop(columns="image_index")
+    if rule:
+        points = read_table(folder / "operating_points.csv")
+        points = points[points["rule"].str.lower().str.startswith(rule)].merge(main_model(points))
+        for row in points.itertuples():
+            chance = rows[row.finding].map("{:.9g}".format).astype(float)  # as cuts are written
+            called = (chance >= row.threshold).astype(float)
+            known = chance.notna() & pd.notna(row.threshold)
+            rows[f"{row.finding} ({row.rule})"] = called.where(known)
+    return rows
+
+
+def list_films(paths: Sequence[Path]) -> list[str]:
+    """List the films of files and folders, each once; InputError where there is none."""
+    found = []
+    for path in paths:
+        inside = [path] if path.is_file() else sorted(path.rglob("*"))
+        films = [p for p in inside if p == path or p.suffix.lower() in FILM_ENDINGS]
+        if not films:
+            raise InputError(f"{path}: no film is there; give files or folders with films")
+        found += films
+    return list(dict.fromkeys(map(str, found)))
 
 
 def _judge(

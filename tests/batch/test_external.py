@@ -14,9 +14,15 @@ from tiny import tiny_films, tiny_settings
 from fedutils.__main__ import main
 from fedutils.dataset import read_index
 from fedutils.evidence.bootstrap import bootstrap, patient_resamples
+from fedutils.evidence.calibration import operating_points
 from fedutils.evidence.external import lay_beside, read_external
 from fedutils.evidence.metrics import evaluate_models
-from fedutils.evidence.predict import predict_films, read_predictions, write_predictions
+from fedutils.evidence.predict import (
+    predict_files,
+    predict_films,
+    read_predictions,
+    write_predictions,
+)
 from fedutils.evidence.summary import write_summary
 from fedutils.evidence.tables import read_table
 from fedutils.training.training import Training
@@ -64,7 +70,9 @@ def test_a_run_is_tested_on_another_folder_and_laid_beside_its_own_films(run, tm
     index = read_index(place).set_index("image_index")
     assert len(index) == 79 and (index["split"] == "test").all()
     assert (
-        index.drop(columns=SHARED)[[n for n in films.findings if n not in SHARED]].isna().all(axis=None)
+        index.drop(columns=SHARED)[[n for n in films.findings if n not in SHARED]]
+        .isna()
+        .all(axis=None)
     )
     summary = json.loads((place / "summary.json").read_text())
     assert sorted(summary["shared"]) == sorted(SHARED)
@@ -119,9 +127,9 @@ def test_what_cannot_be_tested_is_said_in_one_line(run, tmp_path, capsys):
     (copy / "models/federated-s0.safetensors").unlink()
     assert main(["test", str(copy), "--data", str(other)]) == 2
     assert "no model federated-s0" in told(capsys)
-    (copy / "clients.csv").unlink()
+    (copy / "evaluation/summary.json").unlink()
     assert main(["test", str(copy), "--data", str(other)]) == 2
-    assert "nothing was trained" in told(capsys)
+    assert "run notebook 04_evaluate" in told(capsys)
 
 
 def side(films, seed, gain):
@@ -137,8 +145,8 @@ def side(films, seed, gain):
 
 
 def test_the_interval_of_the_difference_is_that_of_independent_draws_subtracted():
-    sides = side(800, 0, 1.5), side(600, 1, 0.8)
-    table = lay_beside(*sides, seed=0).set_index("finding")
+    sides = [side(800, 0, 1.5), side(600, 1, 0.8)]
+    table = lay_beside(sides, seed=0).set_index("finding")
     assert list(table.index) == ["Mass", "mean"]  # too few patients have the other
     draws = []
     for number, (predictions, index) in enumerate(sides):
@@ -150,4 +158,58 @@ def test_the_interval_of_the_difference_is_that_of_independent_draws_subtracted(
     assert np.isclose(row["difference"], gap[0])
     low, high = np.percentile(gap[1:], [2.5, 97.5])
     assert np.allclose([row["difference_low"], row["difference_high"]], [low, high], atol=0.01)
-    assert lay_beside(side(20, 0, 1), side(20, 1, 1), seed=0).empty
+    assert lay_beside([side(20, 0, 1), side(20, 1, 1)], seed=0).empty
+
+
+def test_predict_gives_a_row_a_film_of_the_main_model_with_cuts_of_validation(
+    run, tmp_path, capsys
+):
+    settings, films = run
+    folder, index = settings.run / "evaluation", films.index
+    seen = read_predictions(folder / "predictions.csv.gz")
+    validation = write_predictions(predict_films(settings, films, "val"), folder / "v.csv.gz")
+    points = operating_points(validation, seen, index)
+    points.loc[points["finding"] == "Hernia", "threshold"] = np.nan
+    points.to_csv(folder / "operating_points.csv", index=False)
+    mine = seen[seen["arm"] == "federated"].head(20).set_index("image_index")
+    for name in mine.index:
+        pixels = films.store[index.set_index("image_index").loc[name, "row"]]
+        (tmp_path / "films/inner").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "films/inner" / name)
+    (tmp_path / "films/broken.png").write_bytes(b"no picture")
+    (tmp_path / "films/notes.txt").write_text("no film")
+    out, command = tmp_path / "out.csv", ["predict", str(settings.run), str(tmp_path / "films")]
+    assert main([*command, "--out", str(out), "--cut", "youden"]) == 0
+    table = pd.read_csv(out)
+    assert list(table)[: 2 + len(films.findings)] == ["path", "problem", *films.findings]
+    assert table["path"][0].endswith("broken.png") and "cannot identify" in table["problem"][0]
+    assert table.iloc[0, 2:].isna().all() and table["problem"][1:].isna().all()
+    read = table[1:].set_index(table["path"][1:].str.rpartition("/")[2]).loc[mine.index]
+    cuts = points[(points["arm"] == "federated") & (points["rule"] == "Youden")].set_index(
+        "finding"
+    )
+    if settings.batchnorm != "local":  # else hospitals judge their own films
+        assert np.allclose(read[films.findings], mine[films.findings], rtol=1e-5)
+    for name in films.findings:
+        expected = (read[name] >= cuts.loc[name, "threshold"]).astype(float)
+        expected = expected if name != "Hernia" else expected * np.nan
+        assert read[f"{name} (Youden)"].equals(expected.rename(f"{name} (Youden)"))
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "films/broken.png")]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == ",".join(["path", "problem", *films.findings])
+    for path, message in (("none.png", "no film is there"), ("films/broken.png", "can be read")):
+        assert main(["predict", str(settings.run), str(tmp_path / path)]) == 2
+        assert message in told(capsys)
+
+
+def test_a_film_has_the_pixels_of_the_store_whatever_its_format(run, tmp_path):
+    settings, _ = run
+    folder = ownfilms.write_films(tmp_path / "elsewhere", patients=4)
+    assert main(["test", str(settings.run), "--data", str(folder)]) == 0
+    stored = read_predictions(settings.run / "external/elsewhere/predictions.csv.gz")
+    stored = stored[stored["arm"] == "federated"].set_index("image_index")
+    table = predict_files(settings, [folder]).set_index("path")
+    table.index = [path.removeprefix(f"{folder}/") for path in table.index]
+    names = [name for name in table if name in stored]
+    assert len(names) == 14
+    pd.testing.assert_frame_equal(table.loc[stored.index, names], stored[names], check_names=False)
