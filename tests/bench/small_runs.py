@@ -101,7 +101,7 @@ def write_prepared(prepared: Path, pixels: np.ndarray, index: pd.DataFrame) -> N
     prepared.mkdir(parents=True, exist_ok=True)
     np.save(prepared / "images.npy", pixels)
     index.assign(row=np.arange(len(index))).to_csv(prepared / "index.csv", index=False)
-    about = {"seed": 0, "image_size": pixels.shape[1], "fingerprint": "tiny"}
+    about = {"seed": 0, "image_size": pixels.shape[1], "fingerprint": "tiny", "labels_by": ""}
     (prepared / "report.json").write_text(json.dumps(about))
 
 
