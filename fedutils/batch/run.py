@@ -63,7 +63,7 @@ class Step:
 
         For training that is also what `provenance` tells of; where other runs are compared, these.
         """
-        code = [cell.source for cell in self.node.cells]
+        code = [cell.source for cell in self.node.cells if cell.cell_type == "code"]
         package = [path.read_text() for path in package_files()]
         data = self.data if self.stem in READ_FILMS else ""
         inputs = self._digests("wants")

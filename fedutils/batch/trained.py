@@ -30,7 +30,8 @@ def read_run(
         raise InputError(f"no run in {work / 'runs' / name}{attached}: run notebook 03 first")
     config, run = json.loads(found[-1].read_text()), found[-1].parent
     given = {key: config[key] for key in FIELDS if key in config}
-    for missing in [n for n, f in FIELDS.items() if f.metadata["identity"] and n not in config]:
+    names = [name for name, field in FIELDS.items() if field.metadata["identity"]]
+    for missing in [name for name in names if config and name not in config]:
         what = f"{run} was trained by another fedutils, which knew no {missing}"
         raise InputError(f"{what}: evaluate it with that one, or train it again")
     here = {"work_dir": str(work), "name": run.name, "device": device}

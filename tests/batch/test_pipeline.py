@@ -188,7 +188,7 @@ def test_each_notebook_gets_those_resolved_parameters_that_it_declares(project, 
 def test_each_notebook_gets_what_was_given_and_it_reads_though_its_cell_shows_it_not(
     project, executed
 ):
-    given = {"mu": "0.3", "max_films": "90", "rounds": "3", "device": "cpu"}
+    given = {"weight_decay": "0.3", "max_films": "90", "rounds": "3", "device": "cpu"}
     settings = run({"work_dir": "work", "profile": "demo"} | given)
     extra = {}
     for stem in NOTEBOOKS:
@@ -200,7 +200,7 @@ def test_each_notebook_gets_what_was_given_and_it_reads_though_its_cell_shows_it
     assert extra == {
         "01": {},
         "02": prepared,
-        "03": prepared | {"mu": 0.3, "device": "cpu"},
+        "03": prepared | {"weight_decay": 0.3, "device": "cpu"},
         "04": {"device": "cpu"},
     }
 
@@ -294,8 +294,8 @@ def test_a_parameter_repeats_the_notebooks_that_depend_on_it(project, executed):
 
 def test_a_parameter_that_no_cell_shows_repeats_what_reads_it(project, executed):
     again(executed)
-    assert again(executed, "-p", "mu=0.3") == ["03"]
-    assert again(executed, "-p", "mu=0.3") == []
+    assert again(executed, "-p", "weight_decay=0.3") == ["03"]
+    assert again(executed, "-p", "weight_decay=0.3") == []
     assert again(executed) == ["03"]
 
 
