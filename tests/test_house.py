@@ -1,6 +1,7 @@
 """The house: which room may know which, read from the imports, and no two things of one name."""
 
 import ast
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -76,11 +77,13 @@ def disguised(package):
             renamed = renamed and any(a.asname not in (None, a.name) for a in node.names)
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             loads = called.rpartition(".")[2] in ("import_module", "__import__")
-            if renamed or (
-                loads
-                and parts[-1] != "__init__"
-                and not ast.unparse(node.args[0]).startswith("f'opacus.")
-            ):
+            loads = loads and not ast.unparse(node.args[0]).startswith("f'opacus.")
+            texts = node.args if isinstance(node, ast.Call) else []
+            texts = texts or ([node.slice] if isinstance(node, ast.Subscript) else [])
+            loads = loads or any(
+                re.match(r"f?'(fedutils)?\.[a-z_]+\.", ast.unparse(t)) for t in texts
+            )
+            if renamed or (loads and parts not in (("__init__",), ("plots", "__init__"))):
                 found.append(".".join(parts))
     return found
 
@@ -92,6 +95,9 @@ def disguised(package):
     "def late():\n    from importlib import import_module\n    import_module('fedutils.batch.run')",
     "import importlib\nARMS = importlib.import_module('.training.arms', __package__)",
     "ARMS = __import__('fedutils.training.arms')",
+    "from importlib import import_module as load\nARMS = load('fedutils.training.arms')",
+    "import sys\nARMS = sys.modules['fedutils.training.arms']",
+    "import pkgutil\nARMS = pkgutil.resolve_name('fedutils.training.arms')",
 ])  # fmt: skip
 def test_no_room_is_imported_in_disguise(tmp_path, line):
     assert not disguised(PACKAGE)
@@ -229,15 +235,21 @@ def test_rule_4_one_registry_picks_the_class_of_client(tmp_path):
     for number, line in enumerate((
         f"ONE = PrivateClient{one}", f"ONE = Client{one}", f"ONE = clients.PrivateClient{one}",
         "class Mine(Client): ...", "class Mine(clients.Client): ...", "KIND = Client",
+        "from ..training.arms import CLIENTS\nKIND = CLIENTS['off']",
+        "KIND = client_class(dataclasses.replace(settings, dp='off'))",
     )):  # fmt: skip
         planted = plant(tmp_path / str(number), "network/server.py", line)
         assert builders(planted) == ["network.server", "training.arms"], line
+    second = tmp_path / "second"  # another mechanism is one file
+    plant(second, "privacy/second.py", "from ..client import Client\nclass Second(Client): ...")
+    assert builders(second) == ["training.arms"]
 
 
 def builders(package):
     """The modules that make something of a class of client: call, derive from or pass it on.
 
-    To name one as a type is no more than that. The private one has its home in `privacy.client`.
+    To name one as a type is no more than that. Mechanisms derive theirs in `privacy`; nobody else
+    opens the registry, or settles for another mechanism than the settings'.
     """
     found = []
     for path in sorted(package.rglob("*.py")):
@@ -256,9 +268,11 @@ def builders(package):
             if isinstance(node, ast.Name | ast.Attribute) and id(node) not in as_types
         }
         calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        words = {call.rpartition(".")[2] for call in calls} if name == "privacy.client" else words
-        private = name != "privacy.client" and named(path, {"PrivateClient"})
-        if private or words & {"Client", "PrivateClient"}:
+        chooses = any(isinstance(node, ast.keyword) and node.arg == "dp" for node in ast.walk(tree))
+        at_home = wing(name) == "privacy"
+        words = {call.rpartition(".")[2] for call in calls} if at_home else words
+        private = not at_home and named(path, {"PrivateClient"})
+        if private or chooses or words & {"Client", "PrivateClient", "CLIENTS"}:
             found.append(name)
     return found
 

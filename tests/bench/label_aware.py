@@ -72,10 +72,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", default="6")
     parser.add_argument("--size", default="64")
+    parser.add_argument("--trunk", default="", help="weights from other films; empty: train them")
     options = parser.parse_args()
     root = find_root() / "work" / "label_aware"
     common = {"profile": "demo", "image_size": options.size}
-    values = common | {"weights": train_trunk(root.parent / "evidence", common), "seeds": SEEDS}
+    trunk = options.trunk or train_trunk(root.parent / "evidence", common)
+    values = common | {"weights": trunk, "seeds": SEEDS}
     values |= {"tracked": "layer4,fc", "augment": "false", "cache_features": "true", "lr": "0.001"}
     values |= {"num_clients": "5", "rounds": options.rounds, "name": "five"}
     full = run(values | {"work_dir": str(root / "full")}, only="01,02,03")
