@@ -7,11 +7,14 @@ import numpy as np
 
 
 def labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the films whose label is known; raise ValueError on other shapes, labels or scores."""
+    """Keep the films whose label is known; raise ValueError on other shapes, labels or scores.
+
+    Of a model that was never taught the finding, whose scores are all NaN, no film is kept.
+    """
     truth, score = np.asarray(truth, dtype=float), np.asarray(score, dtype=float)
     if truth.ndim != 1 or truth.shape != score.shape:
         raise ValueError(f"truth {truth.shape} and score {score.shape} must be of one length")
-    known = ~np.isnan(truth)
+    known = ~np.isnan(truth) & ~np.isnan(score).all()
     if not np.isfinite(score[known]).all() or not np.isin(truth[known], (0, 1)).all():
         raise ValueError("labels must be 0, 1 or NaN, and scores finite")
     return truth[known], score[known]

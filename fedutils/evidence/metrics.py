@@ -62,7 +62,7 @@ def evaluate_parts(
             enough[name] = pd.Series(np.minimum(*counts[name]) >= LEAST_PATIENTS, names)
             chosen[name] = shared if enough[name].iloc[shared].all() else []
     resamples = patient_resamples(patients, repeats, seed)
-    draws = add_means(resample_models(predictions, index, resamples, masks, chosen))
+    draws = add_means(resample_models(predictions, index, resamples, masks, chosen), chosen)
     parts = []
     for owner, by_part in draws.items():
         for name, values in by_part.items():
@@ -135,21 +135,34 @@ def resample_models(
     return result
 
 
-def add_means(draws: Mapping[Owner, Draws]) -> dict[Owner, Draws]:
+def add_means(
+    draws: Mapping[Owner, Draws], chosen: Mapping[str, Sequence[int]]
+) -> dict[Owner, Draws]:
     """Put the mean over local models beside each seed's, then the mean over seeds of each model."""
     result = dict(draws)
     for arm, seed in dict.fromkeys(owner[:2] for owner in draws if owner[2]):
         own = [values for owner, values in draws.items() if owner[:2] == (arm, seed)]
-        result[arm, seed, ""] = _mean(own)
+        result[arm, seed, ""] = _mean(own, chosen)
     for arm, client in dict.fromkeys((arm, client) for arm, _, client in result):
         by_seed = [values for owner, values in result.items() if owner[::2] == (arm, client)]
-        result[arm, "", client] = _mean(by_seed)
+        result[arm, "", client] = _mean(by_seed, chosen)
     return result
 
 
-def _mean(several: Sequence[Draws]) -> Draws:
-    """Average the draws of several models, resample by resample."""
-    return {name: np.mean([draws[name] for draws in several], axis=0) for name in several[0]}
+def _mean(several: Sequence[Draws], chosen: Mapping[str, Sequence[int]]) -> Draws:
+    """Average the draws of several models, resample by resample.
+
+    A finding that not all were taught is averaged over those that were, and so is its share in
+    the mean over findings.
+    """
+    result = {}
+    for name in several[0]:
+        draws = np.array([one[name] for one in several])
+        result[name], untaught = draws.mean(axis=0), np.isnan(draws[..., :-1, 0])
+        if (untaught.any(axis=0) & ~untaught.all(axis=0)).any():
+            by_finding = np.ma.masked_invalid(draws[..., :-1, :]).mean(axis=0).filled(np.nan)
+            result[name] = with_mean(by_finding, chosen[name])
+    return result
 
 
 def count_patients(truth: np.ndarray, patients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -46,11 +46,14 @@ def predict_films(
     `films.index` carries `client` and `split`; `clients` names those of the run where the films are
     of none of them, `main_alone` takes `main_model`. Returns `arm, seed, client, image_index` and a
     probability a finding; `client` names the model's owner in the arm `local`, else it is empty.
+    NaN is what a local model was never taught, since its hospital has no training label of it.
     """
     clients = clients or films.index["client"].unique()
     models = list_models(settings, clients)
     if main_alone:
         models = [Model(*main_model(pd.DataFrame(models, columns=OWNER)).iloc[0])]
+    train = films.index[films.index["split"] == "train"]
+    taught = train.groupby("client")[films.findings].count() > 0
     films = films.where(films.index["split"] == split)
     devices = find_devices(settings.device)[: max(1, len(films) // AT_ONCE)]  # each has work
     net = build_resnet34(
@@ -67,6 +70,8 @@ def predict_films(
         judge = partial(_judge, state=state, own=own)
         logits = np.concatenate(list(nets.each(judge, parts, settings.threads)))
         table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=films.findings)
+        if model.client in taught.index:
+            table = table.where(taught.loc[model.client])
         table.insert(0, "image_index", films.index["image_index"])
         tables.append(name_model(table, model))
     return pd.concat(tables, ignore_index=True)

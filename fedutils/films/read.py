@@ -120,7 +120,7 @@ def read_folder(folder: Path, work: Path | None = None, mapping: Mapping | None 
         "rows left out": left_out,
         "films in two folders": twice,
         "labels in another spelling": spelled,
-        "orphaned films": sorted(map(printable, films.keys() - set(rows["image_index"]))),
+        "orphaned films": sorted(map(printable, films.keys() - {*rows["image_index"], *left_out})),
         "other tables": [f.name for fs in mapping.tables(folder).values() for f in fs[1:]],
     }
     table = _tidy(rows, labels, lists, films, mapping.findings)

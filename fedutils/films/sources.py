@@ -86,13 +86,19 @@ def _join_found(named: Mapping[str, DataSet]) -> dict[str, list[str]]:
 def compare_sources(table: pd.DataFrame) -> pd.DataFrame:
     """Describe the sources, a row each: films, patients, age, view, then the findings' shares.
 
-    `age` is the median in years, `view` says how many are PA; a share is of the films whose label
-    is known, NaN where a source did not look for the finding.
+    `age` is the median in years, `view` says how many of the known are PA; a share is of the films
+    whose label is known, NaN where a source did not look for the finding.
     """
     groups = table.groupby("source")
     report = pd.DataFrame({
         "films": groups.size(), "patients": groups["patient_id"].nunique(),
         "age": groups["age"].median(),
-        "view": groups["view"].agg(lambda views: f"{(views == 'PA').mean():.0%} PA"),
+        "view": groups["view"].agg(_views),
     })  # fmt: skip
     return report.join(groups[findings_of(table)].mean().astype(float))
+
+
+def _views(views: pd.Series) -> str:
+    """Say how many of the known views are PA."""
+    known = views[views != ""]
+    return f"{(known == 'PA').mean():.0%} PA" if len(known) else "unknown"

@@ -14,33 +14,11 @@ from fedutils.films.decode import decode_film
 from fedutils.films.formats import dicom_header, find_depth, read_grey
 
 pydicom = pytest.importorskip("pydicom", reason="the extra `dicom` is not installed")
+from downloads import write_dicom  # noqa: E402
 from pydicom import uid  # noqa: E402
-from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
 from pydicom.pixels import apply_modality_lut, apply_voi_lut  # noqa: E402
 
 RAMP = np.linspace(0, 1, 40 * 50).reshape(40, 50)
-
-
-def write_dicom(path, values, bits, syntax=None, **tags):
-    """Write grey values as a DICOM film, maybe compressed."""
-    film = Dataset()
-    film.file_meta = FileMetaDataset()
-    film.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
-    film.SOPClassUID = uid.ComputedRadiographyImageStorage
-    film.SOPInstanceUID = uid.generate_uid()
-    film.Rows, film.Columns = values.shape[:2]
-    film.SamplesPerPixel, film.PhotometricInterpretation = 1, "MONOCHROME2"
-    film.BitsAllocated = 8 * values.dtype.itemsize
-    film.BitsStored, film.HighBit = bits, bits - 1
-    film.PixelRepresentation = int(values.dtype.kind == "i")
-    film.PixelData = values.tobytes()
-    film["PixelData"].VR = "OB" if film.BitsAllocated == 8 else "OW"
-    for name, value in tags.items():
-        setattr(film, name, value)
-    if syntax:
-        film.compress(syntax)
-    film.save_as(path, enforce_file_format=True)
-    return path
 
 
 def by_pydicom(path):
