@@ -33,7 +33,7 @@ def external_test(settings: Settings, folder: Path) -> str:
     own, place = read_films(settings), settings.run / "external" / folder.resolve().name
     with run_lock(settings.run):
         films, summary = _prepare(settings, folder, place, own.findings)
-        predicted = predict.predict_films(settings, films, "test", clients)
+        predicted = predict.predict_films(settings, films, "test", clients, own=own.index)
         predictions = predict.write_predictions(predicted, place / "predictions.csv.gz")
         _evaluate(settings, films, predictions, place)
         inside = predict.read_predictions(settings.run / "evaluation" / "predictions.csv.gz")

@@ -48,19 +48,12 @@ def evaluate_parts(
     masks = {name: mask for family in groups.values() for name, mask in family.items()}
     truth, patients = tables.truth_of(index), index["patient_id"].to_numpy()
     counts = {name: count_patients(truth[mask], patients[mask]) for name, mask in masks.items()}
-    names, enough = findings_of(index), {}
-    chosen: dict[str, list[int]] = {}  # by part: the positions of the findings of its mean
-    for kind, family in groups.items():
-        shared = evaluable_findings(truth, patients, list(family.values()))
-        if kind == "client":
-            at_home = shared
-        elif kind == "outside":  # to be laid beside home
-            shared = [k for k in shared if k in at_home]
-        # A mean of a part never holds a finding that the primary mean leaves out.
-        shared = [k for k in shared if k in chosen.get(ALL_FILMS, shared)]
-        for name in family:  # nor one that the part has too few patients of: then it has no mean
-            enough[name] = pd.Series(np.minimum(*counts[name]) >= LEAST_PATIENTS, names)
-            chosen[name] = shared if enough[name].iloc[shared].all() else []
+    names = findings_of(index)
+    enough = {
+        name: pd.Series(np.minimum(*count) >= LEAST_PATIENTS, names)
+        for name, count in counts.items()
+    }
+    chosen = _findings_of_means(truth, patients, groups, enough)
     resamples = patient_resamples(patients, repeats, seed)
     draws = add_means(resample_models(predictions, index, resamples, masks, chosen), chosen)
     parts = []
@@ -73,6 +66,35 @@ def evaluate_parts(
             parts.append(tables.name_model(tables.name_rows(rows, {"test_set": name}), owner))
     mean_over = [names[k] for k in chosen[ALL_FILMS]]
     return draws, pd.concat(parts, ignore_index=True), enough, mean_over
+
+
+def _findings_of_means(
+    truth: np.ndarray, patients: np.ndarray, groups: Groups, enough: Enough
+) -> dict[str, list[int]]:
+    """Return by part the positions of the findings of its mean, none where it has too few patients.
+
+    They are those that all parts of a family have enough of, so that these compare. Hospitals that
+    looked for different findings share few or none: then each has those that it and the others
+    together have enough of.
+    """
+    chosen: dict[str, list[int]] = {}
+    for kind, family in groups.items():
+        shared = evaluable_findings(truth, patients, list(family.values()))
+        if kind == "client":
+            at_home = shared
+        elif kind == "outside":  # to be laid beside home
+            shared = [k for k in shared if k in at_home]
+        # A mean of a part never holds a finding that the primary mean leaves out.
+        shared = [k for k in shared if k in chosen.get(ALL_FILMS, shared)]
+        for name in family:
+            chosen[name] = shared if enough[name].iloc[shared].all() else []
+    homes = groups.get("client", {})
+    if len({(~np.isnan(truth[mask])).any(axis=0).tobytes() for mask in homes.values()}) > 1:
+        for name in homes:
+            both = enough[name] & enough.get(f"{tables.OUTSIDE}{name}", True)
+            own = [k for k in chosen[ALL_FILMS] if both.iloc[k]]
+            chosen |= {part: own for part in (name, f"{tables.OUTSIDE}{name}") if part in enough}
+    return chosen
 
 
 def test_groups(index: pd.DataFrame) -> dict[str, dict[str, np.ndarray]]:

@@ -39,21 +39,20 @@ def check_models(settings: Parameters) -> list[str]:
 
 def predict_films(
     settings: Parameters, films: ChestXrayDataset, split: str,
-    clients: Sequence[str] = (), main_alone: bool = False,
+    clients: Sequence[str] = (), main_alone: bool = False, own: pd.DataFrame | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """Predict the films of a split with every model of a run, at its best validation round.
 
-    `films.index` carries `client` and `split`; `clients` names those of the run where the films are
-    of none of them, `main_alone` takes `main_model`. Returns `arm, seed, client, image_index` and a
-    probability a finding; `client` names the model's owner in the arm `local`, else it is empty.
-    NaN is what a local model was never taught, since its hospital has no training label of it.
+    `films.index` carries `client` and `split`; where the films are of no client, `clients` names
+    those of the run, and `own` is the index of its films; `main_alone` takes `main_model`. Returns
+    `arm, seed, client, image_index` and a probability a finding, NaN where a local model was not
+    taught it; `client` names the model's owner in the arm `local`, else it is empty.
     """
     clients = clients or films.index["client"].unique()
     models = list_models(settings, clients)
     if main_alone:
         models = [Model(*main_model(pd.DataFrame(models, columns=OWNER)).iloc[0])]
-    train = films.index[films.index["split"] == "train"]
-    taught = train.groupby("client")[films.findings].count() > 0
+    own = films.index if own is None else own
     films = films.where(films.index["split"] == split)
     devices = find_devices(settings.device)[: max(1, len(films) // AT_ONCE)]  # each has work
     net = build_resnet34(
@@ -64,14 +63,13 @@ def predict_films(
     nets = Shared([copy.deepcopy(net).place(device) for device in devices])
     tables = []
     for model in models:
-        own = read_own_batchnorm(settings.run, model, clients)
+        statistics = read_own_batchnorm(settings.run, model, clients)
         state = read_model(settings.run, model.name)
-        parts = films.parts(1 if own else len(nets.tools))
-        judge = partial(_judge, state=state, own=own)
+        parts = films.parts(1 if statistics else len(nets.tools))
+        judge = partial(_judge, state=state, own=statistics)
         logits = np.concatenate(list(nets.each(judge, parts, settings.threads)))
         table = pd.DataFrame(1 / (1 + np.exp(-logits)), columns=films.findings)
-        if model.client in taught.index:
-            table = table.where(taught.loc[model.client])
+        table[_untaught(own, films.findings, model.owner)] = np.nan
         table.insert(0, "image_index", films.index["image_index"])
         tables.append(name_model(table, model))
     return pd.concat(tables, ignore_index=True)
@@ -118,6 +116,15 @@ def list_films(paths: Sequence[Path]) -> list[str]:
             raise InputError(f"{path}: no film is there; give files or folders with films")
         found += films
     return list(dict.fromkeys(map(str, found)))
+
+
+def _untaught(index: pd.DataFrame, findings: Sequence[str], owner: str) -> list[str]:
+    """Name the findings without a training label at a model's owner, or anywhere if that is "".
+
+    None where the index has no training film, so that it cannot tell.
+    """
+    train = index[(index["split"] == "train") & ((index["client"] == owner) | (owner == ""))]
+    return [name for name in findings if len(train) and train[name].isna().all()]
 
 
 def _judge(

@@ -48,15 +48,16 @@ PADCHEST = {
     "pulmonary fibrosis": "Fibrosis", "apical pleural thickening": "Pleural_Thickening",
     "hiatal hernia": "Hernia",
 }  # fmt: skip
-PADCHEST_COLUMNS = (
-    "ImageID,ImageDir,StudyDate_DICOM,StudyID,PatientID,PatientBirth,PatientSex_DICOM,"
-    "ViewPosition_DICOM,Projection,MethodProjection,Pediatric,Modality_DICOM,Manufacturer_DICOM,"
-    "PhotometricInterpretation_DICOM,PixelRepresentation_DICOM,PixelAspectRatio_DICOM,"
-    "SpatialResolution_DICOM,BitsStored_DICOM,WindowCenter_DICOM,WindowWidth_DICOM,Rows_DICOM,"
-    "Columns_DICOM,XRayTubeCurrent_DICOM,Exposure_DICOM,ExposureInuAs_DICOM,ExposureTime,"
-    "RelativeXRayExposure_DICOM,ReportID,Report,MethodLabel,Labels,Localizations,"
-    "LabelsLocalizationsBySentence,labelCUIS,LocalizationsCUIS"
-).split(",")
+PADCHEST_COLUMNS = [
+    "ImageID", "ImageDir", "StudyDate_DICOM", "StudyID", "PatientID", "PatientBirth",
+    "PatientSex_DICOM", "ViewPosition_DICOM", "Projection", "MethodProjection", "Pediatric",
+    "Modality_DICOM", "Manufacturer_DICOM", "PhotometricInterpretation_DICOM",
+    "PixelRepresentation_DICOM", "PixelAspectRatio_DICOM", "SpatialResolution_DICOM",
+    "BitsStored_DICOM", "WindowCenter_DICOM", "WindowWidth_DICOM", "Rows_DICOM",
+    "Columns_DICOM", "XRayTubeCurrent_DICOM", "Exposure_DICOM", "ExposureInuAs_DICOM",
+    "ExposureTime", "RelativeXRayExposure_DICOM", "ReportID", "Report", "MethodLabel", "Labels",
+    "Localizations", "LabelsLocalizationsBySentence", "labelCUIS", "LocalizationsCUIS",
+]  # fmt: skip
 
 
 class Drawn(NamedTuple):

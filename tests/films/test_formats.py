@@ -16,6 +16,7 @@ from fedutils.films.formats import dicom_header, find_depth, read_grey
 pydicom = pytest.importorskip("pydicom", reason="the extra `dicom` is not installed")
 from downloads import write_dicom  # noqa: E402
 from pydicom import uid  # noqa: E402
+from pydicom.dataset import Dataset  # noqa: E402
 from pydicom.pixels import apply_modality_lut, apply_voi_lut  # noqa: E402
 
 RAMP = np.linspace(0, 1, 40 * 50).reshape(40, 50)
