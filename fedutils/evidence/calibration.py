@@ -163,6 +163,7 @@ def _calibrate(
     resamples: Resamples,
 ) -> pd.DataFrame:
     """Tabulate the calibration of one model on some films: a row a finding, then their mean."""
+    truth = np.where(np.isnan(probability), np.nan, truth)  # what it was not taught, nobody judges
     owners, rows, draws = resamples.owner[films], [], {"brier": [], "ece": []}
     enough = np.minimum(*count_patients(truth, owners)) >= LEAST_PATIENTS
     for finding, y, p, judged in zip(findings, truth.T, probability.T, enough, strict=True):
@@ -278,7 +279,8 @@ def operating_points(
             cut = choose_threshold(truth, seen[finding].to_numpy(), rule)
             row = {"finding": finding, "rule": rule, "threshold": cut}
             row |= {"val_positives": int((truth == 1).sum())}
-            labels, scores = films[finding].to_numpy(float), tested[finding].to_numpy()
+            scores = tested[finding].to_numpy()
+            labels = np.where(np.isnan(scores), np.nan, films[finding].to_numpy(float))
             row |= rates_at(labels, scores, cut, films["patient_id"].to_numpy())
             rows.append(dict(zip(OWNER, owner, strict=True)) | row)
     return pd.DataFrame(rows)

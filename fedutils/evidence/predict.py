@@ -45,7 +45,7 @@ def predict_films(
 
     `films.index` carries `client` and `split`; where the films are of no client, `clients` names
     those of the run, and `own` is the index of its films; `main_alone` takes `main_model`. Returns
-    `arm, seed, client, image_index` and a probability a finding, NaN where a local model was not
+    `arm, seed, client, image_index` and a probability a finding, NaN where the model was not
     taught it; `client` names the model's owner in the arm `local`, else it is empty.
     """
     clients = clients or films.index["client"].unique()
@@ -84,7 +84,8 @@ def predict_files(settings: Parameters, paths: Sequence[Path], rule: str = "") -
     evaluation, or any film that can be read.
     """
     clients, folder = check_models(settings), settings.run / "evaluation"
-    findings = findings_of(read_predictions(folder / "predictions.csv.gz"))
+    tested = read_predictions(folder / "predictions.csv.gz")
+    findings = findings_of(tested)
     rows = pd.DataFrame({"path": list_films(paths)})
     rows["image_index"] = rows.index.astype(str)
     with TemporaryDirectory() as place:
@@ -94,6 +95,8 @@ def predict_files(settings: Parameters, paths: Sequence[Path], rule: str = "") -
         index = index.assign(row=rows.index, client="", split="test")[rows["problem"] == ""]
         films = ChestXrayDataset(prepared, index.drop(columns="problem"))
         chances = predict_films(settings, films, "test", clients, main_alone=True)
+    untaught = tested.merge(main_model(tested))[findings].isna().all()
+    chances[untaught.index[untaught]] = np.nan
     rows = rows.merge(chances[["image_index", *findings]], "left").drop(columns="image_index")
     if rule:
         points = read_table(folder / "operating_points.csv")

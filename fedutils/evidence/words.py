@@ -25,7 +25,7 @@ TEMPLATES.tests["unknown"] = np.isnan
 TEMPLATES.filters |= {"ends": partial(with_interval, form=NAMED), "brief": with_interval}
 TEMPLATES.filters["tally"] = tables.tally_words
 TEMPLATES.globals |= {"LEAST_PATIENTS": LEAST_PATIENTS, "ONE_SEED": ONE_SEED, "SHOWN": SHOWN}
-TEMPLATES.globals |= {"inf": math.inf, "span": tables.span, "undefined": undefined}
+TEMPLATES.globals |= {"inf": math.inf, "span": tables.span}
 
 
 def say(sentence: str, **facts: Any) -> str:
@@ -47,7 +47,11 @@ def headline(result: tables.Evaluation, source: str, labels: str) -> list[str]:
     lines += _differences_in_words(result.differences, list(means["arm"].unique()))
     lines += _hospitals_in_words(means)
     rows = tables.over_seeds(result.metrics).drop_duplicates("finding").set_index("finding")
-    without = rows.drop([MEAN, *result.mean_over]).itertuples()
+    rows = rows.drop([MEAN, *result.mean_over])
+    few = rows["positives"].between(0, rows["n"], inclusive="neither")
+    why = [undefined(row.positives, row.n) for row in rows.itertuples()]
+    why = np.where(few, f"fewer than {LEAST_PATIENTS} test patients with it, or without", why)
+    without = {reason: list(own.index) for reason, own in rows.groupby(why, sort=False)}
     films = tables.over_seeds(means)["n"].max()
     lines.append(say("limits", labels=labels, films=films, without=without))
     return [f"{source}: {line}" for line in lines]
@@ -80,6 +84,8 @@ def _hospitals_in_words(means: pd.DataFrame) -> list[str]:
     rows = tables.hospitals(means, means["arm"].iloc[0]).dropna(subset=["value", "ci_low"])
     if len(rows) < 2:
         return []
+    if rows["on_all_films"].nunique() > 1:  # the means are over findings of their own
+        return [say("different_hospitals", rows=list(rows.itertuples()))]
     worst, best = rows.loc[rows["value"].idxmin()], rows.loc[rows["value"].idxmax()]
     # The extremes of many lie apart by chance: wider for the number of pairs (Bonferroni).
     wider = NormalDist().inv_cdf(1 - 0.025 / math.comb(len(rows), 2)) / Z

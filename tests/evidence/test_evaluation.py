@@ -507,7 +507,7 @@ def test_among_many_equal_hospitals_none_is_called_worst():
         values = 0.8 + 0.02 * rng.standard_normal(20)
         rows = pd.DataFrame(
             {"value": values, "ci_low": values - 0.0392, "ci_high": values + 0.0392}
-        )
+        ).assign(on_all_films=0.8)
         rows = rows.assign(arm="federated", seed="", client="", finding="mean", metric="auroc",
                            test_set=[f"h{k}" for k in range(20)], positives=14, n=100)  # fmt: skip
         named += "worst" in _hospitals_in_words(rows)[0]
@@ -515,6 +515,35 @@ def test_among_many_equal_hospitals_none_is_called_worst():
     far = rows.assign(value=rows["value"].where(rows["test_set"] != "h3", 0.5))
     far.loc[far["test_set"] == "h3", ["ci_low", "ci_high"]] = [0.46, 0.54]
     assert "worst on the films of h3" in _hospitals_in_words(far)[0]
+
+
+def test_what_a_hospital_was_not_taught_is_empty_and_in_no_mean():
+    """Client 1 alone looks for Mass and Nodule, and for nothing else that the others know but Edema."""
+    predictions, films = invented(films=600)
+    first, own = films.index["client"] == "client-1", ["Mass", "Nodule", "Edema"]
+    films.index = films.index.astype(dict.fromkeys(FINDINGS, float))
+    films.index.loc[first, [name for name in FINDINGS if name not in own]] = np.nan
+    films.index.loc[~first, ["Mass", "Nodule"]] = np.nan
+    local = predictions["client"] == "client-1"
+    predictions.loc[local, [name for name in FINDINGS if name not in own]] = np.nan
+    predictions.loc[(predictions["arm"] == "local") & ~local, ["Mass", "Nodule"]] = np.nan
+    result = evaluate_models(predictions, films, seed=0, repeats=50)
+    rows = result.metrics.query("metric == 'auroc' and seed == '' and arm == 'local'")
+    value = rows.set_index(["client", "test_set", "finding"])["value"]
+    assert np.isnan(value["client-1", "all", "Effusion"]) and np.isnan(value["client-1", "all", "mean"])
+    assert value["", "all", "Mass"] == value["client-1", "all", "Mass"] > 0.5  # who knows it
+    others = value["client-2", "all", "Effusion"], value["client-3", "all", "Effusion"]
+    assert np.isclose(value["", "all", "Effusion"], np.mean(others))
+    of_all = [value["", "all", name] for name in result.mean_over]
+    assert len(of_all) == 13 and np.isclose(value["", "all", "mean"], np.mean(of_all))
+    homes = tabulate_homes(result).set_index("hospital")
+    assert homes["findings"].tolist() == [1, 11, 11]  # Edema alone can be laid beside the others
+    assert np.isclose(value["client-1", "client-1", "mean"], value["client-1", "client-1", "Edema"])
+    said = "\n".join(headline(result, "drawn", DRAWN))
+    assert "look for different findings" in said and "over 1 at client-1" in said
+    table = calibrate(predictions, films.index, 0, repeats=20)
+    mine = table.query("client == 'client-1' and hospital == '' and finding == 'Effusion'")
+    assert (mine["n"] == 0).all() and mine["brier"].isna().all()
 
 
 def test_home_and_outside_are_over_the_same_findings_and_say_how_many():
