@@ -44,12 +44,12 @@ def main() -> None:
     """Draw, run alone and together, train plain FedAvg beside, and tabulate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", default="6")
-    parser.add_argument("--size", default="64")
+    parser.add_argument("--size", default="32")
     parser.add_argument("--small", action="store_true", help="three hospitals, one round, no more")
     options = parser.parse_args()
     root = find_root() / "work" / "hospitals"
     if options.small:
-        print(hospitals(root / "small", SMALL, "1", "32", patients=60, alone=SMALL[:1]))
+        print(hospitals(root / "small", SMALL, "1", "32", patients=60, alone=()))
     else:
         print(hospitals(root, list(DOWNLOADS), options.rounds, options.size))
 
