@@ -25,6 +25,7 @@ from fedutils.batch.run import run
 from fedutils.evidence.bootstrap import variance
 from fedutils.evidence.intervals import mean_auroc_interval
 from fedutils.evidence.metrics import REPEATS, count_patients, evaluate_parts, test_groups
+from fedutils.evidence.predict import read_predictions
 from fedutils.evidence.tables import ALL_FILMS, LEAST_PATIENTS, truth_of
 from fedutils.settings import Settings
 
@@ -81,7 +82,7 @@ def hospitals(
     plain.run.mkdir(parents=True, exist_ok=True)
     clients.to_csv(plain.run / "clients.csv", index=False)
     fedutils.Training(plain, films, PlainFedAvg).train()
-    trained = fedutils.read_predictions(settings.run / "evaluation/predictions.csv.gz")
+    trained = read_predictions(settings.run / "evaluation/predictions.csv.gz")
     predictions = pd.concat([trained, predict(plain, "plain")], ignore_index=True)
     text = tabulate(predictions, films, settings)
     text += f"\n{', '.join(names)}: {len(films):,} drawn films of {films.index['patient_id'].nunique():,}"

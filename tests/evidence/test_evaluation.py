@@ -530,7 +530,9 @@ def test_what_a_hospital_was_not_taught_is_empty_and_in_no_mean():
     result = evaluate_models(predictions, films, seed=0, repeats=50)
     rows = result.metrics.query("metric == 'auroc' and seed == '' and arm == 'local'")
     value = rows.set_index(["client", "test_set", "finding"])["value"]
-    assert np.isnan(value["client-1", "all", "Effusion"]) and np.isnan(value["client-1", "all", "mean"])
+    assert np.isnan(value["client-1", "all", "Effusion"]) and np.isnan(
+        value["client-1", "all", "mean"]
+    )
     assert value["", "all", "Mass"] == value["client-1", "all", "Mass"] > 0.5  # who knows it
     others = value["client-2", "all", "Effusion"], value["client-3", "all", "Effusion"]
     assert np.isclose(value["", "all", "Effusion"], np.mean(others))
