@@ -63,7 +63,8 @@ def _patients(index: pd.DataFrame, chances: np.ndarray) -> pd.DataFrame:
     """Return a row a patient: hospital, whether a member (1 or 0), and the mean loss."""
     truth = index[findings_of(index)].to_numpy(float)
     right = np.where(truth == 1, chances, 1 - chances).clip(1e-12)
-    loss = np.nanmean(np.where(np.isnan(truth), np.nan, -np.log(right)), axis=1)
+    known = np.ma.masked_invalid(np.where(np.isnan(truth), np.nan, -np.log(right)))
+    loss = known.mean(axis=1).filled(np.nan)  # of a film without a known label there is none
     member = (index["split"] == "train").astype(int)
     films = index.assign(hospital=index["client"], member=member, loss=loss).dropna(subset=["loss"])
     how = {"hospital": "first", "member": "first", "loss": "mean"}

@@ -247,8 +247,13 @@ def texts_of(table: pd.DataFrame, name: str, digits: int = 2) -> list[str]:
     """Write a column with its `_low` and `_high`, such as '0.83 (0.71 to 0.90)'."""
     ends, form = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float), f".{digits}f"
     interval = [f" ({low:{form}} to {high:{form}})" * (not np.isnan(low)) for _, low, high in ends]
-    shown = ["–" if np.isnan(value) else f"{value:{form}}" for value, _, _ in ends]
+    shown = [_number(value, form) for value, _, _ in ends]
     return [value + span for value, span in zip(shown, interval, strict=True)]
+
+
+def _number(value: float, form: str = ".2f") -> str:
+    """Write a number, or a dash where there is none."""
+    return "–" if np.isnan(value) else f"{value:{form}}"
 
 
 def tabulate_calibration(calibration: pd.DataFrame) -> pd.DataFrame:
@@ -258,7 +263,7 @@ def tabulate_calibration(calibration: pd.DataFrame) -> pd.DataFrame:
     table["hospital"] = table["hospital"].replace("", "all films")
     for name, word in columns.items():
         table[word] = texts_of(calibration, name)
-    table.insert(6, "ECE if right", calibration["ece_chance"].map("{:.2f}".format).to_numpy())
+    table.insert(6, "ECE if right", [_number(value) for value in calibration["ece_chance"]])
     return table
 
 
