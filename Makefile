@@ -6,7 +6,7 @@ NEEDS := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-fast evidence flower flower-test gpu kaggle-test privacy render lint
+.PHONY: help demo test bench bench-fast evidence flower flower-test gpu hospitals kaggle-test privacy render lint
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 19
@@ -35,6 +35,9 @@ flower-test: .venv/.flower
 
 gpu: .venv/.installed  ## measure what only a GPU can show; writes work/gpu.json
 	@$(VENV) tests/bench/gpu.py
+
+hospitals: .venv/.installed  ## run five data sets as downloaded, drawn, alone and as five hospitals
+	@$(VENV) tests/bench/hospitals.py
 
 privacy: .venv/.installed  ## measure what differential privacy costs, and what a lying client does
 	@$(VENV) tests/bench/privacy.py

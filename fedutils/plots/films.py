@@ -22,12 +22,15 @@ def _counted(values: pd.Series, totals: float | pd.Series) -> list[str]:
 def prevalence(table: pd.DataFrame, title: str = "") -> Figure:
     """Films by finding, and those without any, with counts and per cent of the labelled films.
 
-    `table` has one row a film and a column of 0, 1 or NaN a finding.
+    `table` has one row a film and a column of 0, 1 or NaN a finding. A film of a source is without
+    any if it has none of those that this source looked for.
     """
     labels = table[findings_of(table)]
-    labels = labels.assign(**{NO_FINDING: no_finding(labels)})
+    sources = labels.groupby(table.get("source", pd.Series("", labels.index)))
+    labels = labels.assign(**{NO_FINDING: pd.concat([no_finding(own) for _, own in sources])})
     counts = labels.sum().sort_values(ascending=False, kind="stable")
-    fig, (ax,) = canvas("Films by finding (a film can have several)", title, 4.4)
+    height = max(4.4, 0.5 + 0.26 * len(counts))
+    fig, (ax,) = canvas("Films by finding (a film can have several)", title, height)
     colours = [GREY if name == NO_FINDING else BLUE for name in counts.index]
     style.bars(ax, counts, _counted(counts, labels.count()[counts.index]), "films", colours)
     return fig
@@ -46,7 +49,9 @@ def cooccurrence(table: pd.DataFrame, title: str = "") -> Figure:
     counts = zip(labels, present.sum(), known.any(), strict=True)
     share.index = [f"{f} ({n:,.0f})" if any_ else f"{f} (not labelled)" for f, n, any_ in counts]
     texts = share.map(lambda value: percent(value)[:-2]).to_numpy()
-    fig, (ax,) = canvas("Of the films with the row's finding, % that also have …", title, 5.6)
+    fig, (ax,) = canvas(
+        "Of the films with the row's finding, % that also have …", title, max(5.6, 0.4 * len(share))
+    )
     most = max(0.01, share.max(axis=None))
     style.heat(ax, share, texts, ["white", BLUE], cbar=False, vmin=0, vmax=most)
     return fig

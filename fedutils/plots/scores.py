@@ -1,5 +1,6 @@
 """Figures of scores: curves, forests and matrices of AUROC."""
 
+import textwrap
 from collections.abc import Callable
 
 import matplotlib.pyplot as plt
@@ -32,7 +33,8 @@ def _curve_panels(
     fig.supylabel(y)
     for ax, finding in zip(axes, truth, strict=False):
         labels, score = (part[finding].to_numpy(float) for part in (truth, probability))
-        ax.set_title(f"{finding}\n")
+        name = textwrap.fill(finding, 20)
+        ax.set_title(f"{name}\n")
         if np.isnan(value := metric(labels, score)):
             why = scores.undefined(np.nansum(labels), np.count_nonzero(~np.isnan(labels)))
             style.note(ax, why.replace(" show", "\nshow"))
@@ -41,7 +43,7 @@ def _curve_panels(
         ax.plot([0, 1], [0, 1] if diagonal else [prevalence] * 2, ":", color=GREY)
         joined = "default" if diagonal else "steps-post"
         ax.plot(*points(labels, score), color=BLUE, drawstyle=joined)
-        ax.set_title(f"{finding}\n{form.format(value, prevalence)}")
+        ax.set_title(f"{name}\n{form.format(value, prevalence)}")
     ticks = (0, 0.5, 1)
     axes[0].set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), xticks=ticks, yticks=ticks)
     last = axes[truth.shape[1]]

@@ -26,6 +26,7 @@ BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"
 ORANGE, PURPLE, SKY = "#E69F00", "#CC79A7", "#56B4E9"
 ARMS = {"federated": BLUE, "centralised": VERMILION, "local": GREEN}
 WIDTH = 8.8  # inches
+LETTERS = 88  # of a heading in that width
 STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
@@ -61,10 +62,14 @@ def save(figure: Figure, path: Path) -> Image:
 def canvas(
     heading: str, title: str, height: float, rows: int = 1, columns: int = 1, **grid: Any
 ) -> tuple[Figure, np.ndarray]:
-    """Open a figure of our width with a heading; return it with its axes in reading order."""
-    size = (WIDTH, height)
+    """Open a figure of our width with a heading; return it with its axes in reading order.
+
+    A long heading, such as one that names five data sets, goes on in lines of its own.
+    """
+    lines = textwrap.wrap(f"{heading} · {title}" if title else heading, LETTERS)
+    size = (WIDTH, height + 0.2 * (len(lines) - 1))
     fig, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **grid)
-    fig.suptitle(f"{heading} · {title}" if title else heading, x=0.01, ha="left")
+    fig.suptitle("\n".join(lines), x=0.01, ha="left")
     return fig, np.atleast_1d(axes).ravel()
 
 

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from fedutils.base.findings import NO_FINDING
+from fedutils.base.findings import NO_FINDING, findings_of
 from fedutils.evidence.explain import (
     ALL_BOXES,
     BY_MODEL,
@@ -290,6 +290,24 @@ def test_client_rows_carry_films_and_the_unlabelled_stay_grey():
     assert "h1 2,000 films, 300 patients" in texts(figure)
     cells = figure.axes[0].collections[0].get_array().reshape(2, 14)
     assert cells.mask.sum() == 1 and cells.mask[1, 13] and cells[0, 0] == 0
+
+
+def test_five_data_sets_and_long_names_fit_in_a_figure():
+    title = "2020 + chexpert + vinbigdata + rsna + padchest data, source"
+    table = film_table(40).rename(columns={"Atelectasis": "Enlarged Cardiomediastinum"})
+    for figure in (prevalence(table, title), cooccurrence(table, title)):
+        assert_apart([figure._suptitle], figure)
+    truth = table[findings_of(table)]
+    panels = roc_curves(truth, truth.fillna(0), title)
+    assert_apart([panels._suptitle, *(ax.title for ax in panels.axes[:5])], panels)
+
+
+def test_without_any_is_what_each_source_looked_for():
+    """Two sources of ten films, each without the findings of the other."""
+    table = pd.DataFrame({"image_index": range(20), "source": ["n"] * 10 + ["s"] * 10})
+    table["Mass"] = [1.0] * 4 + [0.0] * 6 + [np.nan] * 10
+    table["Edema"] = [np.nan] * 10 + [1.0] * 5 + [0.0] * 5
+    assert any(text.startswith("11  (55.0 %)") for text in texts(prevalence(table)))
 
 
 @pytest.mark.parametrize(
