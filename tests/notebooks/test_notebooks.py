@@ -28,7 +28,7 @@ from fedutils.settings import FIELDS, read_parameters
 
 QUICK = ["-p", "image_size=32", "-p", "rounds=1", "-p", "device=cpu", "--name", "quick"]
 ALL_ARMS = ["-p", "arms=federated,centralised,local", "-p", "num_clients=3"]
-ALL_ARMS += ["-p", "mu=0.3"]  # no cell shows mu
+ALL_ARMS += ["-p", "weight_decay=0.0002"]  # no cell shows it
 
 
 def run(work, data, *options):
@@ -117,8 +117,8 @@ def test_calibration_and_operating_points_are_there_for_every_model(phantom):
 
 def test_a_parameter_that_no_cell_shows_reaches_the_run_and_its_trace(phantom):
     config = json.loads((phantom / "runs/quick/config.json").read_text())
-    assert (config["mu"], config["lr"]) == (0.3, 0.0004)
-    assert "mu" not in shown(NOTEBOOKS[2])
+    assert (config["weight_decay"], config["lr"]) == (0.0002, 0.0004)
+    assert "weight_decay" not in shown(NOTEBOOKS[2])
     node = nbformat.read(phantom / "notebooks/quick/03_federated_train.ipynb", as_version=4)
     (injected,) = [c.source for c in node.cells if "injected-parameters" in c.metadata["tags"]]
     assert "mu = 0.3\n" in injected
@@ -213,8 +213,8 @@ def test_papermill_itself_says_what_a_notebook_refuses(tmp_path):
 
 def test_papermill_may_give_a_known_parameter_that_a_notebook_does_not_show(phantom, tmp_path):
     places = {"data_dir": str(phantom / "tiny"), "work_dir": str(tmp_path / "work")}
-    assert not {"rounds", "mu"} & set(shown(NOTEBOOKS[0]))
-    papermill_run(NOTEBOOKS[0], tmp_path, **places, rounds=3, mu=0.3)
+    assert not {"rounds", "weight_decay"} & set(shown(NOTEBOOKS[0]))
+    papermill_run(NOTEBOOKS[0], tmp_path, **places, rounds=3, weight_decay=0.3)
     assert (tmp_path / "work/explore/checks.csv").is_file()
 
 
