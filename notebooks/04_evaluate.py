@@ -179,15 +179,16 @@ if len(result.differences):
 # %% [markdown]
 # ## Fairness between hospitals
 #
-# Every model on every hospital's own test films, over the findings that all hospitals have enough of. A
+# Every model on every hospital's own test films, over the findings that all hospitals have enough of;
+# where they look for different ones, over those that a hospital and the others together have enough of. A
 # frame marks a local model at home: does federation give that hospital more than it had?
 
 # %%
 plots.save(plots.client_matrix(result.metrics, title), folder / "hospitals.png")
 
 # %% [markdown]
-# The first arm by hospital, the lowest first, over the findings that all have patients enough of; beside it
-# the mean over the same findings on all films. Intervals that overlap show no worst one:
+# The first arm by hospital, the lowest first, over these findings; beside it the mean over the same findings
+# on all films. Intervals that overlap show no worst one:
 
 # %%
 at_hospitals = fedutils.hospitals(result.metrics, settings.arm_list[0]).sort_values("value")
