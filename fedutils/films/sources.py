@@ -55,12 +55,18 @@ def join_sources(parts: list[DataSet]) -> DataSet:
         parts[0],
         table=table[names + findings_of(table)].sort_values("image_index", ignore_index=True),
         boxes=pd.concat([_of_source(one.boxes, n) for n, one in named.items()], ignore_index=True),
-        release=" + ".join(dict.fromkeys(one.release for one in parts)),
+        release=" + ".join(dict.fromkeys(map(_release_of, parts))),
         table_file=" + ".join(one.table_file for one in parts),
         lists=tuple(dict.fromkeys(name for one in parts for name in one.lists)),
         found=_join_found(named),
         parts=tuple(parts),
     )
+
+
+def _release_of(part: DataSet) -> str:
+    """Name a data set's release beside others, where "2020" alone does not say that it is NIH's."""
+    year = part.mapping.name == "nih" and part.release != "phantom"
+    return f"nih {part.release}" if year else part.release
 
 
 def _of_source(table: pd.DataFrame, source: str, folder: Path | None = None) -> pd.DataFrame:

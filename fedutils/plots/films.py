@@ -174,6 +174,7 @@ def client_heatmap(report: pd.DataFrame, title: str = "") -> Figure:
     ticks = np.log2([1 / 3, 1 / 2, 1, 2, 3])
     bar = {"ticks": ticks, "label": "× all clients", "pad": 0.01}
     look = {"vmin": ticks[0], "vmax": ticks[-1], "cbar_kws": bar}
-    style.heat(ax, ratio, np.char.mod("%.1f", 100 * share), [BLUE, "white", VERMILION], **look)
+    form = "%.1f" if share.shape[1] <= 20 else "%.0f"  # more columns leave room for no decimal
+    style.heat(ax, ratio, np.char.mod(form, 100 * share), [BLUE, "white", VERMILION], **look)
     ax.collections[0].colorbar.ax.set_yticklabels(["1/3", "1/2", "1", "2", "3"])
     return fig

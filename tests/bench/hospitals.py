@@ -47,7 +47,7 @@ MEAN = "mean"
 def main() -> None:
     """Draw, run alone and together, train plain FedAvg beside, and tabulate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", default="6")
+    parser.add_argument("--rounds", default="8")
     parser.add_argument("--size", default="32")
     parser.add_argument("--small", action="store_true", help="three hospitals, one round, no more")
     options = parser.parse_args()
