@@ -132,8 +132,8 @@ class StrategyParameters(Parameters):
         0.01, "pull to the global model", bounds=(0.0, math.inf), only="strategy=fedprox"
     )
     server_lr: float = parameter(
-        0.0, "step of the server; 0: 0.01 for fedadam, else 1", bounds=(0.0, math.inf),
-        only="strategy=fedavgm|fedadam|scaffold",
+        0.0, "step of the server; 0: 0.01 for fedadam, else 1; fedavg and fedprox take the mean",
+        bounds=(0.0, math.inf),  # for all: a strategy of one's own may heed it
     )  # fmt: skip
     server_momentum: float = parameter(
         0.9, "of the server's step", bounds=(0.0, 1.0), only="strategy=fedavgm"

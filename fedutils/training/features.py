@@ -45,7 +45,7 @@ class FeatureParameters(Parameters):
         identity=False,  # it is how a run computes, as the device is
     )  # fmt: skip
     feature_dtype: str = parameter(
-        "fp16", "of that output on disk", allowed=tuple(DTYPES), only="cache_features=True"
+        "fp16", "of that output on disk, should a run go on with it", allowed=tuple(DTYPES)
     )
 
     def check(self) -> None:

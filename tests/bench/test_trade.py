@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from trade import plot_trade, privacy_trade, trade_words
 
 from fedutils.base.errors import InputError
+from fedutils.settings import Settings
 
 
 def write_run(work, name, auroc, epsilon, tracked="fc"):
@@ -18,7 +19,8 @@ def write_run(work, name, auroc, epsilon, tracked="fc"):
     (run / "evaluation").mkdir(parents=True)
     (run / "models").mkdir()
     private = epsilon < math.inf
-    config = {"tracked": tracked, "dp": "patient" if private else "off"}
+    config = Settings().identity()
+    config |= {"tracked": tracked, "dp": "patient" if private else "off"}
     (run / "config.json").write_text(json.dumps(config))
     rows = [
         {"seed": seed, "value": auroc + shift}

@@ -121,7 +121,7 @@ def test_a_parameter_that_no_cell_shows_reaches_the_run_and_its_trace(phantom):
     assert "weight_decay" not in shown(NOTEBOOKS[2])
     node = nbformat.read(phantom / "notebooks/quick/03_federated_train.ipynb", as_version=4)
     (injected,) = [c.source for c in node.cells if "injected-parameters" in c.metadata["tags"]]
-    assert "mu = 0.3\n" in injected
+    assert "weight_decay = 0.0002\n" in injected
 
 
 def test_a_saved_notebook_holds_no_stale_progress(phantom):

@@ -506,7 +506,7 @@ def test_an_update_that_is_left_out_is_paid_for_all_the_same(tmp_path, monkeypat
     [
         ({"batchnorm": "average"}, "dp=patient wants batchnorm=frozen, not 'average'"),
         ({"noise_multiplier": 0.0}, "target_epsilon or noise_multiplier"),
-        ({"dp": "off"}, "noise_multiplier=1.0 means nothing without dp=patient"),
+        ({"dp": "off"}, "noise_multiplier=1.0 means nothing with dp='off': it wants dp=patient"),
         ({"dp": "film"}, "allowed are off, patient"),
         ({"strategy": "scaffold"} | SGD, "scaffold"),
         ({"secure": "yes"}, "expected true or false"),
