@@ -20,6 +20,9 @@ from fedutils.settings import Settings, read_parameters
 ROUNDING = torch.finfo(torch.float32).eps * math.sqrt(2 * 36 * 9 * 512)
 
 
+TINY = {"declared": {"": FINDINGS}}  # what is in each report
+
+
 def tiny_settings(work: Path, **changes) -> Settings:
     """Settings of a run that takes a second: 32-pixel films, a small tracked state, one thread."""
     values = {"work_dir": str(work), "profile": "demo", "image_size": 32, "num_clients": 3}
@@ -63,7 +66,7 @@ def tiny_films(work: Path, films: int = 60, clients: int = 3, size: int = 32) ->
         index.insert(0, name, about[name])
     index.to_csv(prepared / "index.csv", index=False)
     (prepared / "report.json").write_text(
-        json.dumps({"fingerprint": "tiny", "labels_by": "Labels were drawn."})
+        json.dumps(TINY | {"fingerprint": "tiny", "labels_by": "Labels were drawn."})
     )
     index = read_index(prepared).assign(client=[f"client-{1 + p // 5 % clients}" for p in patient])
     return ChestXrayDataset(prepared, index)
@@ -78,7 +81,7 @@ def tiny_homes(folder: Path, films: ChestXrayDataset) -> dict[str, Path]:
         np.save(prepared / "images.npy", films.store[index["row"]])
         own = index.drop(columns="client").assign(row=np.arange(len(index)))
         own.to_csv(prepared / "index.csv", index=False)
-        about = {"seed": 0, "image_size": films.store.shape[1], "fingerprint": name}
+        about = TINY | {"seed": 0, "image_size": films.store.shape[1], "fingerprint": name}
         (prepared / "report.json").write_text(json.dumps(about))
     return homes
 

@@ -1,6 +1,7 @@
 """A finished run's models on films that they never saw: `fedutils test`."""
 
 import json
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ def external_test(settings: Settings, folder: Path) -> str:
     """
     clients = predict.check_models(settings)
     predict.check_fingerprint(settings, read_report(settings.prepared))
-    own, place = read_films(settings), settings.run / "external" / folder.resolve().name
+    own = read_films(settings)
     with run_lock(settings.run):
+        place = _place(settings.run, folder.resolve())
         films, summary = _prepare(settings, folder, place, own.findings)
         predicted = predict.predict_films(settings, films, "test", clients, own=own.index)
         predictions = predict.write_predictions(predicted, place / "predictions.csv.gz")
@@ -45,8 +47,20 @@ def external_test(settings: Settings, folder: Path) -> str:
         summary["judged"] = [name for name in summary["shared"] if name in set(beside["finding"])]
         means = list(beside[beside["finding"] == tables.MEAN].itertuples())
         summary["sentence"] = words.say("external", means=means, **summary)
+        summary["path"] = str(folder.resolve())
         write_atomic(place / "summary.json", json.dumps(summary, indent=1).encode())
     return summary["sentence"]
+
+
+def _place(run: Path, folder: Path) -> Path:
+    """Return where a folder's test is kept: below its name, or NAME~2 if that is of another one."""
+
+    def free(place: Path) -> bool:
+        done = place / "summary.json"
+        return not done.is_file() or json.loads(done.read_text())["path"] == str(folder)
+
+    names = chain([folder.name], (f"{folder.name}~{number}" for number in count(2)))
+    return next(filter(free, (run / "external" / name for name in names)))
 
 
 def _prepare(

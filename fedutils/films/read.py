@@ -18,7 +18,7 @@ What its tables mean says a mapping (`mapping.py`): a preset that the folder is 
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ class DataSet:
     table_file: str
     lists: tuple[str, ...]
     found: dict[str, list[str]]
-    parts: tuple["DataSet", ...] = ()  # those that `sources` put together
+    parts: dict[str, "DataSet"] = field(default_factory=dict)  # those put together, by source
 
     @property
     def films_present(self) -> int:
@@ -72,13 +72,19 @@ class DataSet:
         return int((self.table["path"] != "").sum())
 
     def about(self) -> dict[str, object]:
-        """Return what a report says of the data: release, source, labels, lists, yardsticks."""
+        """Return what a report says of the data: release, source, labels, lists, yardsticks.
+
+        And the findings that each source says it looks for, whatever its films show.
+        """
+        sources = (self.parts or {"": self}).items()
+        declared = {name: findings_of(part.table) for name, part in sources}
         if self.parts:
-            said = [part.about() for part in self.parts]
+            said = [part.about() for part in self.parts.values()]
             texts = {key: [one[key] for one in said] for key in ("source", "labels_by")}
             joined = {key: " ".join(dict.fromkeys(each)) for key, each in texts.items()}
             joined["source"] = "; ".join(texts["source"])
-            return {"release": self.release, "lists": list(self.lists), "yardsticks": {}} | joined
+            joined |= {"release": self.release, "lists": list(self.lists), "yardsticks": {}}
+            return joined | {"declared": declared}
         source, labels = (self.mapping.given.get(key, "") for key in ("title", "labels_by"))
         if self.release == "phantom":
             source, labels = DRAWN
@@ -88,7 +94,7 @@ class DataSet:
         whole = whole and findings_of(self.table) == self.mapping.findings
         return {
             "release": self.release, "source": source or OWN[0], "labels_by": labels or OWN[1],
-            "lists": list(self.lists),
+            "lists": list(self.lists), "declared": declared,
             "yardsticks": self.mapping.section("yardsticks") if whole else {},
         }  # fmt: skip
 

@@ -59,7 +59,7 @@ def join_sources(parts: list[DataSet]) -> DataSet:
         table_file=" + ".join(one.table_file for one in parts),
         lists=tuple(dict.fromkeys(name for one in parts for name in one.lists)),
         found=_join_found(named),
-        parts=tuple(parts),
+        parts=named,
     )
 
 

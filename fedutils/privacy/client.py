@@ -23,7 +23,7 @@ from ..base.parameters import Parameters, parameter
 from ..base.rng import generator
 from ..base.state import State
 from ..client import Client, Update, make_optimizer
-from ..dataset import draw_motion
+from ..dataset import draw_motion, read_report
 from ..model import ChestResNet
 from ..strategies import STRATEGIES
 from . import gradients
@@ -87,7 +87,7 @@ class PrivateClient(Client):
             name = type(self.strategy).__name__
             raise InputError(f"dp=patient: {name} is not supported; choose another strategy")
         self.weight = 1 if self.films.weight else 0
-        self.known = [min(count, 1) for count in self.known]  # which findings it has is public
+        self.known = [int(name in self.declared()) for name in self.films.findings]
         films = self.films.index["patient_id"]
         self.names, self.owners = np.unique(films.to_numpy(), return_inverse=True)  # by film
         positions = films.groupby(films).indices
@@ -112,6 +112,17 @@ class PrivateClient(Client):
             raise InputError(f"{what}; choose another one")
         if not find_spec("opacus"):
             raise InputError("dp=patient needs Opacus: pip install 'opacus>=1.5'")
+
+    def declared(self) -> set[str]:
+        """Return the findings that its data sets say they look for: public, as its labels are not.
+
+        Raises InputError where an older notebook 02 did not record them.
+        """
+        report = read_report(self.settings.prepared)
+        if "declared" not in report:
+            raise InputError("an older fedutils prepared these films: run notebook 02 again")
+        sources = self.films.index["source"].unique()
+        return {name for source in sources for name in report["declared"][source]}
 
     @property
     def noise(self) -> float:

@@ -103,6 +103,13 @@ def test_a_run_is_tested_on_another_folder_and_laid_beside_its_own_films(run, tm
     assert main(["test", str(settings.run), "--data", str(folder)]) == 0
     assert {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()} == first
 
+    shutil.copytree(folder, tmp_path / "again" / "elsewhere")  # another folder of that name
+    assert main(["test", str(settings.run), "--data", str(tmp_path / "again/elsewhere")]) == 0
+    assert {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()} == first
+    assert (place.with_name("elsewhere~2") / "external.csv").is_file()
+    assert len(read_external(settings)[0]) == 2
+    shutil.rmtree(place.with_name("elsewhere~2"))
+
 
 def test_what_cannot_be_tested_is_said_in_one_line(run, tmp_path, capsys):
     settings, _ = run
@@ -204,9 +211,9 @@ def test_predict_gives_a_row_a_film_of_the_main_model_with_cuts_of_validation(
 
 def test_a_film_has_the_pixels_of_the_store_whatever_its_format(run, tmp_path):
     settings, _ = run
-    folder = ownfilms.write_films(tmp_path / "elsewhere", patients=4)
+    folder = ownfilms.write_films(tmp_path / "pixels", patients=4)
     assert main(["test", str(settings.run), "--data", str(folder)]) == 0
-    stored = read_predictions(settings.run / "external/elsewhere/predictions.csv.gz")
+    stored = read_predictions(settings.run / "external/pixels/predictions.csv.gz")
     stored = stored[stored["arm"] == "federated"].set_index("image_index")
     table = predict_files(settings, [folder]).set_index("path")
     table.index = [path.removeprefix(f"{folder}/") for path in table.index]

@@ -35,7 +35,10 @@ from fedutils.films.phantom.cases import FINDINGS
 
 Result = dict[str, str]  # what a run gave: hashes and the content of files, by name
 SHA = "state_sha256 of "  # begins the name of a hash
-INDEX = ["image_index", "row", "patient_id", "follow_up", "age", "sex", "view", "scanner", "split"]
+INDEX = [
+    "image_index", "row", "source", "patient_id", "follow_up", "age", "sex", "view", "scanner",
+    "split",
+]  # fmt: skip
 HISTORY = [
     "arm", "seed", "round", "client", "train_loss", "val_loss", "val_auroc", "examples", "bytes_up",
     "bytes_down", "status", "reason", "epsilon",
@@ -102,6 +105,7 @@ def write_prepared(prepared: Path, pixels: np.ndarray, index: pd.DataFrame) -> N
     np.save(prepared / "images.npy", pixels)
     index.assign(row=np.arange(len(index))).to_csv(prepared / "index.csv", index=False)
     about = {"seed": 0, "image_size": pixels.shape[1], "fingerprint": "tiny", "labels_by": ""}
+    about["declared"] = {"": FINDINGS}  # of revisions that ask for it
     (prepared / "report.json").write_text(json.dumps(about))
 
 

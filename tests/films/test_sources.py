@@ -1,7 +1,5 @@
 """Several folders as several hospitals: no patient in two, each with findings of its own."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -127,4 +125,6 @@ def test_hospitals_with_findings_of_their_own_train_one_model(folders, tmp_path)
     history = Training(settings, read_films(settings)).train()
     assert history["client"].tolist() == ["north", "south", ""]
     assert (history["status"] == "ok").all()
-    assert json.loads((settings.prepared / "report.json").read_text())["release"] == "own"
+    assert report["release"] == "own"
+    alone = {folder.name: open_data(str(folder), tmp_path).table for folder in folders}
+    assert report["declared"] == {name: findings_of(table) for name, table in alone.items()}

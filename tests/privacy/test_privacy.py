@@ -1,6 +1,7 @@
 """Differential privacy of patients: what is clipped, drawn, added, accounted for, and sent."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedutils.client import Client, make_optimizer
 from fedutils.dataset import draw_motion, normalise
 from fedutils.evidence.tables import adopted_models
 from fedutils.evidence.words import privacy_words
+from fedutils.films.phantom.cases import FINDINGS
 from fedutils.films.phantom.write import draw_batch
 from fedutils.model import build_resnet34
 from fedutils.privacy import client as private
@@ -364,6 +366,21 @@ def test_only_trained_parameters_leave_with_neither_loss_nor_film_count(tmp_path
     for name, value in model.state_dict().items():
         if name not in update.state:
             assert torch.equal(value, before[name]), name
+
+
+def test_what_a_hospital_looks_for_is_what_its_data_declare_whatever_its_labels(tmp_path, films):
+    """In the mean's rows it counts by a public list: one label more or less changes nothing there."""
+    report = tmp_path / "prepared/report.json"
+    films.index["source"] = np.where(films.index["patient_id"] == "p0", "south", "north")
+    told = {"north": FINDINGS[:3], "south": [FINDINGS[5]], "west": FINDINGS[8:]}
+    report.write_text(json.dumps({"declared": told}))
+    declared = [1, 1, 1, 0, 0, 1] + [0] * 8
+    assert private_client(tmp_path, films).known == declared
+    films.labels[:, 0] = np.nan
+    assert private_client(tmp_path, films).known == declared
+    report.write_text("{}")
+    with pytest.raises(InputError, match="older fedutils prepared these films: run notebook 02"):
+        private_client(tmp_path, films)
 
 
 def test_the_model_is_left_without_hooks(tmp_path, films):
