@@ -232,7 +232,7 @@ class PrivateClient(Client):
         if not settings.secure:
             draw = generator(self.seed, "privacy", round, self.name)
         expected = self.rate * len(self.patients)
-        with gradients.per_patient_gradients(model) as hooked:
+        with gradients.per_patient_norms(model) as hooked:
             for _ in range(self.steps):
                 films = gradients.draw_films(self.patients, self.rate, draw)
                 motion = None

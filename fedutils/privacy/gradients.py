@@ -11,11 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..base.errors import InputError
-from ..dataset import ChestXrayDataset
+from ..dataset import AT_ONCE, ChestXrayDataset
 from ..model import ChestResNet, is_batchnorm
 from .accountant import opacus
-
-GRADIENT_BYTES = 2 << 30  # of gradients by patient at a time; twice that in work fits a T4's 16 GB
 
 
 class SystemRandomness:
@@ -65,14 +63,14 @@ def draw_films(
 
 
 @contextmanager
-def per_patient_gradients(model: ChestResNet) -> Iterator[nn.Module]:
-    """Let Opacus (Yousefpour et al., 2021) keep each film's gradient in float32, neither scaled
+def per_patient_norms(model: ChestResNet) -> Iterator[nn.Module]:
+    """Let Opacus (Yousefpour et al., 2021) measure each film's gradient in float32, neither scaled
     nor rounded; take its hooks off again.
     """
     wanted, model.precision = model.precision, "fp32"
-    hooked = opacus("grad_sample").GradSampleModule(model, loss_reduction="sum")
-    # Opacus' own takes each film for contiguous: of channels_last it makes noise, and no error.
-    hooked.GRAD_SAMPLERS = hooked.GRAD_SAMPLERS | {nn.Conv2d: convolution_gradients}
+    ghost = opacus("grad_sample").GradSampleModuleFastGradientClipping
+    hooked = ghost(model, loss_reduction="sum", use_ghost_clipping=True)
+    hooked.NORM_SAMPLERS = hooked.NORM_SAMPLERS | {nn.Conv2d: convolution_norms}
     try:
         yield hooked
     finally:
@@ -80,15 +78,25 @@ def per_patient_gradients(model: ChestResNet) -> Iterator[nn.Module]:
         model.precision = wanted
 
 
-def convolution_gradients(
+def convolution_norms(
     layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor
 ) -> dict[nn.Parameter, Tensor]:
-    """Return each film's gradient, (B, out, in, k, k), of a convolution without groups or bias."""
+    """Return the norm of each film's gradient, (B,), of a convolution without groups or bias.
+
+    Where it has more numbers than its positions have pairs, from their products and without the
+    gradient itself (Bu, Mao and Xu, NeurIPS 2022); in float64, as norms that cancel would else be
+    taken for smaller ones. Opacus' own takes films for contiguous: of channels_last it makes noise.
+    """
     windows = F.unfold(  # (B, in k k, positions)
         activations[0], layer.kernel_size, layer.dilation, layer.padding, layer.stride
     )
-    gradients = torch.einsum("bop,bip->boi", backprops.flatten(2), windows)
-    return {layer.weight: gradients.view(-1, *layer.weight.shape)}
+    back = backprops.flatten(2)
+    if back.shape[2] ** 2 < layer.weight.numel():
+        pairs = [part.double().mT @ part.double() for part in (windows, back)]
+        squares = (pairs[0] * pairs[1]).sum((1, 2))
+    else:
+        squares = (back @ windows.mT).double().square().sum((1, 2))
+    return {layer.weight: squares.clamp(min=0).sqrt()}
 
 
 def clipped_sum(
@@ -100,23 +108,44 @@ def clipped_sum(
 ) -> list[Tensor]:
     """Sum the gradients of one film a patient, each scaled to a norm of at most `clip`.
 
-    A tensor for each trained parameter, of its shape; films go in parts that fit into memory.
-    `motion`, (3, films), is each film's own: augmentation by the place in the batch would let one
-    patient change the gradients of all.
+    A tensor for each trained parameter, of its shape; films go AT_ONCE. One that is not finite
+    counts as zero: an error would tell of the patient, too. `motion`, (3, films), is each film's
+    own: augmentation by the place in the batch would let one patient change the gradients of all.
     """
     trained = [p for p in hooked.parameters() if p.requires_grad]
-    sums = [torch.zeros_like(p) for p in trained]
-    size = min(256, max(1, GRADIENT_BYTES // sum(4 * p.numel() for p in trained)))
-    for start in range(0, len(positions), size):
-        chosen = positions[start : start + size]
-        batch, labels = films.batch(chosen, sums[0].device)
-        moved = None if motion is None else motion[:, start : start + size]
-        patient_losses(hooked(batch, moved), labels).sum().backward()
-        parts = clip_each([p.grad_sample for p in trained], clip)
-        sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)]
-        for parameter in trained:
-            parameter.grad = parameter.grad_sample = None
-    return sums
+    hooked.zero_grad()
+    for start in range(0, len(positions), AT_ONCE):
+        chosen = np.arange(start, min(start + AT_ONCE, len(positions)))
+        losses, norms = _losses(hooked, films, positions, motion, chosen)
+        finite = norms.isfinite()
+        if not finite.all():  # even times zero it would spoil the sum
+            chosen = chosen[finite.cpu().numpy()]
+            losses, norms = _losses(hooked, films, positions, motion, chosen)
+        factors = (clip / norms).clamp(max=1).float()
+        hooked.disable_hooks()
+        (factors @ losses).backward()
+        hooked.enable_hooks()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+
+
+def _losses(
+    hooked: nn.Module,
+    films: ChestXrayDataset,
+    positions: np.ndarray,
+    motion: np.ndarray | None,
+    chosen: np.ndarray,
+) -> tuple[Tensor, Tensor]:
+    """Return the losses of some of the films, and the norms of their gradients, float64; (B,)."""
+    trained = [p for p in hooked.parameters() if p.requires_grad]
+    batch, labels = films.batch(positions[chosen], trained[0].device)
+    losses = patient_losses(hooked(batch, None if motion is None else motion[:, chosen]), labels)
+    sums = [p.grad for p in trained]
+    for parameter in trained:
+        parameter.grad = None
+    losses.sum().backward(retain_graph=True)
+    for parameter, total in zip(trained, sums, strict=True):
+        parameter.grad = total
+    return losses, torch.stack([p._norm_sample.double() for p in trained]).norm(dim=0)
 
 
 def patient_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -129,19 +158,6 @@ def patient_losses(logits: Tensor, labels: Tensor) -> Tensor:
         logits.float(), labels.nan_to_num(), known, reduction="none"
     )
     return losses.sum(1) / known.sum(1).clamp(min=1)
-
-
-def clip_each(gradients: list[Tensor], clip: float) -> list[Tensor]:
-    """Scale each patient's gradients, (B, ...) a parameter, to a joint norm of `clip`, and sum;
-    one that is not finite counts as zero: an error would tell of the patient, too.
-    """
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).double().norm(dim=0)
-    broken = ~norms.isfinite()
-    norms[broken] = 0
-    for gradient in gradients if broken.any() else ():
-        gradient[broken] = 0
-    factor = (clip / norms).clamp(max=1).float()
-    return [(factor @ g.flatten(1)).view(g.shape[1:]) for g in gradients]
 
 
 def add_noise(

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from scipy import integrate, stats
 from tiny import ROUNDING, smooth, tiny_films, tiny_settings
+from torch import nn
 
 from fedutils.base.errors import InputError
 from fedutils.base.rng import generator
@@ -29,11 +30,11 @@ from fedutils.privacy.client import STEPS, PrivateClient
 from fedutils.privacy.gradients import (
     SystemRandomness,
     add_noise,
-    clip_each,
     clipped_sum,
+    convolution_norms,
     draw_films,
     freeze_batchnorm,
-    per_patient_gradients,
+    per_patient_norms,
 )
 from fedutils.privacy.ledger import Ledger
 from fedutils.rounds import FederationError
@@ -73,7 +74,7 @@ def build(tracked="fc"):
 
 
 def sum_of(model, films, positions, clip, motion=None):
-    with per_patient_gradients(model) as hooked:
+    with per_patient_norms(model) as hooked:
         return torch.cat([s.flatten() for s in clipped_sum(hooked, films, positions, clip, motion)])
 
 
@@ -178,27 +179,44 @@ def test_removing_any_patient_moves_the_clipped_sum_by_at_most_clip(films, track
     assert alone[1] == 0 and moved[1] <= others  # without labels one adds and changes nothing
 
 
-def test_the_worst_of_gradients_are_clipped_jointly():
-    """Aligned against the others, spread over two parameters, infinite, or not a number."""
+@pytest.mark.parametrize("tracked", ["fc", "layer4,fc", "layer1,layer2,fc"])
+def test_each_film_is_clipped_to_its_own_norm_over_all_layers(films, tracked):
+    """Whether a layer's norm comes of its positions' products or of the gradient itself."""
+    model, positions = smooth(build(tracked)), np.arange(5)
+    alone = [sum_of(model, films, positions[i : i + 1], math.inf) for i in positions]
+    norms = torch.stack(alone).double().norm(dim=1)
+    clip = norms.median().item()
+    clipped = [sum_of(model, films, positions[i : i + 1], clip) for i in positions]
+    for whole, part, norm in zip(alone, clipped, norms, strict=True):
+        expected = whole * min(1.0, clip / norm.item())
+        assert (part - expected).norm() <= 1e-5 * clip
+    together = sum_of(model, films, positions, clip)
+    assert (together - torch.stack(clipped).sum(0)).norm() <= 5 * clip * ROUNDING
+
+
+def test_a_gradient_that_is_not_finite_counts_as_zero(films):
+    model, positions = build("layer4,fc"), np.arange(6)
+    others = sum_of(model, films, np.delete(positions, 3), 0.1)
+    films.labels[3] = 1e38  # its loss has no gradient in float32
+    assert (sum_of(model, films, positions, 0.1) - others).norm() <= 0.6 * ROUNDING
+    assert not sum_of(model, films, positions[3:4], 0.1).any()
+
+
+def test_norms_that_cancel_are_not_taken_for_smaller_ones():
+    """Of positions whose products are 1e6 times their sum; else such a patient was not clipped."""
     torch.manual_seed(0)
-    gradients = [torch.randn(8, 5, 3), torch.randn(8, 4)]
-    gradients[0][0] *= 1e6
-    gradients[1][0] *= -1e6
-    gradients[0][1, 0, 0], gradients[1][2, 0] = math.inf, math.nan
-    gradients[0][3], gradients[1][3] = 1e30, -1e30
-    whole = torch.cat([g.flatten() for g in clip_each([g.clone() for g in gradients], 2.0)])
-    for patient in range(8):
-        rest = [torch.cat([g[:patient], g[patient + 1 :]]) for g in gradients]
-        part = torch.cat([g.flatten() for g in clip_each(rest, 2.0)])
-        assert (whole - part).norm() <= 2.0 * (1 + 1e-5)
+    layer, films = nn.Conv2d(64, 64, 1, bias=False), torch.randn(3, 64, 1, 1)
+    windows, back = torch.cat([films, films], 3), torch.randn(3, 64, 1, 1) * 1e3
+    back = torch.cat([back, -back * (1 + 1e-6)], 3)
+    exact = torch.einsum("bopq,bipq->boi", back.double(), windows.double()).flatten(1).norm(dim=1)
+    (found,) = convolution_norms(layer, [windows], back).values()
+    assert (found / exact - 1).abs().max() < 1e-2
 
 
 def test_gradients_in_parts_are_the_gradients_at_once(films, monkeypatch):
     model, positions = build(), np.arange(12)
     whole = sum_of(model, films, positions, 0.1)
-    monkeypatch.setattr(
-        gradients, "GRADIENT_BYTES", 5 * 4 * sum(p.numel() for p in model.fc.parameters())
-    )
+    monkeypatch.setattr(gradients, "AT_ONCE", 5)
     parts = sum_of(model, films, positions, 0.1)
     assert (parts - whole).norm() <= ROUNDING * whole.norm()
 
