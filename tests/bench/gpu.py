@@ -406,11 +406,12 @@ def features(bench: Bench) -> Measured:
 def private(bench: Bench) -> Measured:
     """Gradients by patient: patients a second and memory, of `fc` and of `layer4,fc`."""
     said: Measured = {}
-    films = bench.random_films(32 if bench.small else 224, 1024)
+    count, size = (64, 32) if bench.small else (1024, 224)
+    films = tiny_films(bench.work / "private", count, 1, size)
     for tracked in ("fc", "layer4,fc"):
         about = {"dp": "patient", "noise_multiplier": 1.0, "batchnorm": "frozen", "delta": 1e-5}
         about |= {"tracked": tracked, "batch_size": 256, "device": str(bench.device)}
-        settings = tiny_settings(bench.work, **about)
+        settings = tiny_settings(bench.work / "private", **about)
         model = start_model(settings, 0, 14).place(bench.device)
         client = PrivateClient("client-1", films, settings, 0)
         sent = to_cpu(model.tracked_state())
