@@ -74,7 +74,7 @@ class Client:
             raise InputError(f"dp={settings.dp}: {type(self).__name__} means {self.mechanism}")
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
         self.strategy = (strategy or STRATEGIES[settings.strategy])(settings)
-        self.weight, self.known = films.weight, films.known  # what its update counts in the mean
+        self.weight = films.weight  # what its update counts in the mean
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
         """Train `model` in place from what the server sent; return the update and what is kept.
@@ -87,9 +87,8 @@ class Client:
         if not len(self.films):
             raise ValueError("no training films")
         if not self.weight:
-            return Update(
-                self.name, 0, status="unlabelled", reason="none of its labels known"
-            ), kept
+            why = "none of its labels known"
+            return Update(self.name, 0, status="unlabelled", reason=why), kept
         model.load({k: v for k, v in (sent | kept).items() if not is_beside(k)})
         trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
         correct = self.strategy.begin(trained, sent, kept)
@@ -101,6 +100,11 @@ class Client:
         update = {k: v for k, v in final.items() if k not in local} | beside
         keep = {k: v for k, v in final.items() if k in local} | keep
         return Update(self.name, self.weight, update, loss, time.perf_counter() - began), keep
+
+    @property
+    def known(self) -> list[float]:
+        """What its update counts in the rows of each finding: the films with a known label."""
+        return self.films.known
 
     @classmethod
     def check(cls, settings: Parameters) -> None:

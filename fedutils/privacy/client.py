@@ -87,7 +87,6 @@ class PrivateClient(Client):
             name = type(self.strategy).__name__
             raise InputError(f"dp=patient: {name} is not supported; choose another strategy")
         self.weight = 1 if self.films.weight else 0
-        self.known = [int(name in self.declared()) for name in self.films.findings]
         films = self.films.index["patient_id"]
         self.names, self.owners = np.unique(films.to_numpy(), return_inverse=True)  # by film
         positions = films.groupby(films).indices
@@ -113,16 +112,20 @@ class PrivateClient(Client):
         if not find_spec("opacus"):
             raise InputError("dp=patient needs Opacus: pip install 'opacus>=1.5'")
 
-    def declared(self) -> set[str]:
-        """Return the findings that its data sets say they look for: public, as its labels are not.
+    @property
+    def known(self) -> list[float]:
+        """One for each finding that its data sets say they look for: public, as labels are not.
 
         Raises InputError where an older notebook 02 did not record them.
         """
+        if self.films.store is None:  # it is only planned, maybe before notebook 02
+            return [min(count, 1) for count in super().known]
         report = read_report(self.settings.prepared)
         if "declared" not in report:
             raise InputError("an older fedutils prepared these films: run notebook 02 again")
         sources = self.films.index["source"].unique()
-        return {name for source in sources for name in report["declared"][source]}
+        declared = {name for source in sources for name in report["declared"][source]}
+        return [int(name in declared) for name in self.films.findings]
 
     @property
     def noise(self) -> float:
