@@ -113,39 +113,28 @@ def clipped_sum(
     own: augmentation by the place in the batch would let one patient change the gradients of all.
     """
     trained = [p for p in hooked.parameters() if p.requires_grad]
-    hooked.zero_grad()
+    sums = [torch.zeros_like(p) for p in trained]
+
+    def measure(some: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the losses of some of the films, and the norms of their gradients, float64."""
+        batch, labels = films.batch(positions[some], sums[0].device)
+        losses = patient_losses(hooked(batch, None if motion is None else motion[:, some]), labels)
+        losses.sum().backward(retain_graph=True)
+        hooked.zero_grad()
+        return losses, torch.stack([p._norm_sample.double() for p in trained]).norm(dim=0)
+
     for start in range(0, len(positions), AT_ONCE):
-        chosen = np.arange(start, min(start + AT_ONCE, len(positions)))
-        losses, norms = _losses(hooked, films, positions, motion, chosen)
+        some = np.arange(start, min(start + AT_ONCE, len(positions)))
+        losses, norms = measure(some)
         finite = norms.isfinite()
         if not finite.all():  # even times zero it would spoil the sum
-            chosen = chosen[finite.cpu().numpy()]
-            losses, norms = _losses(hooked, films, positions, motion, chosen)
+            losses, norms = measure(some[finite.cpu().numpy()])
         factors = (clip / norms).clamp(max=1).float()
         hooked.disable_hooks()
-        (factors @ losses).backward()
+        parts = torch.autograd.grad(factors @ losses, trained)
         hooked.enable_hooks()
-    return [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-
-
-def _losses(
-    hooked: nn.Module,
-    films: ChestXrayDataset,
-    positions: np.ndarray,
-    motion: np.ndarray | None,
-    chosen: np.ndarray,
-) -> tuple[Tensor, Tensor]:
-    """Return the losses of some of the films, and the norms of their gradients, float64; (B,)."""
-    trained = [p for p in hooked.parameters() if p.requires_grad]
-    batch, labels = films.batch(positions[chosen], trained[0].device)
-    losses = patient_losses(hooked(batch, None if motion is None else motion[:, chosen]), labels)
-    sums = [p.grad for p in trained]
-    for parameter in trained:
-        parameter.grad = None
-    losses.sum().backward(retain_graph=True)
-    for parameter, total in zip(trained, sums, strict=True):
-        parameter.grad = total
-    return losses, torch.stack([p._norm_sample.double() for p in trained]).norm(dim=0)
+        sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)]
+    return sums
 
 
 def patient_losses(logits: Tensor, labels: Tensor) -> Tensor:
