@@ -38,7 +38,8 @@ def privacy_trade(work: Path) -> pd.DataFrame:
     Columns: `run, tracked, seeds, value, ci_low, ci_high, lowest, highest`: the mean test AUROC of
     the federated models, mean over the seeds, its 95 % interval over patients, the seeds' range;
     `epsilon` (infinite without privacy) and `patients` of the hospital that spent most, `total`,
-    what all models of the work folder had cost a patient together when this run ended, and
+    what all models of the work folder had cost a patient together when this run ended (infinite,
+    too, once one learned without privacy), and
     `wanted`: the patients it would take for the noise of a step, of norm noise x clip x sqrt(d) for
     d parameters, to be no longer than the sum of the gradients, at most clip x patients drawn.
     Raises InputError where no evaluated run is private.
@@ -70,7 +71,8 @@ def _spent(settings: Settings) -> dict[str, float]:
     """Return what the worst hospital of the federated arm spent, and how many patients it wants."""
     budget = read_budget(settings.run)
     if not len(budget):
-        return {"epsilon": math.inf} | dict.fromkeys(("total", "patients", "wanted"), math.nan)
+        unbound = {"epsilon": math.inf, "total": math.inf}
+        return unbound | dict.fromkeys(("patients", "wanted"), math.nan)
     rows = budget[budget["arm"] == "federated"]
     worst = rows.loc[rows["epsilon"].idxmax()]
     file = next((settings.run / "models").glob("federated-s*.safetensors"))
