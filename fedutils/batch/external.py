@@ -56,8 +56,9 @@ def _place(run: Path, folder: Path) -> Path:
     """Return where a folder's test is kept: below its name, or NAME~2 if that is of another one."""
 
     def free(place: Path) -> bool:
-        done = place / "summary.json"
-        return not done.is_file() or json.loads(done.read_text())["path"] == str(folder)
+        """Tell where no test lies, or one of this folder, or one that does not say of which."""
+        done, here = place / "summary.json", str(folder)
+        return not done.is_file() or json.loads(done.read_text()).get("path", here) == here
 
     names = chain([folder.name], (f"{folder.name}~{number}" for number in count(2)))
     return next(filter(free, (run / "external" / name for name in names)))
