@@ -89,16 +89,19 @@ def test_no_cell_of_chexpert_differs(oracle, nih_test_data, tmp_path):
     assert (data.table["image_index"].map(patients) == data.table["patient_id"]).all()
 
 
-def test_chexperts_rows_are_read_checked_and_split_in_time(nih_test_data, tmp_path):
+def test_chexperts_rows_are_read_checked_and_split_in_20_times_what_pandas_takes(
+    nih_test_data, tmp_path
+):
+    """Which is 5 s on two cores of 2.5 GHz; other machines, busy ones too, take their share."""
     folder = copy_table(tmp_path, nih_test_data / "tables/chexpert_train.csv.gz", "train.csv.gz")
-    loop = time.process_time()
-    sum(range(50_000_000))  # what this machine takes now, 1 s on two idle cores
-    loop = time.process_time() - loop
+    began = time.process_time()
+    pd.read_csv(folder / "train.csv.gz", dtype=str)
+    bare = time.process_time() - began
     began = time.process_time()
     data = read_folder(folder)
     checks = check_table(data).set_index("check")["count"]
     split_patients(data.table, 0)
-    assert time.process_time() - began < 6 * max(1, loop)
+    assert time.process_time() - began < 20 * bare
     assert data.release == "chexpert" and len(data.table) == 191_027
     assert checks["rows left out"] == 32_387 and set(data.table["view"]) >= {"PA", "AP"}
 
