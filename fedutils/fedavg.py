@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .base.fixed import add_fixed
 from .base.parameters import Parameters, parameter
 from .base.state import State, cast_like, is_head
 
-ADDED_AT_ONCE = 1 << 17  # numbers
 SORTED_AT_ONCE = 1 << 20  # coordinates
 RULES = ("mean", "median", "trimmed")
 
@@ -30,57 +30,44 @@ class AggregationParameters(Parameters):
         return 1 if self.aggregation == "mean" else 3
 
 
-def add_in_place(total: Tensor, value: Tensor, weight: float | Tensor) -> None:
-    """Add a float32 tensor, weighted as one or row by row, to a contiguous float64 one.
-
-    In chunks: torch first copies what it adds to float64, and a small copy stays in the cache.
-    """
-    if torch.is_tensor(weight):
-        total.add_(value.double() * weight)
-        return
-    if value.numel() <= ADDED_AT_ONCE:
-        total.add_(value.double(), alpha=weight)
-        return
-    parts = total.view(-1).split(ADDED_AT_ONCE), value.reshape(-1).split(ADDED_AT_ONCE)
-    for sums, values in zip(*parts, strict=True):
-        sums.add_(values.double(), alpha=weight)
-
-
 class WeightedMean:
-    """The mean of states in float64, weighted by films; add clients in the order of names.
+    """The mean of states by their shares of all films, the same in any order of clients.
 
-    A finding's row of the head is weighted by the films whose label of it is known: who never
-    looked for a finding has nothing to say about it.
+    A finding's row of the head counts by the films whose label of it is known: who never looked for
+    a finding has nothing to say about it. Resolution and range: `base.fixed`.
     """
+
+    robust = False  # whether a liar moves it no more than one client may
 
     def __init__(self) -> None:
         self.sums: State = {}
-        self.weights: dict[str, float | Tensor] = {}
-        self.weight, self.count = 0.0, 0
+        self.shares: dict[str, int | Tensor] = {}
+        self.share, self.count = 0, 0
 
-    def add(self, state: State, weight: float, known: Sequence[float] = ()) -> None:
-        """Add a client's state with its weight, and with the `known` labels of each finding."""
-        differ = {*known} - {weight}  # else all as one, to the bit
+    def add(self, state: State, share: int, known: Sequence[int] = ()) -> None:
+        """Add a client's state with its share, and that of each finding, as `fixed.shares` says."""
+        differ = {*known} - {share}
         for name, value in state.items():
-            counts = weight
+            counts = share
             if differ and is_head(name):
-                counts = torch.tensor(known).double().view(-1, *[1] * (value.ndim - 1))
+                counts = torch.tensor(known).view(-1, *[1] * (value.ndim - 1))
             if name not in self.sums:
-                self.sums[name] = torch.zeros(value.shape, dtype=torch.float64)
-            add_in_place(self.sums[name], value, counts)
-            self.weights[name] = self.weights.get(name, 0.0) + counts
-        self.weight, self.count = self.weight + weight, self.count + 1
+                self.sums[name] = torch.zeros(value.shape, dtype=torch.int64)
+            add_fixed(self.sums[name], value, counts)
+            self.shares[name] = self.shares.get(name, 0) + counts
+        self.share, self.count = self.share + share, self.count + 1
 
     def result(self, before: State | None = None) -> State:
         """Turn the sums into the mean, in float64, and return it: the end of this aggregator.
 
         A row that nobody knows stays as `before`; where nothing was, it is 0.
         """
-        mean = {name: total.div_(self.weights[name]) for name, total in self.sums.items()}
-        for name, weights in self.weights.items():
-            if torch.is_tensor(weights):
+        mean = {}
+        for name, shares in self.shares.items():
+            mean[name] = self.sums.pop(name).double() / shares
+            if torch.is_tensor(shares):
                 old = (before or {}).get(name, torch.zeros(())).double()
-                mean[name] = torch.where(weights > 0, mean[name], old)
+                mean[name] = torch.where(shares > 0, mean[name], old)
         return mean
 
 
@@ -90,14 +77,16 @@ class TrimmedMean(WeightedMean):
     Yin et al., ICML 2018. Clients count alike, or a bad one could claim many films.
     """
 
+    robust = True
+
     def __init__(self, trim: float) -> None:
         super().__init__()
         self.trim, self.states = trim, []
 
-    def add(self, state: State, weight: float, known: Sequence[float] = ()) -> None:
-        """Keep a client's state; the weight only counts the films that took part."""
+    def add(self, state: State, share: int, known: Sequence[int] = ()) -> None:
+        """Keep a client's state; the share only counts the films that took part."""
         self.states.append(state)
-        self.weight, self.count = self.weight + weight, self.count + 1
+        self.share, self.count = self.share + share, self.count + 1
 
     def result(self, before: State | None = None) -> State:
         """Return the trimmed mean in float64."""

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
+from .base.fixed import ONE, shares
 from .base.parameters import Parameters, parameter
 from .base.rng import generator
 from .base.state import State, cast_like, count_bytes, state_hash
@@ -116,23 +117,22 @@ def sample_clients(job: Job, settings: Parameters, round: int) -> list[Client]:
 def run_round(job: Job, now: Progress, executor: Executor, strategy: FedAvg) -> list[Row]:
     """Move `now` to the next round boundary, as on paper; return the clients' rows of the history.
 
-    Send the state; each drawn client trains on its own films; average what comes back, in the order
-    of the clients; take the strategy's step. Raises FederationError below `min_clients`.
+    Send the state; each drawn client trains on its own films; average what comes back, in any
+    order; take the strategy's step. Raises FederationError below `min_clients`.
     """
     sent = strategy.download(now.state, now.server)
     chosen = sample_clients(job, strategy.settings, now.round + 1)
-    aggregator, rows = strategy.aggregator(), []
-    known = {client.name: client.known for client in chosen}
+    aggregator, rows, counts = strategy.aggregator(), [], shares(job.clients)
     for update, kept in executor.fit(chosen, sent, now.clients, now.round + 1):
         rows.append(client_row(job, now.round + 1, update, sent))
         if update.status == "ok":
-            aggregator.add(update.state, update.examples, known[update.client])
+            aggregator.add(update.state, *counts[update.client])
         if kept:
             now.clients[update.client] = kept
     wanted = min(strategy.settings.min_clients, len(job.clients))
     if aggregator.count < max(wanted, strategy.settings.least_clients):
         raise FederationError(job, rows)
-    share = aggregator.weight / sum(client.weight for client in job.clients)
+    share = aggregator.share / sum(share for share, _ in counts.values())
     mean = aggregator.result(now.state)
     moved, now.server = strategy.step(now.state, mean, now.server, share)
     now.state = now.state | moved  # what no client sends stays as it is
@@ -203,6 +203,6 @@ def predict_with(
 def local_state(clients: dict[str, State], names: set[str]) -> State:
     """Average what clients keep under these names: one's own, or all's for unknown patients."""
     mean = WeightedMean()
-    for _, kept in sorted(clients.items()):
-        mean.add({k: v for k, v in kept.items() if k in names}, 1)
+    for kept in clients.values():
+        mean.add({k: v for k, v in kept.items() if k in names}, ONE // len(clients))
     return cast_like(mean.result(), next(iter(clients.values()))) if mean.count else {}

@@ -1,6 +1,7 @@
 """The server: exact means, robust means, and each strategy against a hand-computed step."""
 
-import math
+from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_settings
 
-from fedutils.base.state import cast_like
+from fedutils.base.fixed import ONE, shares
+from fedutils.base.state import LARGEST, cast_like, state_hash
 from fedutils.fedavg import AggregationParameters, FedAvg, TrimmedMean, WeightedMean
 from fedutils.settings import FIELDS
 from fedutils.strategies import STRATEGIES, VARIATE, FedAvgM
 
-NUMBERS = st.floats(-1e6, 1e6, width=32)
+NUMBERS = st.floats(-LARGEST, LARGEST, width=32)
 CLIENTS = st.lists(
     st.tuples(st.lists(NUMBERS, min_size=3, max_size=3), st.integers(1, 10**5)),
     min_size=1,
@@ -22,25 +24,47 @@ CLIENTS = st.lists(
 )
 
 
+def mean_of(pairs, known=(), before=None):
+    """The mean of states by films, as clients of these films count in a round."""
+    known = known or [()] * len(pairs)
+    about = [SimpleNamespace(name=str(i), weight=n, known=k)
+             for i, ((_, n), k) in enumerate(zip(pairs, known, strict=True))]  # fmt: skip
+    mean = WeightedMean()
+    for (state, _), counts in zip(pairs, shares(about).values(), strict=True):
+        mean.add(state, *counts)
+    return mean.result(before)
+
+
 def states(clients):
     return [({"w": torch.tensor(values, dtype=torch.float32)}, films) for values, films in clients]
 
 
-def mean_of(pairs):
-    mean = WeightedMean()
-    for state, films in pairs:
-        mean.add(state, films)
-    return mean.result()
+def exact_mean(values, weights):
+    """The weighted mean in rational numbers."""
+    values, weights = [Fraction(float(v)) for v in values], [Fraction(float(w)) for w in weights]
+    total = sum(v * w for v, w in zip(values, weights, strict=True))
+    return float(total / sum(weights))
+
+
+def assert_close(found, values, weights, films=None):
+    """At most a float32 unit in the last place of the largest value, or the resolution, apart."""
+    largest, took_part = np.float32(np.abs(values).max()), sum(weights) / (films or sum(weights))
+    resolution = len(values) / min(took_part, 1) * 2.0**-43
+    bound = max(float(np.spacing(largest)), resolution * (1 + 2 * float(largest)))
+    assert abs(float(found) - exact_mean(values, weights)) <= bound
 
 
 @given(CLIENTS)
-def test_weighted_mean_equals_a_float64_oracle(clients):
-    values = np.array([v for v, _ in clients], np.float32).astype(np.float64)
-    weights = np.array([w for _, w in clients], np.float64)
-    oracle = [math.fsum(column * weights) / weights.sum() for column in values.T]
-    got = mean_of(states(clients))["w"]
+def test_the_mean_is_within_a_float32_unit_in_the_last_place_of_the_exact_one(clients):
+    got, weights = mean_of(states(clients))["w"], [films for _, films in clients]
     assert got.dtype == torch.float64
-    assert np.allclose(got, oracle, rtol=1e-12, atol=1e-6 * 1e-6)
+    for k, column in enumerate(np.array([v for v, _ in clients], np.float32).T):
+        assert_close(got[k], column, weights)
+
+
+def test_sums_at_the_end_of_the_range_do_not_turn_over():
+    clients = [([LARGEST, -LARGEST, LARGEST], films) for films in (1, 3, 7, 100_000)]
+    assert mean_of(states(clients))["w"].tolist() == [LARGEST, -LARGEST, LARGEST]
 
 
 LABELS = st.lists(st.integers(0, 1000), min_size=3, max_size=3)
@@ -50,43 +74,47 @@ LABELS = st.lists(st.integers(0, 1000), min_size=3, max_size=3)
 def test_a_row_of_the_head_is_weighted_by_the_labels_known_of_its_finding(counts, data):
     """All else by films; a row that nobody knows stays as it was."""
     row = st.lists(NUMBERS, min_size=2, max_size=2)
-    mean, seen = WeightedMean(), []
+    heads = [torch.tensor(data.draw(st.lists(row, min_size=3, max_size=3))) for _ in counts]
     before = {"fc.weight": torch.full((3, 2), 7.0), "variate/fc.bias": torch.full((3,), 7.0)}
-    for known, films in counts:
-        head = torch.tensor(data.draw(st.lists(row, min_size=3, max_size=3)))
-        state = {"fc.weight": head, "fc.bias": head[:, 0], "layer4.w": head[0]}
-        mean.add(state, films, known)
-        seen.append((head.double().numpy(), known, films))
-    got = mean.result(before)
+    pairs = [
+        ({"fc.weight": h, "variate/fc.bias": h[:, 0], "fc.bias": h[:, 1], "layer4.w": h[0]}, n)
+        for h, (_, n) in zip(heads, counts, strict=True)
+    ]
+    got = mean_of(pairs, [known for known, _ in counts], before)
     for finding in range(3):
-        weights = np.array([known[finding] for _, known, _ in seen], float)
-        rows = np.array([head[finding] for head, _, _ in seen])
-        wanted = weights @ rows / weights.sum() if weights.any() else np.full(2, 7.0)
-        assert np.allclose(got["fc.weight"][finding], wanted, rtol=1e-9, atol=1e-6)
-        bias = wanted[0] if weights.any() else 0.0  # nothing was there before
-        assert np.isclose(got["fc.bias"][finding], bias, rtol=1e-9, atol=1e-6)
-    films = np.array([films for *_, films in seen], float)
-    wanted = films @ np.array([head[0] for head, *_ in seen]) / films.sum()
-    assert np.allclose(got["layer4.w"], wanted, rtol=1e-9, atol=1e-6)
+        weights = [known[finding] for known, _ in counts]
+        for column in range(2):
+            values = [float(head[finding, column]) for head in heads]
+            found = got["fc.weight"][finding, column]
+            if any(weights):
+                assert_close(found, values, weights, sum(films for _, films in counts))
+            else:
+                assert found == 7
+        bias = got["variate/fc.bias"][finding], got["fc.bias"][finding]
+        wanted = (got["fc.weight"] if any(weights) else torch.tensor([[7.0, 0.0]] * 3))[finding]
+        assert torch.equal(torch.stack(bias), wanted)  # nothing was there before: 0
+    for column in range(2):
+        values = [float(head[0, column]) for head in heads]
+        assert_close(got["layer4.w"][column], values, [films for _, films in counts])
 
 
 def test_where_all_labels_are_known_the_mean_has_the_bits_of_before():
-    heads = torch.rand(3, 14, 512)
-    plain, aware = WeightedMean(), WeightedMean()
-    for head, films in zip(heads, (101, 57, 88), strict=True):
-        plain.add({"fc.weight": head}, films)
-        aware.add({"fc.weight": head}, films, [films] * 14)
-    assert torch.equal(plain.result()["fc.weight"], aware.result()["fc.weight"])
+    heads, films = torch.rand(3, 14, 512), (101, 57, 88)
+    pairs = [({"fc.weight": head}, n) for head, n in zip(heads, films, strict=True)]
+    plain, aware = mean_of(pairs), mean_of(pairs, [[n] * 14 for n in films])
+    assert torch.equal(plain["fc.weight"], aware["fc.weight"])
 
 
 @given(CLIENTS, st.randoms())
-def test_weighted_mean_does_not_depend_on_the_order_of_clients(clients, random):
-    """Names fix the order of the sum, so a shuffled arrival gives the same bits."""
-    named = {f"client-{i}": pair for i, pair in enumerate(states(clients))}
-    arrived = list(named)
-    random.shuffle(arrived)
-    again = mean_of(named[name] for name in sorted(arrived))["w"]
-    assert torch.equal(again, mean_of(named.values())["w"])
+def test_the_mean_does_not_depend_on_the_order_of_clients(clients, random):
+    about = [SimpleNamespace(name=str(i), weight=n, known=()) for i, (_, n) in enumerate(clients)]
+    counts, hashes = shares(about), set()
+    for _ in range(3):
+        mean = WeightedMean()
+        for i in random.sample(range(len(clients)), len(clients)):
+            mean.add(states(clients)[i][0], *counts[str(i)])
+        hashes.add(state_hash(mean.result()))
+    assert len(hashes) == 1
 
 
 def test_identical_clients_average_to_themselves_and_dtypes_are_restored():
@@ -103,7 +131,7 @@ def test_counters_stay_integers():
 def robust(trim, values):
     mean = TrimmedMean(trim)
     for value in values:
-        mean.add({"w": torch.tensor([[float(value)]])}, 1)
+        mean.add({"w": torch.tensor([[float(value)]])}, ONE)
     return mean.result()["w"].item()
 
 
@@ -188,7 +216,7 @@ def quadratics(tmp_path, name, rounds=200, steps=10, lr=0.05):
                 w = w - lr * (gradient + (c - kept[i] if name == "scaffold" else 0))
             new = kept[i] - c + (state["w"] - w) / (steps * lr)
             extra = {VARIATE + "w": new - kept[i]} if name == "scaffold" else {}
-            mean.add({"w": w} | extra, 1)
+            mean.add({"w": w} | extra, ONE // 2)
             kept[i] = new
         state, server = strategy.step(state, mean.result(), server, 1.0)
     return state["w"].item()

@@ -1,9 +1,12 @@
-"""AUROC, average precision and loss of one set of scores; NaN labels are left out."""
+"""AUROC, average precision and sums of one set of scores; NaN labels are left out."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+LOSS = 1 << 24  # parts of a loss, which is added up as a whole number
 
 
 def labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,16 +67,30 @@ def undefined(positives: float, known: float) -> str:
     return "all films show it" if positives else "no film shows it"
 
 
-def log_loss(labels: np.ndarray, logits: np.ndarray) -> float:
-    """Mean binary cross-entropy over the known labels; both (N, findings); computed in float64."""
+def validation_sums(labels: np.ndarray, logits: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what is added up of one hospital's films, (N, k) each: whole numbers, int64.
+
+    Of the binary cross-entropy 2^-24 parts, the known labels, and for each finding the pairs of a
+    film with and one without it, and twice those that are ordered right, ties as halves.
+    """
     x, known = logits.astype(np.float64), ~np.isnan(labels)
-    loss = np.logaddexp(0, x) - x * np.nan_to_num(labels)
-    return float(loss[known].mean()) if known.any() else math.nan
+    loss = (np.logaddexp(0, x) - x * np.nan_to_num(labels))[known].sum()
+    pairs = (labels == 1).sum(axis=0) * (labels == 0).sum(axis=0)
+    areas = [auroc(truth, score) for truth, score in zip(labels.T, logits.T, strict=True)]
+    ordered = np.rint(2 * np.nan_to_num(areas) * pairs)
+    sums = {"loss": np.rint(loss * LOSS), "labels": known.sum(), "pairs": pairs, "ordered": ordered}
+    return {name: np.asarray(value, np.int64) for name, value in sums.items()}
 
 
-def mean_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
-    """Mean AUROC over the findings for which it is defined, (N, k) each; NaN if there is none."""
-    values = [auroc(truth, score) for truth, score in zip(labels.T, scores.T, strict=True)]
-    values = np.array(values)
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if len(defined) else math.nan
+def judge(sums: Iterable[dict[str, np.ndarray]]) -> tuple[float, float]:
+    """Return mean loss and mean AUROC of several hospitals' `validation_sums`; NaN without any.
+
+    Pairs are of one hospital: a model that only tells hospitals apart has an AUROC of 0.5.
+    """
+    total: dict[str, Any] = {"loss": 0, "labels": 0, "pairs": np.zeros(0), "ordered": np.zeros(0)}
+    for k, found in enumerate(sums):
+        total = {name: value + total[name] if k else value for name, value in found.items()}
+    some = total["pairs"] > 0
+    areas = total["ordered"][some] / total["pairs"][some] / 2
+    loss = float(total["loss"] / LOSS / total["labels"]) if total["labels"] else math.nan
+    return loss, float(areas.mean()) if some.any() else math.nan

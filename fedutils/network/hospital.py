@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file, save
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save
 from ..base.device import find_devices, set_up
 from ..base.errors import InputError
 from ..base.files import sha256, write_atomic
-from ..base.scores import auroc, log_loss
+from ..base.scores import validation_sums
 from ..base.state import State
 from ..client import Client, predict
 from ..dataset import ChestXrayDataset, read_report
@@ -162,16 +161,8 @@ def batchnorm(here: Hospital, sent: State) -> Answer:
 @client_app.evaluate()
 @answers
 def validate(here: Hospital, sent: State) -> Answer:
-    """Return sums: of the loss, of known labels, and for each finding of pairs and ordered pairs.
-
-    Of a film with and one without it; a tie is half. Summed, they are the AUROC within hospitals.
-    """
+    """Return the sums of the films for validation, as the simulation adds them up."""
     films, model = here.split("val"), here.model()
     model.load(sent)
-    labels, logits = films.labels, predict(model, films)
-    known = int((~np.isnan(labels)).sum())
-    pairs = [int((column == 1).sum() * (column == 0).sum()) for column in labels.T]
-    areas = [auroc(truth, score) for truth, score in zip(labels.T, logits.T, strict=True)]
-    ordered = [area * n if n else 0.0 for area, n in zip(areas, pairs, strict=True)]
-    loss = log_loss(labels, logits) * known if known else 0.0
-    return {}, {"loss": loss, "labels": known, "pairs": pairs, "ordered": ordered}, {}
+    sums = validation_sums(films.labels, predict(model, films))
+    return {}, {name: value.tolist() for name, value in sums.items()}, {}

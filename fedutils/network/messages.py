@@ -16,6 +16,7 @@ from ..model import ChestResNet
 
 # The sums of a validation: whether there is one for each finding.
 SUMS = {"loss": False, "labels": False, "pairs": True, "ordered": True}
+MOST = 1 << 52  # of a sum: thousands of them do not overflow
 SEPARATOR = "\n"  # between the findings in an introduction
 SAID = "member/said"  # in what the server keeps of a hospital
 Answer = tuple[dict[str, str], dict[str, Any], State]  # words, numbers, tensors
@@ -89,24 +90,16 @@ def read_introduction(reply: Message | Fault) -> tuple[str, dict[str, Any], str]
     return name, counts, ""
 
 
-def zero_sums(findings: int) -> dict[str, np.ndarray]:
-    """Return the sums of a validation of no film, by so many findings."""
-    return {key: np.zeros(findings if each else ()) for key, each in SUMS.items()}
-
-
 def read_sums(reply: Message | Fault, findings: int) -> tuple[dict[str, np.ndarray], str]:
     """Return a hospital's validation sums, or why they cannot be: what no films could give."""
     words, numbers, _ = read_reply(reply)
     if words["status"] != "ok":
         return {}, words["reason"]
-    try:
-        sums = {key: np.asarray(numbers[key], dtype=float) for key in SUMS}
-    except (KeyError, TypeError, ValueError) as error:
-        return {}, f"sums of another kind: {error}"
-    shapes = {key: zero.shape for key, zero in zero_sums(findings).items()}
-    fits = all(value.shape == shapes[key] for key, value in sums.items())
-    fits = fits and all((np.isfinite(value) & (value >= 0)).all() for value in sums.values())
-    if not fits or (sums["ordered"] > sums["pairs"]).any():
+    sums = {key: np.asarray(numbers.get(key)) for key in SUMS}
+    fits = all(value.dtype == np.int64 for value in sums.values())
+    fits = fits and all(sums[key].shape == (findings,) * each for key, each in SUMS.items())
+    fits = fits and all(((value >= 0) & (value <= MOST)).all() for value in sums.values())
+    if not fits or (sums["ordered"] > 2 * sums["pairs"]).any():
         return {}, "its sums are none of any films"
     return sums, ""
 

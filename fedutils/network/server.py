@@ -18,6 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from ..base.device import PRECISIONS
 from ..base.errors import InputError
 from ..base.files import write_atomic
+from ..base.scores import judge
 from ..base.state import State, find_misfit
 from ..client import Update
 from ..model import ChestResNet
@@ -74,25 +75,24 @@ class Network:
     ) -> Iterator[tuple[State, str]]:
         """Let the hospitals measure BatchNorm; yield that, or why not, in the order given."""
         orders = {c.name: {"seed": c.seed, "round": round} for c in clients}
-        wanted = {k: v for k, v in state.items() if k.endswith((RUNNING_MEAN, RUNNING_VAR))}
+        wanted = {
+            k: v.double() for k, v in state.items() if k.endswith((RUNNING_MEAN, RUNNING_VAR))
+        }
         for _, reply in self.ask("train.measure", orders, state):
             words, _, measured = messages.read_reply(reply)
             fault = words["reason"] if words["status"] != "ok" else find_misfit(measured, wanted)[1]
             yield ({}, fault) if fault else (measured, "")
 
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
-        """Return loss and mean AUROC over the validation films of the hospitals that answer."""
-        about = {"seed": job.seed, "round": now.round}
-        sums = messages.zero_sums(len(self.findings))
+        """Return loss and mean AUROC on the validation films of the hospitals that answer."""
+        about, sums = {"seed": job.seed, "round": now.round}, []
         for name, reply in self.ask("evaluate", {c.name: about for c in job.clients}, now.state):
             found, fault = messages.read_sums(reply, len(self.findings))
-            sums = {key: value + found.get(key, 0) for key, value in sums.items()}
             if fault:
                 print(f"round {now.round}: not validated at {name}: {fault}", flush=True)
-        some = sums["pairs"] > 0
-        areas = sums["ordered"][some] / sums["pairs"][some]
-        loss = float(sums["loss"] / sums["labels"]) if sums["labels"] else math.nan
-        return loss, float(areas.mean()) if len(areas) else math.nan
+            else:
+                sums.append(found)
+        return judge(sums)
 
     def ask(
         self, kind: str, orders: dict[str, dict[str, int]], state: State

@@ -6,11 +6,12 @@ saw: PreciseBN (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, arXiv:2
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from ..base.errors import in_a_line
+from ..base.fixed import shares
 from ..base.rng import generator
 from ..base.state import State, cast_like, count_bytes, find_fault, to_cpu
 from ..client import Client
@@ -25,7 +26,9 @@ RUNNING_MEAN, RUNNING_VAR = "running_mean", "running_var"
 def measure_batchnorm(client: Client, model: ChestResNet, state: State, round: int) -> State:
     """Return what BatchNorm of the tracked layers sees on a client's films under a global state.
 
-    `running_mean` and `running_var` of each layer, float32 on the CPU; `model` is overwritten.
+    Of each layer the mean as `running_mean`, and as `running_var` the mean square about that of the
+    state, which all clients have: sums that need no second question. Float64 on the CPU; `model` is
+    overwritten.
     """
     model.load(state)
     rng = generator(client.seed, "batchnorm", round, client.name)
@@ -33,31 +36,45 @@ def measure_batchnorm(client: Client, model: ChestResNet, state: State, round: i
     parts = np.array_split(positions, math.ceil(len(positions) / client.settings.batch_size))
     device = model.fc.weight.device
     calibrate_batchnorm(model, (client.films.batch(part, device)[0] for part in parts), "tracked")
-    measured = {
-        k: v for k, v in model.tracked_state().items() if k.endswith((RUNNING_MEAN, RUNNING_VAR))
-    }
-    return to_cpu(measured)
+    seen = to_cpu(model.tracked_state())
+    seen = {k: v.double() for k, v in seen.items() if k.endswith((RUNNING_MEAN, RUNNING_VAR))}
+    return about_center(seen, state)
+
+
+def about_center(seen: State, center: State, sign: int = 1) -> State:
+    """Turn variances into mean squares about the means of a state; with sign -1 back again."""
+    moved = dict(seen)
+    for mean in (name for name in seen if name.endswith(RUNNING_MEAN)):
+        var = mean.removesuffix(RUNNING_MEAN) + RUNNING_VAR
+        moved[var] = seen[var] + sign * (seen[mean] - center[mean].double()).square()
+    return moved
 
 
 def pool_batchnorm(
-    measured: list[tuple[State, float]], like: State, aggregator: Callable[[], WeightedMean]
+    measured: list[tuple[State, int]], like: State, aggregator: Callable[[], WeightedMean]
 ) -> State:
     """Return the statistics of all clients' films together, in the dtypes of a state.
 
-    By the law of total variance, of what each client measured and what it weighs, and by the rule
-    of updates: with the mean it is exact, with the others a liar moves it no more than weights.
+    By the law of total variance, of what each client measured under the state `like` and its share,
+    by the rule of updates: with the mean it is exact. A rule that bears liars takes what it sees of
+    each about the center that it finds, so that one moves it no more than weights.
     """
-    means, variances = aggregator(), aggregator()
-    for state, weight in measured:
-        means.add({k: v for k, v in state.items() if k.endswith(RUNNING_MEAN)}, weight)
-    center = means.result()
-    for state, weight in measured:
-        spread = {}
-        for mean in center:
-            var = mean.removesuffix(RUNNING_MEAN) + RUNNING_VAR
-            spread[var] = state[var].double() + (state[mean].double() - center[mean]).square()
-        variances.add(spread, weight)
-    return cast_like(center | variances.result(), like)
+
+    def pool(states: Iterable[State]) -> State:
+        """Put them together by the rule."""
+        pooled = aggregator()
+        for state, (_, share) in zip(states, measured, strict=True):
+            pooled.add(state, share)
+        return pooled.result()
+
+    found, center = pool(state for state, _ in measured), like
+    if aggregator().robust:
+        own = [about_center(state, like, -1) for state, _ in measured]
+        center = found
+        found = pool(about_center(state, center) for state in own)
+    exact = about_center(found, center, -1)
+    rounded = {k: v.clamp(min=0) if k.endswith(RUNNING_VAR) else v for k, v in exact.items()}
+    return cast_like(rounded, like)
 
 
 def measure_safely(
@@ -81,6 +98,7 @@ def refresh_batchnorm(
     """
     counted = {row["client"]: row for row in rows if row["status"] == "ok"}
     clients = [client for client in job.clients if client.name in counted]
+    counts = shares(job.clients)
     pool, travels = [], job.arm == "federated"
     for client, (measured, fault) in zip(
         clients, executor.measure(clients, now.state, now.round), strict=True
@@ -91,6 +109,6 @@ def refresh_batchnorm(
         if fault:
             row |= {"status": UNMEASURED, "reason": f"BatchNorm not measured: {fault}"}
         else:
-            pool.append((measured, client.weight))
+            pool.append((measured, counts[client.name][0]))
     if len(pool) >= strategy.settings.least_clients:
         now.state = now.state | pool_batchnorm(pool, now.state, strategy.aggregator)

@@ -12,7 +12,7 @@ import numpy as np
 from ..base.device import find_devices
 from ..base.errors import in_a_line
 from ..base.parameters import Parameters, parameter
-from ..base.scores import log_loss, mean_auroc
+from ..base.scores import judge, validation_sums
 from ..base.state import State, find_misfit, to_cpu
 from ..base.threads import Item, Result, Shared
 from ..client import Client, Update
@@ -143,13 +143,15 @@ class Replicas:
         return self._each(lambda c, model: measure_safely(c, model, state, round), clients)
 
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
-        """Return loss and mean AUROC of the aggregated model on the job's validation films."""
-        parts = job.validation.parts(1 if self.start else len(self.models.tools))
+        """Return loss and mean AUROC, within hospitals, of the aggregated model on their films."""
+        films = job.validation
+        parts = films.parts(1 if self.start else len(self.models.tools))
         found = self._each(lambda p, model: predict_with(model, p, now.state, now.clients), parts)
-        labels, logits = job.validation.labels, np.concatenate(list(found))
+        logits = np.concatenate(list(found))
         if not np.isfinite(logits).all():  # a model that is broken is no better than none
             return math.nan, math.nan
-        return log_loss(labels, logits), mean_auroc(labels, logits)
+        own = films.index.groupby("client").indices.values()
+        return judge(validation_sums(films.labels[rows], logits[rows]) for rows in own)
 
     def _each(
         self, task: Callable[[Item, ChestResNet], Result], items: list[Item]

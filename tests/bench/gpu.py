@@ -30,6 +30,7 @@ from tiny import tiny_films, tiny_settings
 
 import fedutils
 from fedutils.base.device import set_up
+from fedutils.base.fixed import ONE
 from fedutils.base.rng import generator
 from fedutils.base.state import state_hash, to_cpu
 from fedutils.client import Client, make_optimizer, masked_loss
@@ -322,7 +323,7 @@ def steps(bench: Bench) -> Measured:
         """Average five clients."""
         mean = WeightedMean()
         for _ in range(5):
-            mean.add(state, 1.0)
+            mean.add(state, ONE // 5)
         mean.result()
 
     tasks = {

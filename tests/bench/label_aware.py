@@ -34,9 +34,9 @@ SEEDS = "11,12,13"
 class PlainMean(WeightedMean):
     """The mean that does not ask who looked for what."""
 
-    def add(self, state: State, weight: float, known: Sequence[float] = ()) -> None:
-        """Add a client's state with its weight alone."""
-        super().add(state, weight)
+    def add(self, state: State, share: int, known: Sequence[int] = ()) -> None:
+        """Add a client's state with its share alone."""
+        super().add(state, share)
 
 
 class PlainFedAvg(FedAvg):

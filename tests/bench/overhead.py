@@ -22,7 +22,7 @@ import torch
 import workload
 
 from fedutils import ChestXrayDataset, Client, FedAvg, Training, rounds
-from fedutils.base.scores import log_loss, mean_auroc
+from fedutils.base.scores import judge, validation_sums
 from fedutils.client import predict
 from fedutils.fedavg import WeightedMean
 from fedutils.model import ChestResNet
@@ -81,7 +81,7 @@ def bare_loop(training: Training) -> Callable[[int], None]:
         workload.train_alone(model, batches)
         models.put(model)
 
-    def judge(part: ChestXrayDataset) -> np.ndarray:
+    def look(part: ChestXrayDataset) -> np.ndarray:
         """Predict a part of the validation films."""
         model = models.get()
         logits = predict(model, part)
@@ -92,9 +92,8 @@ def bare_loop(training: Training) -> Callable[[int], None]:
         """Train and validate."""
         with ThreadPoolExecutor(count, "bare", torch.set_num_threads, (threads,)) as pool:
             list(pool.map(train_client, job.clients, itertools.repeat(round)))
-            logits = np.concatenate(list(pool.map(judge, job.validation.parts(count))))
-        log_loss(job.validation.labels, logits)
-        mean_auroc(job.validation.labels, logits)
+            logits = np.concatenate(list(pool.map(look, job.validation.parts(count))))
+        judge([validation_sums(job.validation.labels, logits)])
 
     return train
 

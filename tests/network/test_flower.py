@@ -138,14 +138,15 @@ def test_the_validation_is_that_of_all_hospitals_films(both):
     _, simulated, history, _ = both
     last, expected = history.iloc[-1], simulated.iloc[-1]
     assert last["val_loss"] == pytest.approx(expected["val_loss"], rel=ROUNDING)
-    assert last["val_auroc"] == pytest.approx(expected["val_auroc"], abs=0.2)  # within hospitals
+    assert last["val_auroc"] == expected["val_auroc"]
 
 
 def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
     _films, *_, grid = both
     model = build_resnet34("none", "layer1,fc", "average", outputs=14)
     shapes = {name: (tuple(v.shape), v.dtype) for name, v in model.tracked_state().items()}
-    measured = {k: v for k, v in shapes.items() if k.endswith(("running_mean", "running_var"))}
+    double = torch.float64
+    measured = {k: (s, double) for k, (s, _) in shapes.items() if k.endswith(("_mean", "_var"))}
     numbers = {"weight", "known", "examples", "train_loss", "loss", "labels", "pairs", "ordered"}
     replies = [(name, reply) for name, reply, _ in grid.wire if name != "down"]
     assert len(replies) == 3 * (
@@ -533,13 +534,13 @@ def test_a_hospital_that_claims_another_weight_than_it_came_with_is_left_out(exa
     assert read_update("a", silent, state, 5)[0].status == "failed"
 
 
-SUMS = {"loss": 2.0, "labels": 28, "pairs": [4] * 14, "ordered": [3.0] * 14}
+SUMS = {"loss": 2 << 24, "labels": 28, "pairs": [4] * 14, "ordered": [6] * 14}
 
 
 @pytest.mark.parametrize("wrong", [
-    {"ordered": [3.0] * 13}, {"pairs": [4] * 13}, {"labels": [1, 2]}, {"loss": [1.0, 2.0]},
-    {"ordered": [400.0] * 14}, {"ordered": [math.inf] * 14}, {"labels": -42}, {"loss": math.nan},
-    {"pairs": [-1] * 14, "ordered": [-2.0] * 14},
+    {"ordered": [6] * 13}, {"pairs": [4] * 13}, {"labels": [1, 2]}, {"loss": [1, 2]},
+    {"ordered": [9] * 14}, {"ordered": [math.inf] * 14}, {"labels": -42}, {"loss": math.nan},
+    {"pairs": [-1] * 14, "ordered": [-2] * 14}, {"loss": 2.0}, {"loss": 1 << 62},
 ])  # fmt: skip
 def test_sums_that_no_films_could_give_are_that_hospitals_fault(wrong):
     assert (
@@ -548,13 +549,13 @@ def test_sums_that_no_films_could_give_are_that_hospitals_fault(wrong):
     )
     found, fault = read_sums(reply_with(SUMS | wrong), 14)
     assert found == {} and fault
-    assert read_sums(reply_with({"loss": 1.0}), 14)[1].startswith("sums of another kind")
+    assert read_sums(reply_with({"loss": 1}), 14)[1]
 
 
 def test_a_lying_hospital_neither_ends_the_validation_nor_moves_it(tmp_path, capfd):
     network = server.Network(Grid({}), tiny_settings(tmp_path))
     network.findings = list(FINDINGS)
-    replies = {"a": reply_with(SUMS | {"ordered": [400.0] * 14}), "b": reply_with(SUMS)}
+    replies = {"a": reply_with(SUMS | {"ordered": [400] * 14}), "b": reply_with(SUMS)}
     network.ask = lambda kind, orders, state: replies.items()
     job = rounds.Job("federated", 0, [Member(name, counts(1), None, 0) for name in "ab"], None)
     loss, area = network.validate(job, rounds.Progress({}))

@@ -6,12 +6,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import ROUNDING, tiny_films, tiny_settings
 
+from fedutils.base.fixed import ONE
 from fedutils.client import Client
 from fedutils.dataset import normalise
 from fedutils.fedavg import TrimmedMean, WeightedMean
 from fedutils.model import build_resnet34
 from fedutils.training import batchnorm
-from fedutils.training.batchnorm import measure_batchnorm, pool_batchnorm
+from fedutils.training.batchnorm import about_center, measure_batchnorm, pool_batchnorm
 from fedutils.training.training import Training
 
 
@@ -35,12 +36,12 @@ def seen_by_layer1(model, films):
 def test_pooled_statistics_are_those_of_all_films_together():
     rng = np.random.default_rng(0)
     parts = [rng.normal(k, 1 + k, (n, 5)) for k, n in enumerate((10, 200, 37))]
+    like = {"bn.running_mean": torch.full((5,), 3.0), "bn.running_var": torch.zeros(5)}
     measured = []
     for part in parts:
         mean, var = torch.tensor(part.mean(0)), torch.tensor(part.var(0))
-        state = {"bn.running_mean": mean.float(), "bn.running_var": var.float()}
-        measured.append((state, len(part)))
-    like = {"bn.running_mean": torch.zeros(5), "bn.running_var": torch.zeros(5)}
+        state = about_center({"bn.running_mean": mean, "bn.running_var": var}, like)
+        measured.append((state, ONE * len(part) // 247))
     pooled, together = pool_batchnorm(measured, like, WeightedMean), np.concatenate(parts)
     assert np.allclose(pooled["bn.running_mean"], together.mean(0), atol=1e-6)
     assert np.allclose(pooled["bn.running_var"], together.var(0), rtol=1e-5)
@@ -49,10 +50,10 @@ def test_pooled_statistics_are_those_of_all_films_together():
 @pytest.mark.parametrize("trim", (0.2, 0.5))
 def test_a_liar_moves_measured_statistics_no_further_than_an_honest_client(trim):
     measured, honest = [], [(0.0, 1.0), (0.2, 1.2), (0.1, 0.8), (0.3, 1.1)]
+    like = {"bn.running_mean": torch.full((1,), -2.0), "bn.running_var": torch.zeros(1)}
     for mean, var in [*honest, (100.0, 1e4)]:
         about = {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.tensor([var])}
-        measured.append((about, 10))
-    like = {"bn.running_mean": torch.zeros(1), "bn.running_var": torch.zeros(1)}
+        measured.append((about_center(about, like), ONE // 5))
     pooled = pool_batchnorm(measured, like, lambda: TrimmedMean(trim))
     assert 0 <= pooled["bn.running_mean"] <= 0.3 and 0.8 <= pooled["bn.running_var"] <= 1.3
 
@@ -71,7 +72,8 @@ def test_a_client_measures_the_tracked_layers_under_the_global_state(films, tmp_
     model = build_resnet34("none", "layer1,fc", outputs=14)
     state = {name: value.clone() for name, value in model.tracked_state().items()}
     client = client_of(films, tmp_path, batch_size=60)
-    measured = measure_batchnorm(client, model, state, round=1)
+    measured = about_center(measure_batchnorm(client, model, state, round=1), state, -1)
+    measured = {name: value.float() for name, value in measured.items()}
     assert set(measured) == {k for k in state if "running_" in k}
     model.load(state)
     x = seen_by_layer1(model, films)
@@ -118,7 +120,7 @@ def test_what_measuring_sends_is_counted(tmp_path):
         [histories[policy][column].iloc[0] for policy in ("average", "precise")]
         for column in ("bytes_up", "bytes_down")
     )
-    assert up[1] - up[0] == 6 * 2 * 64 * 4  # layer1: six layers, two statistics, 64 channels
+    assert up[1] - up[0] == 6 * 2 * 64 * 8  # layer1: six layers, two statistics, 64 channels
     assert down[1] == 2 * down[0]
 
 

@@ -318,7 +318,7 @@ def test_global_model_loads_into_plain_torchvision(tmp_path):
 
 def test_the_best_validation_round_is_kept(tmp_path, monkeypatch):
     scores = iter([0.6, 0.9, 0.7])
-    monkeypatch.setattr(replicas, "mean_auroc", lambda *args: next(scores))
+    monkeypatch.setattr(replicas, "judge", lambda sums: (1.0, next(scores)))
     history = train(tmp_path, rounds=3)
     model = load_file(tmp_path / "runs/run/models/federated-s0.safetensors")
     assert state_hash(model) == hashes(history)[1]
