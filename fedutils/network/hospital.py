@@ -29,7 +29,7 @@ from ..settings import FIELDS, Settings
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
 from ..training.replicas import fit_safely, start_model
-from .messages import SEPARATOR, Answer, pack, trunk_hash, unpack
+from .messages import LOST, SEPARATOR, Answer, pack, trunk_hash, unpack
 
 client_app = ClientApp()
 
@@ -77,6 +77,23 @@ class Hospital:
         seed = self.order.get("seed", self.settings.seed_list[0])
         return client_class(self.settings)(self.name, self.split("train"), self.settings, seed)
 
+    def receive(self, sent: State) -> State | None:
+        """Return the state that a message is about; None where what it builds on is not here.
+
+        One that came whole is kept, for the next messages to build on.
+        """
+        base, new = (self.order.get(key) for key in ("base", "hash"))
+        folder = self.settings.run / "sent"
+        if base:
+            path = folder / f"{base}.safetensors"
+            return load_file(path) | sent if path.is_file() else None
+        if new:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("*.safetensors"):
+                old.unlink()
+            write_atomic(folder / f"{new}.safetensors", save(sent))
+        return sent
+
     def kept(self, round: int) -> Path:
         """Name the file of what the client keeps after a round, such as SCAFFOLD's variate."""
         return self.settings.run / "kept" / f"s{self.order['seed']}-{round:05d}.safetensors"
@@ -91,8 +108,12 @@ def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Con
         words, numbers, state = {"status": "ok", "reason": ""}, {}, {}
         try:
             hospital = Hospital(message.content.config_records["order"], dict(context.node_config))
-            more, numbers, state = work(hospital, unpack(message))
-            words |= more
+            sent = hospital.receive(unpack(message))
+            if sent is None:
+                words["status"] = LOST
+            else:
+                more, numbers, state = work(hospital, sent)
+                words |= more
         except Exception as error:  # its text may hold paths, or names of films and so of patients
             traceback.print_exc()
             reason = f"{type(error).__name__}; see the hospital's log"

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load, save
 
 from ..base.parameters import Parameters
-from ..base.state import State, find_misfit, state_hash
+from ..base.state import State, count_bytes, find_misfit, state_hash
 from ..client import Update
 from ..model import ChestResNet
 
@@ -18,6 +18,7 @@ from ..model import ChestResNet
 SUMS = {"loss": False, "labels": False, "pairs": True, "ordered": True}
 MOST = 1 << 52  # of a sum: thousands of them do not overflow
 SEPARATOR = "\n"  # between the findings in an introduction
+LOST = "lost"  # the status of a hospital that has not got what a message builds on
 SAID = "member/said"  # in what the server keeps of a hospital
 Answer = tuple[dict[str, str], dict[str, Any], State]  # words, numbers, tensors
 Fault = tuple[str, str]  # status and reason, as the history has them
@@ -31,6 +32,36 @@ def pack(state: State) -> ArrayRecord:
 def unpack(message: Message) -> State:
     """Return the state in a message, with the bits and dtypes that were packed."""
     return load(message.content.array_records["state"]["state"].numpy().tobytes())
+
+
+class Parcel:
+    """A state on its way to hospitals, which each get what they lack of it."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.hash = state, state_hash(state)
+        self.packed: dict[str, ArrayRecord] = {}
+
+    def since(self, base: "Parcel | None") -> tuple[dict[str, str], ArrayRecord]:
+        """Return what changed since a hospital was sent `base`, and what names both.
+
+        All of it, with the name "" in place of the base's, where that would be no less than half.
+        """
+        lacks, name = self.state, ""
+        if base and base.state.keys() <= self.state.keys():
+            old = base.state
+            new = {k: v for k, v in self.state.items() if k not in old or not v.equal(old[k])}
+            if 2 * count_bytes(new) < count_bytes(self.state):
+                lacks, name = new, base.hash
+        if name not in self.packed:
+            self.packed[name] = pack(lacks)
+        return {"base": name, "hash": self.hash}, self.packed[name]
+
+
+def has_lost_state(reply: Message | Fault | None) -> bool:
+    """Tell whether a hospital no longer has what the message builds on: its disk is new."""
+    if not isinstance(reply, Message) or reply.has_error():
+        return False
+    return reply.content.config_records.get("words", {}).get("status") == LOST
 
 
 def read_reply(reply: Message | Fault) -> Answer:

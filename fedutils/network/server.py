@@ -28,7 +28,7 @@ from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
 from ..training.training import Training
 from . import messages
-from .messages import Fault, Member, pack
+from .messages import Fault, Member, Parcel, pack
 
 POLL = 0.5  # seconds between two looks for a reply
 server_app = ServerApp()
@@ -50,6 +50,7 @@ class Network:
         self.trunk = ""
         self.nodes: dict[str, int] = {}
         self.counts: dict[str, dict[str, Any]] = {}  # in the mean
+        self.bases: dict[str, Parcel] = {}  # what each was sent whole
         self.findings: list[str] = []  # those of the first hospital, and so of all
         self.asked: dict[int, str] = {}  # SuperNodes ever seen, and their open query
 
@@ -99,14 +100,28 @@ class Network:
     ) -> Iterator[tuple[str, Message | Fault]]:
         """Send each hospital its order; yield the replies in that order, one at a time."""
         self.discover()
-        record, there = pack(state), [name for name in orders if name in self.nodes]
-        asked = [self.message(kind, self.nodes[n], orders[n], record) for n in there]
-        ids = dict(zip(there, self.grid.push_messages(asked), strict=True))
+        parcel, there = Parcel(state), [name for name in orders if name in self.nodes]
+        ids = dict(zip(there, self.push(kind, there, orders, parcel), strict=True))
         limit = self.settings.client_seconds
         end = time.monotonic() + (limit or math.inf)
         for name in orders:
             reply = self.wait(ids[name], end) if name in ids else ("failed", "not connected")
+            if messages.has_lost_state(reply):
+                del self.bases[name]
+                reply = self.wait(self.push(kind, [name], orders, parcel)[0], end)
             yield name, reply or ("late", f"no reply in {limit:g} s")
+
+    def push(
+        self, kind: str, names: list[str], orders: dict[str, dict[str, int]], parcel: Parcel
+    ) -> list[str]:
+        """Ask hospitals, each of which gets what it lacks of a state; return the messages' ids."""
+        asked = []
+        for name in names:
+            about, record = parcel.since(self.bases.get(name))
+            if not about["base"]:
+                self.bases[name] = parcel
+            asked.append(self.message(kind, self.nodes[name], orders[name] | about, record))
+        return list(self.grid.push_messages(asked))
 
     def wait(self, message_id: str, end: float) -> Message | None:
         """Return the reply to a message; None if there is none at the end."""
@@ -117,7 +132,7 @@ class Network:
                 return None
             time.sleep(POLL)
 
-    def message(self, kind: str, node: int, about: dict[str, int], state: ArrayRecord) -> Message:
+    def message(self, kind: str, node: int, about: dict[str, Any], state: ArrayRecord) -> Message:
         """Write a message: the order with the run's parameters, and the state."""
         order = about | {"config": json.dumps(self.config), "trunk": self.trunk}
         content = {"order": ConfigRecord(order | {"run": self.settings.name}), "state": state}

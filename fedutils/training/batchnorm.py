@@ -105,10 +105,12 @@ def refresh_batchnorm(
     ):
         row = counted[client.name]
         row["bytes_up"] += count_bytes(measured) * travels
-        row["bytes_down"] += count_bytes(now.state) * travels
         if fault:
             row |= {"status": UNMEASURED, "reason": f"BatchNorm not measured: {fault}"}
         else:
             pool.append((measured, counts[client.name][0]))
     if len(pool) >= strategy.settings.least_clients:
-        now.state = now.state | pool_batchnorm(pool, now.state, strategy.aggregator)
+        pooled = pool_batchnorm(pool, now.state, strategy.aggregator)
+        now.state = now.state | pooled
+        for row in counted.values():  # the rest of the state goes down once, at the next round
+            row["bytes_down"] += count_bytes(pooled) * travels

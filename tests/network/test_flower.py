@@ -164,6 +164,34 @@ def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
         assert {k: (tuple(v.shape), v.dtype) for k, v in state.items()} in ({}, shapes, measured)
 
 
+def test_the_state_goes_down_once_a_round_and_the_update_up_once(both):
+    """With what is measured of BatchNorm, and what each message says beside."""
+    *_, history, grid = both
+    whole = history["bytes_down"].iloc[0] + history["bytes_up"].iloc[0]
+    for name in grid.homes:
+        own = [content for home, reply, content in grid.wire if home == name]
+        node = next(number for number, home in grid.nodes.items() if home == name)
+        own += [c for home, m, c in grid.wire if home == "down" and m.metadata.dst_node_id == node]
+        state = history["bytes_down"].iloc[0]  # once more, to judge the last one
+        assert sum(map(len, own)) < 1.1 * (2 * whole + state) + 7 * 20_000
+
+
+def test_a_hospital_with_a_new_disk_is_sent_the_whole_state(tmp_path):
+    films = tiny_films(tmp_path)
+    expected = hashes(Training(tiny_settings(tmp_path), films).train())
+    homes, lost = tiny_homes(tmp_path / SECRET, films), []
+
+    class NewDisk(Grid):
+        def push_messages(self, messages):
+            for path in homes["client-2"].glob("runs/run/sent/*"):
+                path.unlink()
+                lost.append(path)
+            return super().push_messages(messages)
+
+    history = over_flower(tmp_path, NewDisk(homes))
+    assert hashes(history) == expected and set(history["status"]) == {"ok"} and len(lost) > 3
+
+
 def test_no_film_no_patient_and_no_path_stands_in_any_message(both):
     films, *_, grid = both
     everything = b"".join(content for *_, content in grid.wire)

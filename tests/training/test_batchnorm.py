@@ -120,8 +120,8 @@ def test_what_measuring_sends_is_counted(tmp_path):
         [histories[policy][column].iloc[0] for policy in ("average", "precise")]
         for column in ("bytes_up", "bytes_down")
     )
-    assert up[1] - up[0] == 6 * 2 * 64 * 8  # layer1: six layers, two statistics, 64 channels
-    assert down[1] == 2 * down[0]
+    statistics = 6 * 2 * 64  # layer1: six layers, mean and variance, 64 channels
+    assert up[1] - up[0] == 8 * statistics and down[1] - down[0] == 4 * statistics
 
 
 def test_a_client_that_cannot_measure_is_named_and_its_update_counts(tmp_path, monkeypatch):
