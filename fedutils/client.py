@@ -23,6 +23,8 @@ from .fedavg import FedAvg
 from .model import ChestResNet
 from .strategies import STRATEGIES
 
+LOSS = "loss/train"  # beside a state, the training loss
+
 
 @dataclass(frozen=True)
 class ClientParameters(Parameters):
@@ -49,6 +51,12 @@ class Update:
     status: str = "ok"
     reason: str = ""
     epsilon: float = math.nan
+
+    @property
+    def loss(self) -> State:
+        """The training loss as what is averaged beside the state; nothing where it is withheld."""
+        given = math.isfinite(self.train_loss)
+        return {LOSS: torch.tensor(self.train_loss, dtype=torch.float64)} if given else {}
 
 
 class Client:

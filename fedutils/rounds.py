@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import pandas as pd
+import torch
 
-from .base.fixed import ONE, shares
+from .base.fixed import ONE, Whole
 from .base.parameters import Parameters, parameter
 from .base.rng import generator
 from .base.state import State, cast_like, count_bytes, state_hash
-from .client import Client, Update, predict
+from .client import LOSS, Client, Update, predict
 from .dataset import ChestXrayDataset
 from .fedavg import FedAvg, WeightedMean
 from .model import ChestResNet
@@ -89,8 +89,27 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
+class Pool:
+    """What clients send, put together by a strategy's rule as it comes, in any order."""
+
+    def __init__(self, job: Job, strategy: FedAvg) -> None:
+        self.sums, self.whole = strategy.aggregator(), Whole.of(job.clients)
+        self.shares = {client.name: self.whole.shares(client) for client in job.clients}
+
+    def add(self, client: str, state: State) -> None:
+        """Add what a client sends."""
+        self.sums.add(state, *self.shares[client])
+
+    def result(self, before: State) -> tuple[State, float, float]:
+        """Return the mean, and of how much it is: of which part of all films, and how many."""
+        return self.sums.result(before), *self.whole.part(self.sums.share)
+
+
 class Executor(Protocol):
     """Where clients train: replicas on this machine's devices, or hospitals behind a network."""
+
+    def pool(self, job: Job, strategy: FedAvg) -> Pool:
+        """Return what puts together what `fit` or `measure` will yield next."""
 
     def fit(
         self, clients: list[Client], sent: State, kept: dict[str, State], round: int
@@ -114,30 +133,33 @@ def sample_clients(job: Job, settings: Parameters, round: int) -> list[Client]:
     return [job.clients[i] for i in sorted(chosen)]
 
 
-def run_round(job: Job, now: Progress, executor: Executor, strategy: FedAvg) -> list[Row]:
-    """Move `now` to the next round boundary, as on paper; return the clients' rows of the history.
+def run_round(
+    job: Job, now: Progress, executor: Executor, strategy: FedAvg
+) -> tuple[list[Row], Row]:
+    """Move `now` to the next round boundary, as on paper; return the history's rows of clients.
 
-    Send the state; each drawn client trains on its own films; average what comes back, in any
-    order; take the strategy's step. Raises FederationError below `min_clients`.
+    And what the model's row says of them together. Send the state; each drawn client trains on its
+    own films; average what comes back, in any order; take the strategy's step. Raises
+    FederationError below `min_clients`.
     """
     sent = strategy.download(now.state, now.server)
     chosen = sample_clients(job, strategy.settings, now.round + 1)
-    aggregator, rows, counts = strategy.aggregator(), [], shares(job.clients)
+    pool, rows = executor.pool(job, strategy), []
     for update, kept in executor.fit(chosen, sent, now.clients, now.round + 1):
         rows.append(client_row(job, now.round + 1, update, sent))
         if update.status == "ok":
-            aggregator.add(update.state, *counts[update.client])
+            pool.add(update.client, update.state | update.loss)
         if kept:
             now.clients[update.client] = kept
     wanted = min(strategy.settings.min_clients, len(job.clients))
-    if aggregator.count < max(wanted, strategy.settings.least_clients):
+    if pool.sums.count < max(wanted, strategy.settings.least_clients):
         raise FederationError(job, rows)
-    share = aggregator.share / sum(share for share, _ in counts.values())
-    mean = aggregator.result(now.state)
+    mean, share, films = pool.result(now.state)
+    loss = mean.pop(LOSS, torch.tensor(math.nan)).item()
     moved, now.server = strategy.step(now.state, mean, now.server, share)
     now.state = now.state | moved  # what no client sends stays as it is
     now.round += 1
-    return rows
+    return rows, {"train_loss": loss, "examples": films}
 
 
 def client_row(job: Job, round: int, update: Update, sent: State) -> Row:
@@ -148,23 +170,24 @@ def client_row(job: Job, round: int, update: Update, sent: State) -> Row:
     return row | sizes
 
 
-def aggregate_row(job: Job, now: Progress, rows: list[Row], executor: Executor) -> Row:
+def aggregate_row(job: Job, now: Progress, rows: list[Row], whole: Row, executor: Executor) -> Row:
     """Return the row of the aggregated model: its own validation, and sums over the clients."""
-    good = pd.DataFrame([row for row in rows if row["status"] in ("ok", UNMEASURED)])
     loss, auroc = executor.validate(job, now)
     about = {"arm": job.arm, "seed": job.seed, "round": now.round, "client": job.owner}
-    return about | {
-        "train_loss": float(np.average(good["train_loss"], weights=good["examples"])),
-        "val_loss": loss,
-        "val_auroc": auroc,
-        "examples": good["examples"].sum().item(),
-        "bytes_up": sum(row["bytes_up"] for row in rows),
-        "bytes_down": sum(row["bytes_down"] for row in rows),
-        "status": "ok",
-        "reason": "",
-        "epsilon": max([row["epsilon"] for row in budget(job, now)], default=math.nan),
-        "state_sha256": state_hash(now.state),
-    }
+    return (
+        about
+        | whole
+        | {
+            "val_loss": loss,
+            "val_auroc": auroc,
+            "bytes_up": sum(row["bytes_up"] for row in rows),
+            "bytes_down": sum(row["bytes_down"] for row in rows),
+            "status": "ok",
+            "reason": "",
+            "epsilon": max([row["epsilon"] for row in budget(job, now)], default=math.nan),
+            "state_sha256": state_hash(now.state),
+        }
+    )
 
 
 def budget(job: Job, now: Progress) -> list[Row]:

@@ -24,6 +24,7 @@ from .films.sources import split_folders
 from .films.split import SplitParameters
 from .model import ModelParameters
 from .privacy.client import PrivacyParameters
+from .privacy.masks import MaskParameters
 from .rounds import RoundParameters
 from .run import RunParameters
 from .strategies import STRATEGIES, StrategyParameters
@@ -45,7 +46,8 @@ class ProfileParameters(Parameters):
 ROOMS = (
     RunParameters, ProfileParameters, SplitParameters, FilmParameters, PartitionParameters,
     ModelParameters, ClientParameters, AggregationParameters, StrategyParameters, RoundParameters,
-    PrivacyParameters, FeatureParameters, ArmParameters, ReplicaParameters, CompareParameters,
+    PrivacyParameters, MaskParameters, FeatureParameters, ArmParameters, ReplicaParameters,
+    CompareParameters,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_settings
 
-from fedutils.base.fixed import ONE, shares
+from fedutils.base.fixed import ONE, Whole
 from fedutils.base.state import LARGEST, cast_like, state_hash
 from fedutils.fedavg import AggregationParameters, FedAvg, TrimmedMean, WeightedMean
 from fedutils.settings import FIELDS
@@ -30,8 +30,9 @@ def mean_of(pairs, known=(), before=None):
     about = [SimpleNamespace(name=str(i), weight=n, known=k)
              for i, ((_, n), k) in enumerate(zip(pairs, known, strict=True))]  # fmt: skip
     mean = WeightedMean()
-    for (state, _), counts in zip(pairs, shares(about).values(), strict=True):
-        mean.add(state, *counts)
+    whole = Whole.of(about)
+    for (state, _), client in zip(pairs, about, strict=True):
+        mean.add(state, *whole.shares(client))
     return mean.result(before)
 
 
@@ -108,11 +109,11 @@ def test_where_all_labels_are_known_the_mean_has_the_bits_of_before():
 @given(CLIENTS, st.randoms())
 def test_the_mean_does_not_depend_on_the_order_of_clients(clients, random):
     about = [SimpleNamespace(name=str(i), weight=n, known=()) for i, (_, n) in enumerate(clients)]
-    counts, hashes = shares(about), set()
+    whole, hashes = Whole.of(about), set()
     for _ in range(3):
         mean = WeightedMean()
         for i in random.sample(range(len(clients)), len(clients)):
-            mean.add(states(clients)[i][0], *counts[str(i)])
+            mean.add(states(clients)[i][0], *whole.shares(about[i]))
         hashes.add(state_hash(mean.result()))
     assert len(hashes) == 1
 

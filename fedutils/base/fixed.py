@@ -12,6 +12,7 @@ x in float32 (2^-24 of it) as long as that is above k / s * 2^-18, and below 1e-
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from .state import LARGEST
 
 ONE = 1 << 42  # the share of all films
+FILM = 1 << 20  # units of a count, which may be part of a film
 ADDED_AT_ONCE = 1 << 17  # numbers: small copies stay in the cache
 
 
@@ -31,12 +33,32 @@ class Counted(Protocol):
     known: Sequence[float]  # films, of each finding; none: all alike
 
 
-def shares(clients: Iterable[Counted]) -> dict[str, tuple[int, list[int]]]:
-    """Return by name what each client counts of all, and of each finding, in units of 1 / ONE."""
-    known = {client.name: [client.weight, *client.known] for client in clients}
-    whole = sum(max(counts) for counts in known.values()) or 1
-    parts = {name: [round(n / whole * ONE) for n in counts] for name, counts in known.items()}
-    return {name: (one, each) for name, (one, *each) in parts.items()}
+@dataclass(frozen=True)
+class Whole:
+    """All films, by sums over the clients in units of 2^-20: what their shares are of."""
+
+    largest: int  # of each the most that it counts anywhere
+    weight: int
+
+    @classmethod
+    def of(cls, clients: Iterable[Counted]) -> "Whole":
+        """Add up what clients count."""
+        counts = [[client.weight, max([client.weight, *client.known])] for client in clients]
+        weight, largest = (sum(round(n * FILM) for n in part) for part in zip(*counts, strict=True))
+        return cls(largest, weight)
+
+    def shares(self, client: Counted) -> tuple[int, list[int]]:
+        """Return what a client counts of all, and of each finding, in units of 1 / ONE."""
+        share, *known = (
+            round(n * FILM / max(self.largest, 1) * ONE) for n in (client.weight, *client.known)
+        )
+        return share, known
+
+    def part(self, share: int) -> tuple[float, float]:
+        """Return which part of all that trains a sum of shares is, and how many films."""
+        part = round(share / ONE * self.largest / max(self.weight, 1), 9)
+        films = round(part * self.weight / FILM, 3)
+        return part, int(films) if films.is_integer() else films
 
 
 def add_fixed(total: Tensor, value: Tensor, share: int | Tensor) -> None:

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load, save
 
 from ..base.parameters import Parameters
-from ..base.state import State, count_bytes, find_misfit, state_hash
+from ..base.state import LARGEST, State, count_bytes, find_misfit, state_hash
 from ..client import Update
 from ..model import ChestResNet
 
@@ -90,7 +90,7 @@ def read_update(
     status, reason = words["status"], words["reason"]
     examples, loss = (numbers.get(key, math.nan) for key in ("examples", "train_loss"))
     said, fault = read_said(words.get("said", ""))
-    honest = examples == weight > 0 and (withheld or (is_number(loss) and loss > 0))
+    honest = examples == weight > 0 and (withheld or (is_number(loss) and 0 < loss <= LARGEST))
     if status == "ok" and (reason := find_misfit(state, wanted)[1] or fault):
         status = "failed"
     elif status == "ok" and not honest:

@@ -21,8 +21,9 @@ from ..base.files import write_atomic
 from ..base.scores import judge
 from ..base.state import State, find_misfit
 from ..client import Update
+from ..fedavg import FedAvg
 from ..model import ChestResNet
-from ..rounds import Job, Progress, Row
+from ..rounds import Job, Pool, Progress, Row
 from ..settings import FIELDS, Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
@@ -53,6 +54,10 @@ class Network:
         self.bases: dict[str, Parcel] = {}  # what each was sent whole
         self.findings: list[str] = []  # those of the first hospital, and so of all
         self.asked: dict[int, str] = {}  # SuperNodes ever seen, and their open query
+
+    def pool(self, job: Job, strategy: FedAvg) -> Pool:
+        """Return what puts together what `fit` or `measure` will yield next."""
+        return Pool(job, strategy)
 
     def fit(
         self, clients: list[Member], sent: State, kept: dict[str, State], round: int

@@ -13,12 +13,13 @@ from ..dataset import ChestXrayDataset
 from ..fedavg import AggregationParameters, FedAvg
 from ..films.partition import PartitionParameters
 from ..privacy.client import PrivateClient
+from ..privacy.masks import MaskParameters
 from ..rounds import Job, RoundParameters, sample_clients
 from ..strategies import STRATEGIES, StrategyParameters
 
 CLIENTS = {kind.mechanism: kind for kind in (Client, PrivateClient)}
 # What means nothing to a client that trains alone, and to one that holds everything.
-FEDERATED = (AggregationParameters, RoundParameters, StrategyParameters)
+FEDERATED = (AggregationParameters, MaskParameters, RoundParameters, StrategyParameters)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,16 @@ saw: PreciseBN (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, arXiv:2
 """
 
 import math
-from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from ..base.errors import in_a_line
-from ..base.fixed import shares
 from ..base.rng import generator
 from ..base.state import State, cast_like, count_bytes, find_fault, to_cpu
 from ..client import Client
-from ..fedavg import FedAvg, WeightedMean
+from ..fedavg import FedAvg
 from ..model import ChestResNet, calibrate_batchnorm
-from ..rounds import UNMEASURED, Executor, Job, Progress, Row
+from ..rounds import UNMEASURED, Executor, Job, Pool, Progress, Row
 
 MEASURED_FILMS = 256  # of a client, at most, in each round
 RUNNING_MEAN, RUNNING_VAR = "running_mean", "running_var"
@@ -50,28 +48,20 @@ def about_center(seen: State, center: State, sign: int = 1) -> State:
     return moved
 
 
-def pool_batchnorm(
-    measured: list[tuple[State, int]], like: State, aggregator: Callable[[], WeightedMean]
-) -> State:
+def pool_batchnorm(pool: Pool, seen: dict[str, State], like: State, again: Pool) -> State:
     """Return the statistics of all clients' films together, in the dtypes of a state.
 
-    By the law of total variance, of what each client measured under the state `like` and its share,
-    by the rule of updates: with the mean it is exact. A rule that bears liars takes what it sees of
-    each about the center that it finds, so that one moves it no more than weights.
+    By the law of total variance, of what each client measured under the state `like`, which is in
+    the `pool`: with the mean it is exact. A rule that bears liars takes what it has `seen` of each
+    about the center that it finds, so that one moves it no more than weights.
     """
-
-    def pool(states: Iterable[State]) -> State:
-        """Put them together by the rule."""
-        pooled = aggregator()
-        for state, (_, share) in zip(states, measured, strict=True):
-            pooled.add(state, share)
-        return pooled.result()
-
-    found, center = pool(state for state, _ in measured), like
-    if aggregator().robust:
-        own = [about_center(state, like, -1) for state, _ in measured]
+    found, *_ = pool.result(like)
+    center = like
+    if pool.sums.robust:
         center = found
-        found = pool(about_center(state, center) for state in own)
+        for client, state in seen.items():
+            again.add(client, about_center(about_center(state, like, -1), center))
+        found, *_ = again.result(like)
     exact = about_center(found, center, -1)
     rounded = {k: v.clamp(min=0) if k.endswith(RUNNING_VAR) else v for k, v in exact.items()}
     return cast_like(rounded, like)
@@ -98,8 +88,7 @@ def refresh_batchnorm(
     """
     counted = {row["client"]: row for row in rows if row["status"] == "ok"}
     clients = [client for client in job.clients if client.name in counted]
-    counts = shares(job.clients)
-    pool, travels = [], job.arm == "federated"
+    pool, seen, travels = executor.pool(job, strategy), {}, job.arm == "federated"
     for client, (measured, fault) in zip(
         clients, executor.measure(clients, now.state, now.round), strict=True
     ):
@@ -108,9 +97,10 @@ def refresh_batchnorm(
         if fault:
             row |= {"status": UNMEASURED, "reason": f"BatchNorm not measured: {fault}"}
         else:
-            pool.append((measured, counts[client.name][0]))
-    if len(pool) >= strategy.settings.least_clients:
-        pooled = pool_batchnorm(pool, now.state, strategy.aggregator)
+            pool.add(client.name, measured)
+            seen[client.name] = measured
+    if pool.sums.count >= strategy.settings.least_clients:
+        pooled = pool_batchnorm(pool, seen, now.state, executor.pool(job, strategy))
         now.state = now.state | pooled
         for row in counted.values():  # the rest of the state goes down once, at the next round
             row["bytes_down"] += count_bytes(pooled) * travels

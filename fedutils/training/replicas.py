@@ -13,12 +13,13 @@ from ..base.device import find_devices
 from ..base.errors import in_a_line
 from ..base.parameters import Parameters, parameter
 from ..base.scores import judge, validation_sums
-from ..base.state import State, find_misfit, to_cpu
+from ..base.state import LARGEST, State, find_misfit, to_cpu
 from ..base.threads import Item, Result, Shared
 from ..client import Client, Update
+from ..fedavg import FedAvg
 from ..films.phantom.write import draw_batch
 from ..model import ChestResNet, build_resnet34
-from ..rounds import Job, Progress, predict_with
+from ..rounds import Job, Pool, Progress, predict_with
 from ..run import TRUNK, model_file, read_model, write_model
 from .batchnorm import measure_safely
 
@@ -127,6 +128,10 @@ class Replicas:
         self.models, self.batchnorm = models, batchnorm
         self.start = start or {}  # local BatchNorm, for clients that have kept none of their own
 
+    def pool(self, job: Job, strategy: FedAvg) -> Pool:
+        """Return what puts together what `fit` or `measure` will yield next."""
+        return Pool(job, strategy)
+
     def fit(
         self, clients: list[Client], sent: State, kept: dict[str, State], round: int
     ) -> Iterator[tuple[Update, State]]:
@@ -144,14 +149,18 @@ class Replicas:
 
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
         """Return loss and mean AUROC, within hospitals, of the aggregated model on their films."""
+        return judge(self.validation_sums(job, now).values())
+
+    def validation_sums(self, job: Job, now: Progress) -> dict[str, dict[str, np.ndarray]]:
+        """Return by hospital what `judge` adds up; none of a broken model, no better than that."""
         films = job.validation
         parts = films.parts(1 if self.start else len(self.models.tools))
         found = self._each(lambda p, model: predict_with(model, p, now.state, now.clients), parts)
         logits = np.concatenate(list(found))
-        if not np.isfinite(logits).all():  # a model that is broken is no better than none
-            return math.nan, math.nan
-        own = films.index.groupby("client").indices.values()
-        return judge(validation_sums(films.labels[rows], logits[rows]) for rows in own)
+        if not np.isfinite(logits).all():
+            return {}
+        own = films.index.groupby("client").indices.items()
+        return {name: validation_sums(films.labels[rows], logits[rows]) for name, rows in own}
 
     def _each(
         self, task: Callable[[Item, ChestResNet], Result], items: list[Item]
@@ -179,7 +188,7 @@ def fit_safely(
     except Exception as error:  # any fault of a client is named in the history
         return Update(client.name, 0, status="failed", reason=in_a_line(error)), kept
     limit = client.settings.client_seconds
-    if not (status or client.withholds_loss or math.isfinite(update.train_loss)):
+    if not (status or client.withholds_loss or abs(update.train_loss) <= LARGEST):
         status, reason = "non-finite", "training loss is not finite"
     if not status and limit and update.seconds > limit:
         status, reason = "late", f"took {update.seconds:.1f} s, client_seconds is {limit:g}"

@@ -24,7 +24,7 @@ from ..fedavg import FedAvg
 from ..privacy.ledger import note_open
 from ..run import HISTORY, write_global_model, write_model
 from ..strategies import STRATEGIES
-from . import arms, batchnorm, checkpoint, estimate, features, identity, replicas
+from . import arms, batchnorm, checkpoint, estimate, features, identity, masked, replicas
 
 OnRound = Callable[[rounds.Row, pd.DataFrame], None]
 OnFeatures = Callable[[int, int], None]
@@ -145,7 +145,8 @@ class Training:
 
     def _executor(self, job: rounds.Job) -> rounds.Executor:
         """Return where the clients of a job train."""
-        return self.models.replicas(job)
+        replicas = self.models.replicas(job)
+        return masked.Masked(replicas, job) if job.settings.secure_aggregation else replicas
 
     def _fingerprint(self) -> str:
         """Return that of the prepared films; raise InputError where they have another size."""
@@ -258,7 +259,7 @@ class Training:
         """Train, aggregate, validate the aggregated model, and keep it if it is the best so far."""
         began = time.perf_counter()
         try:
-            rows = rounds.run_round(job, now, executor, strategy)
+            rows, whole = rounds.run_round(job, now, executor, strategy)
         except rounds.FederationError as error:
             with self.lock:
                 self.writer.wait()
@@ -267,7 +268,7 @@ class Training:
             raise
         if strategy.settings.batchnorm == "precise":
             batchnorm.refresh_batchnorm(job, now, executor, rows, strategy)
-        row = rounds.aggregate_row(job, now, rows, executor)
+        row = rounds.aggregate_row(job, now, rows, whole, executor)
         row["seconds"] = time.perf_counter() - began
         # A single client's row says the same as that of its model.
         now.rows += [*rows, row] if job.arm == "federated" else [row]

@@ -1,16 +1,18 @@
 """The statistics of the aggregated model are measured on its films, not averaged from its past."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import ROUNDING, tiny_films, tiny_settings
 
-from fedutils.base.fixed import ONE
 from fedutils.client import Client
 from fedutils.dataset import normalise
-from fedutils.fedavg import TrimmedMean, WeightedMean
+from fedutils.fedavg import AggregationParameters, FedAvg
 from fedutils.model import build_resnet34
+from fedutils.rounds import Job, Pool
 from fedutils.training import batchnorm
 from fedutils.training.batchnorm import about_center, measure_batchnorm, pool_batchnorm
 from fedutils.training.training import Training
@@ -33,6 +35,18 @@ def seen_by_layer1(model, films):
     return model.layer1[0].conv1(model.maxpool(model.relu(model.bn1(model.conv1(x)))))
 
 
+def pooled_of(measured, like, **changes):
+    """What the server makes of clients' statistics and films."""
+    settings = AggregationParameters(**changes)
+    clients = [SimpleNamespace(name=str(i), weight=n, known=[], settings=settings)
+               for i, (_, n) in enumerate(measured)]  # fmt: skip
+    pool, again = (Pool(Job("federated", 0, clients, None), FedAvg(settings)) for _ in range(2))
+    seen = {client.name: state for client, (state, _) in zip(clients, measured, strict=True)}
+    for name, state in seen.items():
+        pool.add(name, state)
+    return pool_batchnorm(pool, seen, like, again)
+
+
 def test_pooled_statistics_are_those_of_all_films_together():
     rng = np.random.default_rng(0)
     parts = [rng.normal(k, 1 + k, (n, 5)) for k, n in enumerate((10, 200, 37))]
@@ -41,8 +55,8 @@ def test_pooled_statistics_are_those_of_all_films_together():
     for part in parts:
         mean, var = torch.tensor(part.mean(0)), torch.tensor(part.var(0))
         state = about_center({"bn.running_mean": mean, "bn.running_var": var}, like)
-        measured.append((state, ONE * len(part) // 247))
-    pooled, together = pool_batchnorm(measured, like, WeightedMean), np.concatenate(parts)
+        measured.append((state, len(part)))
+    pooled, together = pooled_of(measured, like), np.concatenate(parts)
     assert np.allclose(pooled["bn.running_mean"], together.mean(0), atol=1e-6)
     assert np.allclose(pooled["bn.running_var"], together.var(0), rtol=1e-5)
 
@@ -53,8 +67,8 @@ def test_a_liar_moves_measured_statistics_no_further_than_an_honest_client(trim)
     like = {"bn.running_mean": torch.full((1,), -2.0), "bn.running_var": torch.zeros(1)}
     for mean, var in [*honest, (100.0, 1e4)]:
         about = {"bn.running_mean": torch.tensor([mean]), "bn.running_var": torch.tensor([var])}
-        measured.append((about_center(about, like), ONE // 5))
-    pooled = pool_batchnorm(measured, like, lambda: TrimmedMean(trim))
+        measured.append((about_center(about, like), 10))
+    pooled = pooled_of(measured, like, aggregation="trimmed", trim=trim)
     assert 0 <= pooled["bn.running_mean"] <= 0.3 and 0.8 <= pooled["bn.running_var"] <= 1.3
 
 
