@@ -17,12 +17,13 @@ from typing import Any
 from ..base.device import find_devices
 from ..base.errors import InputError, NotebookFailed
 from ..base.files import PACKAGE, write_atomic
-from ..base.parameters import check_names
+from ..base.parameters import check_names, convert
 from ..settings import FIELDS
 
 SUPPORTED = "1.42"  # Flower's commands and interfaces move with each minor version
 COMMANDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-HOSPITALS = ("device", "weights")  # the parameters that a hospital sets for itself
+# The parameters that a hospital sets for itself: the last two are what it insists on.
+HOSPITALS = ("device", "weights", "min_clients", "secure_aggregation")
 STARTED = re.compile(r"started run (\d+)")
 
 
@@ -62,6 +63,8 @@ def supernode(
     about = {"name": name, "work_dir": str(work.resolve())} | dict(own)
     if "weights" in own:
         about["weights"] = str(Path(own["weights"]).expanduser().resolve())
+    if keys:
+        about["keys"] = str(keys.resolve())
     config = " ".join(f'{key}="{value}"' for key, value in about.items())
     call = command("supernode", server=server, port=port, config=config)
     return call + (command("supernode_with_keys", keys=keys, name=name) if keys else ["--insecure"])
@@ -97,13 +100,15 @@ def run_server_app(
     environment: Mapping[str, str],
     seconds: float = 7 * 24 * 3600,
     wait: float = 600,
+    keys: Path | None = None,
 ) -> dict[str, Any]:
     """Run the ServerApp with these parameters, show its log, and return what Flower says of it.
 
     Raises NotebookFailed if its own status is not `finished:completed` within `seconds`.
     """
     text = " ".join(f"{key}={json.dumps(str(value))}" for key, value in values.items())
-    config = f"parameters='{text}' wait-seconds={float(wait)}"
+    folder = keys.resolve() if keys else ""
+    config = f"parameters='{text}' wait-seconds={float(wait)} keys='{folder}'"
     call = command("run", project=PACKAGE.parent, config=config)
     output = show(call, environment, seconds)
     found = STARTED.search(output)
@@ -182,13 +187,14 @@ def take_step(
         from .server import read_network
 
         read_network(values)  # what is wrong is said here, before anything starts
-        return run_server_app(values, environment)
+        return run_server_app(values, environment, keys=keys)
     call = superlink(host, int(port), work / "flower", keys)
     if step == "hospital":
         own = {key: value for key, value in values.items() if key != "work_dir"}
         check_names(own, FIELDS)
         for other in own.keys() - HOSPITALS:
-            raise InputError(f"-p {other}: a hospital sets {' and '.join(HOSPITALS)} alone")
+            raise InputError(f"-p {other}: a hospital sets {', '.join(HOSPITALS)} alone")
+        own = {key: str(convert(FIELDS[key], value)) for key, value in own.items()}
         find_devices(own.get("device", "auto"))
         if "weights" in own and not Path(own["weights"]).expanduser().is_file():
             raise InputError(f"-p weights={own['weights']}: no such file; give the hospital's copy")

@@ -1,7 +1,7 @@
 """A hospital behind Flower: the ClientApp, with all that ever leaves a hospital.
 
 The tracked state, counts, losses, the hospital's name and findings, what its patients were exposed
-to, and of an error its kind, not its text.
+to, and of an error its kind, not its text. Under masks of the first three only sums are told.
 """
 
 import dataclasses
@@ -12,24 +12,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors.torch import load_file, save
 
 from ..base.device import find_devices, set_up
 from ..base.errors import InputError
-from ..base.files import sha256, write_atomic
+from ..base.files import write_atomic
+from ..base.fixed import Whole
 from ..base.scores import validation_sums
 from ..base.state import State
 from ..client import Client, predict
 from ..dataset import ChestXrayDataset, read_report
 from ..model import ChestResNet
 from ..privacy.ledger import note_open
+from ..privacy.masks import Masker, MaskFault, read_keys
 from ..settings import FIELDS, Settings
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
+from ..training.masked import encode
 from ..training.replicas import fit_safely, start_model
-from .messages import LOST, SEPARATOR, Answer, pack, trunk_hash, unpack
+from .messages import LOST, SEPARATOR, Answer, pack, run_key, trunk_hash, unpack
 
 client_app = ClientApp()
 
@@ -48,10 +52,17 @@ class Hospital:
         here["device"] = node_config.get("device", "auto")
         if "weights" in node_config and given.weights != "none":
             here["weights"] = node_config["weights"]
-        self.order, self.settings = order, dataclasses.replace(given, **here)
+        self.node, self.order, self.settings = (
+            node_config,
+            order,
+            dataclasses.replace(given, **here),
+        )
         self.name, self.threads = str(node_config["name"]), config["threads"]
-        known = json.dumps(config | {"total_epsilon": 0})  # a limit is no part of what is trained
-        self.run_key = f"{order['run']} {sha256(known.encode())[:16]}"
+        if self.node.get("secure_aggregation") == "True" and not self.settings.secure_aggregation:
+            raise InputError(
+                "the server asks for bare updates, and this hospital sends masked ones"
+            )
+        self.run_key = run_key(order["run"], config)
         prepared = self.settings.prepared
         for key in ("image_size", "seed"):
             found, wanted = read_report(prepared)[key], getattr(self.settings, key)
@@ -76,6 +87,43 @@ class Hospital:
         """Return the client of this hospital, of the class that the settings ask for."""
         seed = self.order.get("seed", self.settings.seed_list[0])
         return client_class(self.settings)(self.name, self.split("train"), self.settings, seed)
+
+    def masker(self) -> Masker:
+        """Return this hospital's half of masks, with its own key and those it was given."""
+        path = self.settings.run / "kept" / "masks.json"
+        memory = json.loads(path.read_text()) if path.is_file() else {}
+        least = max(self.settings.min_clients, int(self.node.get("min_clients", 1)))
+        own, others = read_keys(self.node.get("keys", ""), self.name)
+        return Masker(self.name, self.run_key, least, memory, own, others)
+
+    def remember(self, masker: Masker) -> None:
+        """Write down what masks must not forget, for this hospital alone to read."""
+        path = self.settings.run / "kept" / "masks.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(beside: Path) -> None:
+            """Write what nobody else may read."""
+            beside.touch(0o600)
+            beside.write_text(json.dumps(masker.memory))
+
+        write_atomic(path, write)
+
+    def hide(self, kind: str, numbers: State) -> State:
+        """Return integers under the masks of the sum that the order names."""
+        if "masks" not in self.order:
+            raise MaskFault(f"{kind}: this hospital's offer did not arrive")
+        masks, masker = json.loads(self.order["masks"]), self.masker()
+        name = f"{kind} s{self.order.get('seed', '')} round {self.order.get('round', '')}"
+        hidden = masker.mask(masks["what"], name, masks["offers"], masks["shares"], numbers)
+        self.remember(masker)
+        return hidden
+
+    def encoded(self, kind: str, state: State, client: Client) -> State:
+        """Return what leaves of a state: all of it, or under masks what the client adds up."""
+        if not self.settings.secure_aggregation:
+            return state
+        whole = Whole(*json.loads(self.order["masks"])["whole"])
+        return self.hide(kind, encode(state, whole, client))
 
     def receive(self, sent: State) -> State | None:
         """Return the state that a message is about; None where what it builds on is not here.
@@ -107,7 +155,8 @@ def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Con
         """Reply with what the work says, or with the kind of its error."""
         words, numbers, state = {"status": "ok", "reason": ""}, {}, {}
         try:
-            hospital = Hospital(message.content.config_records["order"], dict(context.node_config))
+            node = dict(context.node_config) | {"node": str(context.node_id)}
+            hospital = Hospital(message.content.config_records["order"], node)
             sent = hospital.receive(unpack(message))
             if sent is None:
                 words["status"] = LOST
@@ -127,10 +176,45 @@ def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Con
 @client_app.query()
 @answers
 def query(here: Hospital, sent: State) -> Answer:
-    """Say who this is, which findings it knows, and what its update counts in the mean."""
-    client = here.client()
+    """Say who this is, which findings it knows, and what its update counts in the mean.
+
+    Under masks only that it counts: how much, the server learns of all together.
+    """
+    client, masker = here.client(), here.masker()
     words = {"name": here.name, "findings": SEPARATOR.join(here.films.findings)}
+    words["introduction"] = json.dumps(masker.introduce(here.node["node"]))
+    here.remember(masker)
+    if here.settings.secure_aggregation:
+        return words, {"weight": 1, "known": [1] * len(here.films.findings)}, {}
     return words, {"weight": client.weight, "known": client.known}, {}
+
+
+@client_app.query("offer")
+@answers
+def offer(here: Hospital, sent: State) -> Answer:
+    """Offer a key for one masked sum, and shares of what takes its mask off."""
+    masker = here.masker()
+    offered = masker.offer(here.order["what"], json.loads(here.order["members"]))
+    here.remember(masker)
+    return {"said": json.dumps(offered)}, {}, {}
+
+
+@client_app.query("reveal")
+@answers
+def reveal(here: Hospital, sent: State) -> Answer:
+    """Give the shares that take the masks off one sum, as far as this hospital may."""
+    masker = here.masker()
+    shares = masker.reveal(here.order["what"], json.loads(here.order["survivors"]))
+    here.remember(masker)  # before they leave
+    return {"said": json.dumps(shares)}, {}, {}
+
+
+@client_app.query("count")
+@answers
+def count(here: Hospital, sent: State) -> Answer:
+    """Return under masks what this hospital counts, so that shares of all films can be told."""
+    numbers = dataclasses.asdict(Whole.of([here.client()]))
+    return {}, {}, here.hide("count", {name: torch.tensor(n) for name, n in numbers.items()})
 
 
 @client_app.train()
@@ -162,7 +246,10 @@ def fit(here: Hospital, sent: State) -> Answer:
     numbers = {"examples": update.examples}
     numbers |= {} if client.withholds_loss else {"train_loss": update.train_loss}
     said = {"account": client.account(keep), "stop": client.over_budget(keep)}
-    return {"said": json.dumps(said)} if said["account"] else {}, numbers, update.state
+    words, state = {"said": json.dumps(said)} if said["account"] else {}, update.state
+    if here.settings.secure_aggregation:
+        return words, {}, here.encoded("fit", state | update.loss, client)
+    return words, numbers, state
 
 
 @client_app.train("measure")
@@ -175,8 +262,8 @@ def batchnorm(here: Hospital, sent: State) -> Answer:
     measured, fault = measure_safely(client, here.model(), sent, here.order["round"])
     if fault:
         print(f"{here.name}, round {here.order['round']}: {fault}", flush=True)
-    words = {"status": "failed", "reason": fault.partition(":")[0]} if fault else {}
-    return words, {}, measured
+        return {"status": "failed", "reason": fault.partition(":")[0]}, {}, {}
+    return {}, {}, here.encoded("measure", measured, client)
 
 
 @client_app.evaluate()
@@ -186,4 +273,7 @@ def validate(here: Hospital, sent: State) -> Answer:
     films, model = here.split("val"), here.model()
     model.load(sent)
     sums = validation_sums(films.labels, predict(model, films))
+    if here.settings.secure_aggregation:
+        numbers = {name: torch.from_numpy(value) for name, value in sums.items()}
+        return {}, {}, here.hide("validate", numbers)
     return {}, {name: value.tolist() for name, value in sums.items()}, {}

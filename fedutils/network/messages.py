@@ -9,6 +9,7 @@ import torch
 from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load, save
 
+from ..base.files import sha256
 from ..base.parameters import Parameters
 from ..base.state import LARGEST, State, count_bytes, find_misfit, state_hash
 from ..client import Update
@@ -44,8 +45,11 @@ class Parcel:
     def since(self, base: "Parcel | None") -> tuple[dict[str, str], ArrayRecord]:
         """Return what changed since a hospital was sent `base`, and what names both.
 
-        All of it, with the name "" in place of the base's, where that would be no less than half.
+        All of it, with the name "" in place of the base's, where that would be no less than half;
+        nothing of nothing.
         """
+        if not self.state:
+            return {}, pack({})
         lacks, name = self.state, ""
         if base and base.state.keys() <= self.state.keys():
             old = base.state
@@ -78,20 +82,28 @@ def read_reply(reply: Message | Fault) -> Answer:
         return {"status": "failed", "reason": f"reply of another kind: {error}"}, {}, {}
 
 
+def misfit(state: State, wanted: State) -> str:
+    """Say why masked integers are not shaped as `wanted`; empty where they are."""
+    found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
+    return "" if found == expected else "what it sends does not fit the sum"
+
+
 def read_update(
-    name: str, reply: Message | Fault, wanted: State, weight: float, withheld: bool = False
+    name: str, reply: Message | Fault, wanted: State, weight: float | None, withheld: bool = False
 ) -> tuple[Update, State]:
     """Turn a reply into an update and what the server is to keep of it.
 
     What does not fit the shapes of `wanted`, lacks a loss that is not `withheld`, or claims another
-    `weight` than the hospital came with, has failed.
+    `weight` than the hospital came with, has failed. Without a `weight` it is masked.
     """
     words, numbers, state = read_reply(reply)
     status, reason = words["status"], words["reason"]
     examples, loss = (numbers.get(key, math.nan) for key in ("examples", "train_loss"))
     said, fault = read_said(words.get("said", ""))
-    honest = examples == weight > 0 and (withheld or (is_number(loss) and 0 < loss <= LARGEST))
-    if status == "ok" and (reason := find_misfit(state, wanted)[1] or fault):
+    told = withheld or (is_number(loss) and 0 < loss <= LARGEST)
+    honest = weight is None or (examples == weight > 0 and told)
+    fit = find_misfit(state, wanted)[1] if weight is not None else misfit(state, wanted)
+    if status == "ok" and (reason := fit or fault):
         status = "failed"
     elif status == "ok" and not honest:
         reason = f"examples={examples} (it came with {weight:g}) train_loss={loss}"
@@ -100,7 +112,8 @@ def read_update(
         return Update(name, 0, status=status, reason=reason), {}
     spent = said.get("account", {}).get("epsilon", math.nan)
     kept = {SAID: torch.frombuffer(bytearray(json.dumps(said).encode()), dtype=torch.uint8)}
-    update = Update(name, examples, state, math.nan if withheld else float(loss), epsilon=spent)
+    loss = math.nan if withheld or weight is None else float(loss)
+    update = Update(name, examples, state, loss, epsilon=spent)
     return update, kept if said else {}
 
 
@@ -114,11 +127,17 @@ def read_introduction(reply: Message | Fault) -> tuple[str, dict[str, Any], str]
     if words["status"] != "ok":
         return "", {}, words["reason"] or "it has failed"
     counts["findings"] = str(words.get("findings", "")).split(SEPARATOR)
+    counts["introduction"], _ = read_json(words | {"said": str(words.get("introduction", ""))})
     known = counts["known"] if isinstance(counts["known"], list) else [None]
     fits = len(known) == len(counts["findings"]) and all(map(is_number, [counts["weight"], *known]))
     if not (isinstance(name, str) and name and fits):
         return "", {}, f"no introduction: name={name!r} {counts}"
     return name, counts, ""
+
+
+def sum_shapes(findings: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of validation sums, by so many findings."""
+    return {key: (findings,) * each for key, each in SUMS.items()}
 
 
 def read_sums(reply: Message | Fault, findings: int) -> tuple[dict[str, np.ndarray], str]:
@@ -128,11 +147,22 @@ def read_sums(reply: Message | Fault, findings: int) -> tuple[dict[str, np.ndarr
         return {}, words["reason"]
     sums = {key: np.asarray(numbers.get(key)) for key in SUMS}
     fits = all(value.dtype == np.int64 for value in sums.values())
-    fits = fits and all(sums[key].shape == (findings,) * each for key, each in SUMS.items())
+    fits = fits and {k: value.shape for k, value in sums.items()} == sum_shapes(findings)
     fits = fits and all(((value >= 0) & (value <= MOST)).all() for value in sums.values())
     if not fits or (sums["ordered"] > 2 * sums["pairs"]).any():
         return {}, "its sums are none of any films"
     return sums, ""
+
+
+def read_json(words: dict[str, str]) -> tuple[dict[str, Any], str]:
+    """Return what a hospital said about a masked sum, or why it said nothing that can be read."""
+    if words["status"] != "ok":
+        return {}, words["reason"] or words["status"]
+    try:
+        said = json.loads(words["said"])
+        return (said, "") if isinstance(said, dict) else ({}, "what it says is of another kind")
+    except (KeyError, ValueError) as error:
+        return {}, f"what it says cannot be read: {error}"
 
 
 def is_number(value: object) -> bool:
@@ -171,6 +201,12 @@ class Member:
     @staticmethod
     def _said(kept: State) -> dict[str, Any]:
         return json.loads(kept[SAID].numpy().tobytes()) if SAID in kept else {}
+
+
+def run_key(run: str, config: dict[str, Any]) -> str:
+    """Return what tells a run from all others; limits are no part of what is trained."""
+    known = json.dumps(config | {"total_epsilon": 0, "min_clients": 0})
+    return f"{run} {sha256(known.encode())[:16]}"
 
 
 def trunk_hash(model: ChestResNet) -> str:

@@ -23,6 +23,7 @@ from ..base.state import State, find_misfit
 from ..client import Update
 from ..fedavg import FedAvg
 from ..model import ChestResNet
+from ..privacy.masks import NODE, is_signed, read_keys
 from ..rounds import Job, Pool, Progress, Row
 from ..settings import FIELDS, Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
@@ -44,8 +45,10 @@ class Network:
     `counts` of all that ever connected, `nodes` of those that are; all must have `model`'s trunk.
     """
 
-    def __init__(self, grid: Grid, settings: Settings) -> None:
+    def __init__(self, grid: Grid, settings: Settings, keys: str = "") -> None:
         self.grid, self.settings = grid, settings
+        _, self.keys = read_keys(keys, "")  # of the hospitals, by name
+        self.introduced: dict[str, dict[str, str]] = {}
         self.config: dict[str, Any] = {}
         self.model: ChestResNet | None = None
         self.trunk = ""
@@ -65,9 +68,11 @@ class Network:
         """Let the hospitals train; yield updates in the order given, and the round to be kept."""
         began, about = time.perf_counter(), {"seed": clients[0].seed, "round": round}
         after = {c.name: int(kept.get(c.name, {}).get("round", 0)) for c in clients}
-        orders = {name: about | {"kept": before} for name, before in after.items()}
-        kind, weights = client_class(self.settings), {c.name: c.weight for c in clients}
+        orders = self.prepare("fit", {n: about | {"kept": before} for n, before in after.items()})
+        kind, hidden = client_class(self.settings), self.settings.secure_aggregation
+        weights = {c.name: None if hidden else c.weight for c in clients}
         wanted = {name: sent[name] for name in kind.returns(self.model, sent)}
+        wanted = self.expect(wanted, clients[0], kind.withholds_loss)
         for name, reply in self.ask("train", orders, sent):
             update, said = messages.read_update(
                 name, reply, wanted, weights[name], kind.withholds_loss
@@ -80,13 +85,18 @@ class Network:
         self, clients: list[Member], state: State, round: int
     ) -> Iterator[tuple[State, str]]:
         """Let the hospitals measure BatchNorm; yield that, or why not, in the order given."""
-        orders = {c.name: {"seed": c.seed, "round": round} for c in clients}
+        orders = self.prepare(
+            "measure", {c.name: {"seed": c.seed, "round": round} for c in clients}
+        )
         wanted = {
             k: v.double() for k, v in state.items() if k.endswith((RUNNING_MEAN, RUNNING_VAR))
         }
+        wanted = self.expect(wanted, clients[0], True)
+        hidden = self.settings.secure_aggregation
         for _, reply in self.ask("train.measure", orders, state):
             words, _, measured = messages.read_reply(reply)
-            fault = words["reason"] if words["status"] != "ok" else find_misfit(measured, wanted)[1]
+            fit = messages.misfit if hidden else lambda *about: find_misfit(*about)[1]
+            fault = words["reason"] if words["status"] != "ok" else fit(measured, wanted)
             yield ({}, fault) if fault else (measured, "")
 
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
@@ -99,6 +109,14 @@ class Network:
             else:
                 sums.append(found)
         return judge(sums)
+
+    def prepare(self, kind: str, orders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Return the orders for what will be added up; hospitals need nothing more."""
+        return orders
+
+    def expect(self, state: State, member: Member, withheld: bool) -> State:
+        """Return what a hospital is to send of a state: all of it."""
+        return state
 
     def ask(
         self, kind: str, orders: dict[str, dict[str, int]], state: State
@@ -123,7 +141,7 @@ class Network:
         asked = []
         for name in names:
             about, record = parcel.since(self.bases.get(name))
-            if not about["base"]:
+            if about and not about["base"]:
                 self.bases[name] = parcel
             asked.append(self.message(kind, self.nodes[name], orders[name] | about, record))
         return list(self.grid.push_messages(asked))
@@ -163,9 +181,21 @@ class Network:
             if not fault and findings != self.findings:
                 theirs, ours = ", ".join(findings), ", ".join(self.findings)
                 fault = f"{name} is left out: its findings are {theirs}, not the run's {ours}"
+            introduction = counts.pop("introduction", {})
+            if not fault and self.keys and not self.has_key(name, node, introduction):
+                fault = f"calls itself {name}, and has not its key: left out"
             if not fault:
                 self.nodes[name], self.counts[name] = node, counts
+                self.introduced[name] = introduction
             print(f"SuperNode {node}: {fault or name}", flush=True)
+
+    def has_key(self, name: str, node: int, introduction: dict[str, str]) -> bool:
+        """Tell whether a SuperNode speaks for a hospital, whose key the server was given."""
+        run = messages.run_key(self.settings.name, self.config)
+        try:
+            return is_signed(self.keys.get(name), run, name, f"{NODE}{node}", introduction)
+        except (KeyError, TypeError, ValueError):  # signed with something else
+            return False
 
     def gather(self, seconds: float) -> dict[str, dict[str, Any]]:
         """Wait until all hospitals are connected; return what each counts in the mean.
@@ -225,16 +255,20 @@ def sent_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
     That is, too, in which precision all compute, whatever `auto` would mean on their devices.
     """
     (name,) = [name for name, dtype in PRECISIONS.items() if str(dtype) == config["dtype"]]
-    return config | {"precision": name, "total_epsilon": settings.total_epsilon}
+    limits = {"total_epsilon": settings.total_epsilon, "min_clients": settings.min_clients}
+    return config | {"precision": name} | limits
 
 
 class NetworkTraining(Training):
     """The simulation's `Training` over a Flower grid; InputError for what it cannot heed."""
 
-    def __init__(self, settings: Settings, grid: Grid, seconds: float) -> None:
+    def __init__(self, settings: Settings, grid: Grid, seconds: float, keys: str = "") -> None:
         check_network(settings)
         settings = dataclasses.replace(settings, partition=PARTITION)
-        self.network, self.wait = Network(grid, settings), seconds
+        kind = Network
+        if settings.secure_aggregation:
+            from .masked import MaskedNetwork as kind
+        self.network, self.wait = kind(grid, settings, keys), seconds
         super().__init__(settings, None)
 
     def _plan(self, films: None) -> list[Job]:
@@ -260,9 +294,10 @@ class NetworkTraining(Training):
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
     """Train as the run's `parameters` say, such as "rounds=6 work_dir=/path"; print each round."""
-    pairs = [part.partition("=") for part in shlex.split(context.run_config["parameters"])]
+    config = context.run_config
+    pairs = [part.partition("=") for part in shlex.split(config["parameters"])]
     settings = read_network({name: value for name, _, value in pairs})
-    training = NetworkTraining(settings, grid, float(context.run_config["wait-seconds"]))
+    training = NetworkTraining(settings, grid, float(config["wait-seconds"]), str(config["keys"]))
     training.train(print_round)
 
 

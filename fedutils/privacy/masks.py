@@ -21,6 +21,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def statement(run: str, name: str, what: str, *said: str) -> bytes:
 
 
 def is_signed(key: Any, run: str, name: str, what: str, offer: Offer) -> bool:
-    """Tell whether an offer is signed with the private half of a hospital's key, if there is one."""
+    """Tell whether there is a key, with whose private half an offer is signed."""
     from flwr.supercore.primitives.asymmetric import verify_signature
 
     about = statement(run, name, what, offer["key"], offer["digest"])
@@ -262,6 +263,26 @@ def add_stream(values: State, key: bytes, sign: int = 1) -> None:
             cipher.update_into(memoryview(zeros)[: 8 * len(part)], drawn)
             numbers = torch.frombuffer(drawn, dtype=torch.int64, count=len(part))
             part.add_(numbers, alpha=sign)
+
+
+def read_keys(folder: str, name: str) -> tuple[Any, dict[str, Any]]:
+    """Return a hospital's private key, and the public ones by name, of a folder; none without.
+
+    `NAME.key` and `*.key.pub`, as `ssh-keygen` writes them.
+    """
+    from cryptography.hazmat.primitives.serialization import (
+        load_ssh_private_key,
+        load_ssh_public_key,
+    )
+
+    if not folder:
+        return None, {}
+    own = Path(folder) / f"{name}.key"
+    public = {
+        path.name.removesuffix(".key.pub"): load_ssh_public_key(path.read_bytes())
+        for path in Path(folder).glob("*.key.pub")
+    }
+    return load_ssh_private_key(own.read_bytes(), None) if own.is_file() else None, public
 
 
 def new_secret() -> str:

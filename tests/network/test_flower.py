@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
+from scipy import stats
 from torchvision.models import resnet34
 
 from fedutils import rounds, run
@@ -156,6 +157,7 @@ def test_nothing_but_tensors_counts_and_losses_leaves_a_hospital(both):
         assert set(reply.content) == {"words", "numbers", "state"}
         words = dict(reply.content["words"])
         assert words.pop("findings", "\n".join(FINDINGS)) == "\n".join(FINDINGS)
+        words.pop("introduction", "")  # a public key
         assert words.pop("name", name) == name and words == {"status": "ok", "reason": ""}
         assert set(reply.content["numbers"]) <= numbers
         for value in reply.content["numbers"].values():
@@ -341,6 +343,80 @@ def test_what_does_not_fit_costs_its_update_not_the_round(state):
     assert read_update("a", Message(RecordDict({}), reply_to=ask), good, 5)[0].status == "failed"
 
 
+MASKED = {"secure_aggregation": True, "min_clients": 2}
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """A masked run over Flower, and the same one plain in the simulation."""
+    work = tmp_path_factory.mktemp("masked")
+    films = tiny_films(work)
+    simulated = Training(tiny_settings(work, min_clients=2), films).train()
+    grid = Grid(tiny_homes(work / SECRET, films))
+    return films, simulated, over_flower(work, grid, **MASKED), grid
+
+
+def test_a_masked_run_over_flower_has_the_bits_of_the_plain_simulation(masked):
+    _, simulated, history, _ = masked
+    assert hashes(history) == hashes(simulated) and len(hashes(history)) == 2
+    for column in ("val_loss", "val_auroc", "train_loss", "examples"):
+        plain, hidden = (t[t["client"] == ""][column].tolist() for t in (simulated, history))
+        assert plain == hidden, column
+
+
+def test_nothing_but_masked_integers_and_keys_leaves_a_hospital_that_masks(masked):
+    """No weight, no loss, no count; of equal kinds of message no two have a number in common."""
+    *_, grid = masked
+    seen = set()
+    for _, reply, _ in [one for one in grid.wire if one[0] != "down"]:
+        words, state = dict(reply.content["words"]), unpack(reply)
+        assert words.pop("status") == "ok" and words.pop("reason") == ""
+        kind = reply.metadata.message_type
+        if kind == "query":
+            assert set(words) == {"name", "findings", "introduction"}
+            assert dict(reply.content["numbers"]) == {"weight": 1, "known": [1] * 14}
+        else:
+            assert set(words) <= {"said"} and not dict(reply.content["numbers"])
+            assert bool(words) == (kind in ("query.offer", "query.reveal"))
+        for value in state.values():
+            assert value.dtype == torch.int64
+        numbers = set(torch.cat([v.flatten() for v in state.values()]).tolist()) if state else set()
+        assert not numbers & seen
+        seen |= numbers
+    assert len(seen) > 1e5
+    counts = np.bincount(np.array(list(seen)).view(np.uint8), minlength=256)
+    assert stats.chisquare(counts).pvalue > 1e-6
+
+
+@pytest.mark.parametrize("lost", ["train", "query.reveal"])
+def test_a_hospital_that_is_lost_after_its_keys_or_its_update(tmp_path, lost):
+    """The bits of a plain run of those whose updates came."""
+    films = tiny_films(tmp_path)
+
+    class Loses(Grid):
+        def pull_messages(self, ids):
+            replies = super().pull_messages(ids)
+            for number, reply in enumerate(replies):
+                about = reply.metadata
+                if about.message_type == lost and self.nodes[about.src_node_id] == "client-2":
+                    replies[number] = reply_with({}, {"status": "failed", "reason": "lost"})
+            return replies
+
+    homes, changes = tiny_homes(tmp_path / SECRET, films), {"rounds": 1, "batchnorm": "frozen"}
+    history = over_flower(tmp_path, Loses(homes), **MASKED, **changes)
+    if lost == "train":
+        training = Training(tiny_settings(tmp_path, min_clients=2, **changes), films)
+        for client in training.jobs[0].clients:
+            if client.name == "client-2":
+                client.fit = lambda *about: 1 / 0
+        expected = training.train()
+        assert history["status"].tolist() == ["ok", "failed", "ok", "ok"]
+    else:
+        expected = Training(tiny_settings(tmp_path, min_clients=2, **changes), films).train()
+        assert set(history["status"]) == {"ok"}
+    assert hashes(history) == hashes(expected)
+
+
 def test_local_models_and_other_arms_are_refused(tmp_path):
     for changes in ({"batchnorm": "local"}, {"arms": "federated,local"}):
         with pytest.raises(InputError, match="over a network only"):
@@ -422,6 +498,7 @@ def test_nothing_but_noised_parameters_and_counts_leaves_a_private_hospital(priv
             unpack(reply),
         )
         assert words.pop("findings", "\n".join(FINDINGS)) == "\n".join(FINDINGS)
+        words.pop("introduction", "")  # a public key
         assert words.pop("name", name) == name and words.pop("status") == "ok"
         if reply.metadata.message_type == "train":
             assert {k: v.shape for k, v in state.items()} == shapes
@@ -605,7 +682,7 @@ NAMES = "\n".join(FINDINGS)
 )  # fmt: skip
 def test_an_introduction_that_is_none_is_named_and_its_node_takes_no_part(numbers):
     name = {"name": "north", "findings": NAMES}
-    about = counts(5) | {"findings": list(FINDINGS)}
+    about = counts(5) | {"findings": list(FINDINGS), "introduction": {}}
     assert read_introduction(reply_with(counts(5), name)) == ("north", about, "")
     numbers = counts(5) | numbers if numbers else {}
     assert read_introduction(reply_with(numbers, name))[2].startswith("no introduction")
