@@ -45,7 +45,7 @@ class WeightedMean:
         self.share, self.count = 0, 0
 
     def add(self, state: State, share: int, known: Sequence[int] = ()) -> None:
-        """Add a client's state with its share, and that of each finding, as `fixed.shares` says."""
+        """Add a client's state with its share, and those of each finding (`fixed.Whole`)."""
         differ = {*known} - {share}
         for name, value in state.items():
             counts = share

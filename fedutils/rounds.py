@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .base.fixed import ONE, Whole
+from .base.fixed import ONE, Pool
 from .base.parameters import Parameters, parameter
 from .base.rng import generator
 from .base.state import State, cast_like, count_bytes, state_hash
@@ -89,22 +89,6 @@ class Progress:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Pool:
-    """What clients send, put together by a strategy's rule as it comes, in any order."""
-
-    def __init__(self, job: Job, strategy: FedAvg) -> None:
-        self.sums, self.whole = strategy.aggregator(), Whole.of(job.clients)
-        self.shares = {client.name: self.whole.shares(client) for client in job.clients}
-
-    def add(self, client: str, state: State) -> None:
-        """Add what a client sends."""
-        self.sums.add(state, *self.shares[client])
-
-    def result(self, before: State) -> tuple[State, float, float]:
-        """Return the mean, and of how much it is: of which part of all films, and how many."""
-        return self.sums.result(before), *self.whole.part(self.sums.share)
-
-
 class Executor(Protocol):
     """Where clients train: replicas on this machine's devices, or hospitals behind a network."""
 
@@ -133,14 +117,11 @@ def sample_clients(job: Job, settings: Parameters, round: int) -> list[Client]:
     return [job.clients[i] for i in sorted(chosen)]
 
 
-def run_round(
-    job: Job, now: Progress, executor: Executor, strategy: FedAvg
-) -> tuple[list[Row], Row]:
-    """Move `now` to the next round boundary, as on paper; return the history's rows of clients.
+def run_round(job: Job, now: Progress, executor: Executor, strategy: FedAvg) -> list[Row]:
+    """Move `now` to the next round boundary, as on paper; return its rows: of clients, then of all.
 
-    And what the model's row says of them together. Send the state; each drawn client trains on its
-    own films; average what comes back, in any order; take the strategy's step. Raises
-    FederationError below `min_clients`.
+    Send the state; each drawn client trains on its own films; average what comes back, in any
+    order; take the strategy's step. Raises FederationError below `min_clients`.
     """
     sent = strategy.download(now.state, now.server)
     chosen = sample_clients(job, strategy.settings, now.round + 1)
@@ -159,7 +140,7 @@ def run_round(
     moved, now.server = strategy.step(now.state, mean, now.server, share)
     now.state = now.state | moved  # what no client sends stays as it is
     now.round += 1
-    return rows, {"train_loss": loss, "examples": films}
+    return [*rows, {"train_loss": loss, "examples": films}]
 
 
 def client_row(job: Job, round: int, update: Update, sent: State) -> Row:
@@ -173,21 +154,17 @@ def client_row(job: Job, round: int, update: Update, sent: State) -> Row:
 def aggregate_row(job: Job, now: Progress, rows: list[Row], whole: Row, executor: Executor) -> Row:
     """Return the row of the aggregated model: its own validation, and sums over the clients."""
     loss, auroc = executor.validate(job, now)
-    about = {"arm": job.arm, "seed": job.seed, "round": now.round, "client": job.owner}
-    return (
-        about
-        | whole
-        | {
-            "val_loss": loss,
-            "val_auroc": auroc,
-            "bytes_up": sum(row["bytes_up"] for row in rows),
-            "bytes_down": sum(row["bytes_down"] for row in rows),
-            "status": "ok",
-            "reason": "",
-            "epsilon": max([row["epsilon"] for row in budget(job, now)], default=math.nan),
-            "state_sha256": state_hash(now.state),
-        }
-    )
+    about = {"arm": job.arm, "seed": job.seed, "round": now.round, "client": job.owner} | whole
+    return about | {
+        "val_loss": loss,
+        "val_auroc": auroc,
+        "bytes_up": sum(row["bytes_up"] for row in rows),
+        "bytes_down": sum(row["bytes_down"] for row in rows),
+        "status": "ok",
+        "reason": "",
+        "epsilon": max([row["epsilon"] for row in budget(job, now)], default=math.nan),
+        "state_sha256": state_hash(now.state),
+    }
 
 
 def budget(job: Job, now: Progress) -> list[Row]:

@@ -313,12 +313,16 @@ def test_rule_6_replicas_and_the_network_are_executors_and_neither_is_the_other(
     pytest.importorskip("flwr", reason="the extra `flower` is not installed")
     from fedutils.network.server import Network
     from fedutils.rounds import Executor
+    from fedutils.training.masked import Masked
     from fedutils.training.replicas import Replicas
 
     asked = {name for name in vars(Executor) if not name.startswith("_")}
-    assert asked == {"fit", "measure", "validate"}
-    assert executors(PACKAGE) == {"Replicas": ["training.replicas"], "Network": ["network.server"]}
-    for kind in (Replicas, Network):
+    assert asked == {"pool", "fit", "measure", "validate"}
+    assert executors(PACKAGE) == {
+        "Replicas": ["training.replicas"], "Masked": ["training.masked"],
+        "Network": ["network.server"], "MaskedNetwork(Network)": ["network.masked"],
+    }  # fmt: skip
+    for kind in (Replicas, Masked, Network):
         assert asked <= set(vars(kind)) and kind.__bases__ == (object,)
     for base in ("Network", "replicas.Replicas"):
         line = f"class Mine({base}):\n    def fit(self): ..."

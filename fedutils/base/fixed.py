@@ -13,12 +13,12 @@ x in float32 (2^-24 of it) as long as that is above k / s * 2^-18, and below 1e-
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .state import LARGEST
+from .state import LARGEST, State
 
 ONE = 1 << 42  # the share of all films
 FILM = 1 << 20  # units of a count, which may be part of a film
@@ -59,6 +59,22 @@ class Whole:
         part = round(share / ONE * self.largest / max(self.weight, 1), 9)
         films = round(part * self.weight / FILM, 3)
         return part, int(films) if films.is_integer() else films
+
+
+class Pool:
+    """What clients send, put together by a strategy's rule as it comes, in any order."""
+
+    def __init__(self, sums: Any, clients: Sequence[Counted]) -> None:
+        self.sums, self.whole = sums, Whole.of(clients)  # a strategy's aggregator, and all films
+        self.shares = {client.name: self.whole.shares(client) for client in clients}
+
+    def add(self, client: str, state: State) -> None:
+        """Add what a client sends."""
+        self.sums.add(state, *self.shares[client])
+
+    def result(self, before: State) -> tuple[State, float, float]:
+        """Return the mean, and of how much it is: of which part of all films, and how many."""
+        return self.sums.result(before), *self.whole.part(self.sums.share)
 
 
 def add_fixed(total: Tensor, value: Tensor, share: int | Tensor) -> None:

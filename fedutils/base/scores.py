@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-LOSS = 1 << 24  # parts of a loss, which is added up as a whole number
+LOSS_PARTS = 1 << 24  # parts of a loss, which is added up as a whole number
 
 
 def labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,7 +78,12 @@ def validation_sums(labels: np.ndarray, logits: np.ndarray) -> dict[str, np.ndar
     pairs = (labels == 1).sum(axis=0) * (labels == 0).sum(axis=0)
     areas = [auroc(truth, score) for truth, score in zip(labels.T, logits.T, strict=True)]
     ordered = np.rint(2 * np.nan_to_num(areas) * pairs)
-    sums = {"loss": np.rint(loss * LOSS), "labels": known.sum(), "pairs": pairs, "ordered": ordered}
+    sums = {
+        "loss": np.rint(loss * LOSS_PARTS),
+        "labels": known.sum(),
+        "pairs": pairs,
+        "ordered": ordered,
+    }
     return {name: np.asarray(value, np.int64) for name, value in sums.items()}
 
 
@@ -92,5 +97,5 @@ def judge(sums: Iterable[dict[str, np.ndarray]]) -> tuple[float, float]:
         total = {name: value + total[name] if k else value for name, value in found.items()}
     some = total["pairs"] > 0
     areas = total["ordered"][some] / total["pairs"][some] / 2
-    loss = float(total["loss"] / LOSS / total["labels"]) if total["labels"] else math.nan
+    loss = float(total["loss"] / LOSS_PARTS / total["labels"]) if total["labels"] else math.nan
     return loss, float(areas.mean()) if some.any() else math.nan

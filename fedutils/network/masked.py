@@ -60,7 +60,9 @@ class MaskedNetwork(Network):
         """Ask for one sum of integers, shaped as `wanted`, and take its masks off."""
         for name, reply in self.ask(message, self.prepare(kind, orders), sent):
             words, _, state = messages.read_reply(reply)
-            fault = words["reason"] if words["status"] != "ok" else messages.misfit(state, wanted)
+            fault = (
+                words["reason"] if words["status"] != "ok" else messages.misfit(state, wanted)[1]
+            )
             if fault:
                 print(f"{self.sum.what}: nothing of {name}: {fault}", flush=True)
             else:

@@ -82,10 +82,10 @@ def read_reply(reply: Message | Fault) -> Answer:
         return {"status": "failed", "reason": f"reply of another kind: {error}"}, {}, {}
 
 
-def misfit(state: State, wanted: State) -> str:
-    """Say why masked integers are not shaped as `wanted`; empty where they are."""
+def misfit(state: State, wanted: State) -> Fault:
+    """Say why masked integers are not shaped as `wanted`, as `find_misfit` does of a state."""
     found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
-    return "" if found == expected else "what it sends does not fit the sum"
+    return ("", "") if found == expected else ("failed", "what it sends does not fit the sum")
 
 
 def read_update(
@@ -102,8 +102,8 @@ def read_update(
     said, fault = read_said(words.get("said", ""))
     told = withheld or (is_number(loss) and 0 < loss <= LARGEST)
     honest = weight is None or (examples == weight > 0 and told)
-    fit = find_misfit(state, wanted)[1] if weight is not None else misfit(state, wanted)
-    if status == "ok" and (reason := fit or fault):
+    fit = misfit if weight is None else find_misfit
+    if status == "ok" and (reason := fit(state, wanted)[1] or fault):
         status = "failed"
     elif status == "ok" and not honest:
         reason = f"examples={examples} (it came with {weight:g}) train_loss={loss}"

@@ -18,13 +18,14 @@ from flwr.serverapp import Grid, ServerApp
 from ..base.device import PRECISIONS
 from ..base.errors import InputError
 from ..base.files import write_atomic
+from ..base.fixed import Pool
 from ..base.scores import judge
 from ..base.state import State, find_misfit
 from ..client import Update
 from ..fedavg import FedAvg
 from ..model import ChestResNet
 from ..privacy.masks import NODE, is_signed, read_keys
-from ..rounds import Job, Pool, Progress, Row
+from ..rounds import Job, Progress, Row
 from ..settings import FIELDS, Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
@@ -60,7 +61,7 @@ class Network:
 
     def pool(self, job: Job, strategy: FedAvg) -> Pool:
         """Return what puts together what `fit` or `measure` will yield next."""
-        return Pool(job, strategy)
+        return Pool(strategy.aggregator(), job.clients)
 
     def fit(
         self, clients: list[Member], sent: State, kept: dict[str, State], round: int
@@ -95,8 +96,8 @@ class Network:
         hidden = self.settings.secure_aggregation
         for _, reply in self.ask("train.measure", orders, state):
             words, _, measured = messages.read_reply(reply)
-            fit = messages.misfit if hidden else lambda *about: find_misfit(*about)[1]
-            fault = words["reason"] if words["status"] != "ok" else fit(measured, wanted)
+            fit = messages.misfit if hidden else find_misfit
+            fault = words["reason"] if words["status"] != "ok" else fit(measured, wanted)[1]
             yield ({}, fault) if fault else (measured, "")
 
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
@@ -265,10 +266,13 @@ class NetworkTraining(Training):
     def __init__(self, settings: Settings, grid: Grid, seconds: float, keys: str = "") -> None:
         check_network(settings)
         settings = dataclasses.replace(settings, partition=PARTITION)
-        kind = Network
         if settings.secure_aggregation:
-            from .masked import MaskedNetwork as kind
-        self.network, self.wait = kind(grid, settings, keys), seconds
+            from .masked import MaskedNetwork  # which builds on this module
+
+            self.network = MaskedNetwork(grid, settings, keys)
+        else:
+            self.network = Network(grid, settings, keys)
+        self.wait = seconds
         super().__init__(settings, None)
 
     def _plan(self, films: None) -> list[Job]:

@@ -31,8 +31,9 @@ from ..base.parameters import Parameters, parameter
 from ..base.state import State
 
 Offer = dict[str, str]  # of a hospital for one sum: public key, what tells its seed, signature
-AT_ONCE = 1 << 17  # numbers of a stream
+DRAWN_AT_ONCE = 1 << 17  # numbers of a stream
 NODE = "node "  # before its number, in what an introduction is signed for
+PUBLIC = ".key.pub"  # after a hospital's name, the file of its public key
 KEY_DIGITS = 96  # of a private key
 OPEN = 8  # sums that a hospital remembers the shares of
 
@@ -257,9 +258,12 @@ def add_stream(values: State, key: bytes, sign: int = 1) -> None:
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-    zeros, drawn = bytes(8 * AT_ONCE), bytearray(8 * AT_ONCE + 15)  # as much as it asks for
+    zeros, drawn = (
+        bytes(8 * DRAWN_AT_ONCE),
+        bytearray(8 * DRAWN_AT_ONCE + 15),
+    )  # as much as it asks for
     for _, value in sorted(values.items()):
-        for part in value.view(-1).split(AT_ONCE):
+        for part in value.view(-1).split(DRAWN_AT_ONCE):
             cipher.update_into(memoryview(zeros)[: 8 * len(part)], drawn)
             numbers = torch.frombuffer(drawn, dtype=torch.int64, count=len(part))
             part.add_(numbers, alpha=sign)
@@ -279,8 +283,8 @@ def read_keys(folder: str, name: str) -> tuple[Any, dict[str, Any]]:
         return None, {}
     own = Path(folder) / f"{name}.key"
     public = {
-        path.name.removesuffix(".key.pub"): load_ssh_public_key(path.read_bytes())
-        for path in Path(folder).glob("*.key.pub")
+        path.name.removesuffix(PUBLIC): load_ssh_public_key(path.read_bytes())
+        for path in Path(folder).glob(f"*{PUBLIC}")
     }
     return load_ssh_private_key(own.read_bytes(), None) if own.is_file() else None, public
 

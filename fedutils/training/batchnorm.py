@@ -10,12 +10,13 @@ import math
 import numpy as np
 
 from ..base.errors import in_a_line
+from ..base.fixed import Pool
 from ..base.rng import generator
 from ..base.state import State, cast_like, count_bytes, find_fault, to_cpu
 from ..client import Client
 from ..fedavg import FedAvg
 from ..model import ChestResNet, calibrate_batchnorm
-from ..rounds import UNMEASURED, Executor, Job, Pool, Progress, Row
+from ..rounds import UNMEASURED, Executor, Job, Progress, Row
 
 MEASURED_FILMS = 256  # of a client, at most, in each round
 RUNNING_MEAN, RUNNING_VAR = "running_mean", "running_var"

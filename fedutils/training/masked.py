@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ..base.fixed import ONE, Whole
+from ..base.fixed import ONE, Pool, Whole
 from ..base.scores import judge
 from ..base.state import State
 from ..client import Client, Update
 from ..fedavg import FedAvg, WeightedMean
 from ..privacy.masks import MaskedSum, Masker, MaskFault
-from ..rounds import Job, Pool, Progress
+from ..rounds import Job, Progress
 from .replicas import Replicas
 
 SUM, SHARE, ALL = "sum/", "share/", "share"
@@ -37,7 +37,7 @@ class MaskedPool(Pool):
     """What clients send under masks; once the sum is whole, `executor` takes them off."""
 
     def __init__(self, job: Job, strategy: FedAvg, whole: Whole, executor: "Masked") -> None:
-        super().__init__(job, strategy)
+        super().__init__(strategy.aggregator(), job.clients)
         self.whole, self.executor = whole, executor
 
     def add(self, client: str, state: State) -> None:
@@ -104,8 +104,9 @@ class Masked:
 
     def unmask(self) -> State:
         """Return the sum of what came, by the shares of those whose numbers are in it."""
-        about = self.sum.what, self.sum.survivors
-        return self.sum.finish({k: self.maskers[k].reveal(*about) for k in self.sum.survivors})
+        one = self.sum
+        came = {name: self.maskers[name] for name in one.survivors}
+        return one.finish({k: m.reveal(one.what, one.survivors) for k, m in came.items()})
 
     def _open(self, what: str, names: list[str]) -> None:
         members = {name: self.introduced[name] for name in names}
@@ -114,5 +115,6 @@ class Masked:
 
     def _mask(self, name: str, numbers: State) -> State:
         """Return what a client sends of its numbers."""
-        what, offers = self.sum.what, self.sum.offers
-        return self.maskers[name].mask(what, what, offers, self.sum.shares_for(name), numbers)
+        one = self.sum
+        shares = one.shares_for(name)
+        return self.maskers[name].mask(one.what, one.what, one.offers, shares, numbers)

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..base.device import find_devices
 from ..base.errors import in_a_line
+from ..base.fixed import Pool
 from ..base.parameters import Parameters, parameter
 from ..base.scores import judge, validation_sums
 from ..base.state import LARGEST, State, find_misfit, to_cpu
@@ -19,7 +20,7 @@ from ..client import Client, Update
 from ..fedavg import FedAvg
 from ..films.phantom.write import draw_batch
 from ..model import ChestResNet, build_resnet34
-from ..rounds import Job, Pool, Progress, predict_with
+from ..rounds import Job, Progress, predict_with
 from ..run import TRUNK, model_file, read_model, write_model
 from .batchnorm import measure_safely
 
@@ -130,7 +131,7 @@ class Replicas:
 
     def pool(self, job: Job, strategy: FedAvg) -> Pool:
         """Return what puts together what `fit` or `measure` will yield next."""
-        return Pool(job, strategy)
+        return Pool(strategy.aggregator(), job.clients)
 
     def fit(
         self, clients: list[Client], sent: State, kept: dict[str, State], round: int

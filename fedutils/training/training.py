@@ -259,7 +259,7 @@ class Training:
         """Train, aggregate, validate the aggregated model, and keep it if it is the best so far."""
         began = time.perf_counter()
         try:
-            rows, whole = rounds.run_round(job, now, executor, strategy)
+            *rows, whole = rounds.run_round(job, now, executor, strategy)
         except rounds.FederationError as error:
             with self.lock:
                 self.writer.wait()

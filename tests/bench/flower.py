@@ -1,6 +1,5 @@
-"""Train the phantom's scanners in the simulation and over Flower, and compare the models."""
+"""Train the phantom's scanners in the simulation and over Flower, plain and masked; compare."""
 
-import dataclasses
 import os
 import socket
 import subprocess
@@ -12,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import pandas as pd
+from safetensors import safe_open
 
 from fedutils.base.errors import NotebookFailed
 from fedutils.base.files import write_atomic
@@ -27,8 +27,9 @@ from fedutils.network.commands import (
     supernode,
 )
 
-DEMO = {"profile": "demo", "partition": "scanner", "num_clients": 5, "threads": 1}
+DEMO = {"profile": "demo", "partition": "scanner", "num_clients": 5, "threads": 1, "min_clients": 2}
 HERE = ("partition",)  # means nothing over the network
+RUNS = {"flower": {}, "masked": {"secure_aggregation": True}}
 DEMO_SECONDS = 3600  # more than a slow machine needs
 READS = ("profile", "seed", "image_size")  # what notebook 02 goes by
 STOP_SECONDS = 15  # between asking a process to stop and killing it
@@ -112,16 +113,18 @@ def demo(values: Mapping[str, Any]) -> None:
         print(f"\n{name}")
         here = {"data_dir": str(home / "films"), "work_dir": str(home), "name": "flower"}
         run({k: common[k] for k in READS if k in common} | here, "02")
-    settings = dataclasses.replace(simulated, name="flower")
-    with Flower(settings.run.parent / "flower-processes") as flower:
+    over = {name: value for name, value in common.items() if name not in HERE}
+    about = {}
+    with Flower(simulated.run.parent / "flower-processes") as flower:
         for name, home in homes.items():
             flower.join(name, home)
-        work = {"work_dir": settings.work_dir, "name": settings.name}
-        over = {name: value for name, value in common.items() if name not in HERE}
-        about = run_server_app(over | work, flower.environment, DEMO_SECONDS)
-    clients.to_csv(settings.run / "clients.csv", index=False)
-    run(common | {"name": "flower"}, "04")
-    compare_models(simulated.run, settings.run, about)
+        for name, masks in RUNS.items():
+            place = {"work_dir": simulated.work_dir, "name": name}
+            about[name] = run_server_app(over | masks | place, flower.environment, DEMO_SECONDS)
+    for name, masks in RUNS.items():
+        clients.to_csv(simulated.run.with_name(name) / "clients.csv", index=False)
+        run(common | masks | {"name": name}, "04")
+    compare_models(simulated.run, about)
 
 
 def scatter(data: DataSet, clients: pd.DataFrame, folder: Path) -> dict[str, Path]:
@@ -148,20 +151,36 @@ def scatter(data: DataSet, clients: pd.DataFrame, folder: Path) -> dict[str, Pat
     return homes
 
 
-def compare_models(simulated: Path, flower: Path, about: Mapping[str, Any]) -> None:
-    """Print the hashes of both global models after the last round; raise if they differ."""
-    hashes, seconds = {}, {}
-    for folder in (simulated, flower):
+def compare_models(simulated: Path, about: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the hash of each run's model after the last round, and what went over the wire.
+
+    `about` says by name what Flower told of a run. Raises NotebookFailed unless all rounds have the
+    same model, validation and kept round.
+    """
+    told = {}
+    for folder in (simulated, *(simulated.with_name(name) for name in about)):
         history = pd.read_csv(folder / "history.csv", keep_default_na=False)
         models = history[(history["arm"] == "federated") & (history["client"] == "")]
-        hashes[folder.name] = models["state_sha256"].iloc[-1]
-        seconds[folder.name] = models["seconds"].astype(float).median()
-        print(f"{folder.name:<11} {hashes[folder.name]}  {seconds[folder.name]:.1f} s a round")
-    sent = about["network-traffic"]["total-bytes"] / 1e6
-    print(f"over the wire: {sent:.0f} MB in all")
-    if len(set(hashes.values())) > 1:
-        raise NotebookFailed("the models of simulation and Flower differ")
+        kept = load_about(folder / "models" / "federated-s0.safetensors")
+        told[folder.name] = (
+            models[["state_sha256", "val_auroc", "val_loss"]].to_numpy().tolist(),
+            kept,
+        )
+        seconds = models["seconds"].astype(float).median()
+        print(f"{folder.name:<11} {models['state_sha256'].iloc[-1]}  {seconds:.1f} s a round")
+    rounds = len(models)
+    for name, run_about in about.items():
+        sent = run_about["network-traffic"]["total-bytes"] / 1e6
+        print(f"{name}: {sent:.0f} MB over the wire, {sent / rounds:.0f} MB a round")
+    if any(one != told[simulated.name] for one in told.values()):
+        raise NotebookFailed("the rounds of simulation and network differ")
     print("identical")
+
+
+def load_about(path: Path) -> dict[str, str]:
+    """Return what a model's file says about it: which round was kept."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from fedutils.base.state import to_cpu
 from fedutils.films.phantom.cases import FINDINGS
 from fedutils.model import build_resnet34
 from fedutils.network import hospital, messages, server
+from fedutils.network.commands import make_key
 from fedutils.network.hospital import Hospital, client_app
 from fedutils.network.messages import (
     Member,
@@ -40,6 +42,7 @@ from fedutils.network.messages import (
 )
 from fedutils.network.server import REFUSED, NetworkTraining
 from fedutils.privacy.ledger import Ledger
+from fedutils.privacy.masks import Masker, MaskFault
 from fedutils.rounds import FederationError
 from fedutils.settings import FIELDS
 from fedutils.training import replicas, training
@@ -88,6 +91,9 @@ class Grid:
         self.nodes = {number: name for number, name in enumerate(homes, 11)}
         self.homes, self.replies, self.wire, self.dead = homes, {}, [], set()
 
+    def config(self, name):
+        return {"name": name, "work_dir": str(self.homes[name])}
+
     def get_node_ids(self):
         return [node for node, name in self.nodes.items() if name not in self.dead]
 
@@ -98,8 +104,7 @@ class Grid:
             message.metadata.__dict__["_src_node_id"] = 1
             arrived, content = over_the_wire(message)
             arrived.metadata.__dict__["_message_id"] = message.object_id
-            config = {"name": name, "work_dir": str(self.homes[name])}
-            context = Context(1, message.metadata.dst_node_id, config, RecordDict(), {})
+            context = Context(1, message.metadata.dst_node_id, self.config(name), RecordDict(), {})
             reply, answer = over_the_wire(client_app(arrived, context))
             self.replies[message.object_id] = reply
             self.wire += [("down", message, content), (name, reply, answer)]
@@ -415,6 +420,86 @@ def test_a_hospital_that_is_lost_after_its_keys_or_its_update(tmp_path, lost):
         expected = Training(tiny_settings(tmp_path, min_clients=2, **changes), films).train()
         assert set(history["status"]) == {"ok"}
     assert hashes(history) == hashes(expected)
+
+
+@pytest.fixture
+def signed(tmp_path):
+    """Films, homes, and a folder with the keys of all hospitals and of a stranger."""
+    films = tiny_films(tmp_path)
+    homes = tiny_homes(tmp_path / SECRET, films)
+    for name in (*homes, "stranger"):
+        make_key(tmp_path / "keys", name)
+    return homes, tmp_path / "keys"
+
+
+class KeyGrid(Grid):
+    """Hospitals with keys; `speaks` says whose key a node has, by the name that it gives."""
+
+    def __init__(self, homes, keys, speaks=()):
+        super().__init__(homes)
+        self.keys, self.speaks = keys, dict(speaks)
+
+    def config(self, name):
+        folder = self.keys
+        if name in self.speaks:  # it calls its own key by another's name
+            folder = self.keys.with_name(f"keys of {name}")
+            shutil.copytree(self.keys, folder, dirs_exist_ok=True)
+            shutil.copy(self.keys / f"{self.speaks[name]}.key", folder / f"{name}.key")
+        return super().config(name) | {"keys": str(folder)}
+
+
+def run_with_keys(work, grid, keys, **changes):
+    return NetworkTraining(tiny_settings(work, **changes), grid, 1, str(keys)).train()
+
+
+def test_a_name_is_bound_to_its_key(tmp_path, signed, capsys):
+    """Another node that calls itself by a registered name is left out, and named."""
+    homes, keys = signed
+    history = run_with_keys(tmp_path / "server", KeyGrid(homes, keys), keys, rounds=1)
+    assert set(history["status"]) == {"ok"}
+    grid = KeyGrid(homes, keys, {"client-2": "stranger"})
+    with pytest.raises(InputError, match="these connected: client-1, client-3"):
+        run_with_keys(tmp_path / "other", grid, keys, rounds=1)
+    assert "calls itself client-2, and has not its key: left out" in capsys.readouterr().out
+
+
+def test_masks_are_signed_and_a_server_that_swaps_a_key_is_found(tmp_path, signed, capfd):
+    homes, keys = signed
+    history = run_with_keys(tmp_path / "server", KeyGrid(homes, keys), keys, rounds=1, **MASKED)
+    assert set(history["status"]) == {"ok"}
+
+    class Swaps(KeyGrid):
+        """A server in the middle: it puts a key of its own in place of client-3's."""
+
+        def push_messages(self, messages):
+            for message in messages:
+                order = message.content.config_records["order"]
+                if "members" in order:
+                    members = json.loads(order["members"])
+                    mine = Masker("client-3", "run", 2, {})
+                    members["client-3"] |= {"key": mine.introduce()["key"]}
+                    order["members"] = json.dumps(members)
+            return super().push_messages(messages)
+
+    with pytest.raises(MaskFault, match="too few for a sum"):
+        run_with_keys(tmp_path / "other", Swaps(homes, keys), keys, rounds=1, **MASKED)
+    said = capfd.readouterr()
+    assert "the mask key of client-3 is not signed with the key of client-3" in said.err
+    assert "no offer of client-1: MaskFault; see the hospital's log" in said.out
+
+
+def test_a_hospital_that_insists_on_masks_sends_nothing_bare(tmp_path, signed, capfd):
+    homes, _ = signed
+
+    class Insists(Grid):
+        def config(self, name):
+            return super().config(name) | {"secure_aggregation": "True", "min_clients": "3"}
+
+    with pytest.raises(InputError, match="these connected: none"):
+        over_flower(tmp_path, Insists(homes))
+    assert "the server asks for bare updates" in capfd.readouterr().err
+    history = over_flower(tmp_path / "masked", Insists(homes), rounds=1, **MASKED)
+    assert set(history["status"]) == {"ok"}  # three take part, and each wants three
 
 
 def test_local_models_and_other_arms_are_refused(tmp_path):

@@ -9,11 +9,13 @@ import time
 
 import pandas as pd
 import pytest
+import torch
 from flower import (
     Flower,
     compare_models,
     scatter,
 )
+from safetensors.torch import save_file
 from tiny import tiny_films, tiny_homes, tiny_settings
 
 from fedutils.__main__ import main
@@ -200,22 +202,29 @@ def test_each_hospital_gets_its_own_patients_and_no_others(tmp_path):
         assert (there.loc[part.table["image_index"]].to_numpy() == same).all()
 
 
-def test_both_hashes_are_printed_and_compared(tmp_path, capsys):
-    for name, state in (("simulation", "a" * 64), ("flower", "a" * 64), ("other", "b" * 64)):
-        (tmp_path / name).mkdir()
-        table = {
-            "arm": "federated",
-            "client": ["x", ""],
-            "state_sha256": ["", state],
-            "seconds": 1.5,
-        }
+def test_all_rounds_are_compared_and_hashes_printed(tmp_path, capsys):
+    def write(name, states, auroc=0.8, kept="2"):
+        (tmp_path / name / "models").mkdir(parents=True)
+        table = {"arm": "federated", "client": "", "state_sha256": states, "seconds": 1.5,
+                 "val_auroc": auroc, "val_loss": 0.2}  # fmt: skip
         pd.DataFrame(table).to_csv(tmp_path / name / "history.csv", index=False)
+        model = tmp_path / name / "models/federated-s0.safetensors"
+        save_file({"w": torch.zeros(1)}, model, metadata={"round": kept})
+
+    same = ["a" * 64, "b" * 64]
+    write("simulation", same)
+    write("flower", same)
+    write("early", ["c" * 64, "b" * 64])
+    write("judged", same, auroc=0.81)
+    write("kept", same, kept="1")
     about = {"network-traffic": {"total-bytes": 3e6}}
-    compare_models(tmp_path / "simulation", tmp_path / "flower", about)
+    compare_models(tmp_path / "simulation", {"flower": about})
     printed = capsys.readouterr().out
-    assert printed.count("a" * 64) == 2 and printed.endswith("identical\n")
-    with pytest.raises(NotebookFailed, match="differ"):
-        compare_models(tmp_path / "simulation", tmp_path / "other", about)
+    assert printed.count("b" * 64) == 2 and printed.endswith("identical\n")
+    assert "flower: 3 MB over the wire, 2 MB a round" in printed
+    for other in ("early", "judged", "kept"):
+        with pytest.raises(NotebookFailed, match="differ"):
+            compare_models(tmp_path / "simulation", {"flower": about, other: about})
 
 
 def test_a_hospital_is_told_what_it_cannot_set(tmp_path, monkeypatch, capsys):
@@ -224,7 +233,7 @@ def test_a_hospital_is_told_what_it_cannot_set(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(commands.os, "execvpe", lambda *call: started.append(call[1]))
     here = ["flower", "hospital", "north", "--work", str(tmp_path)]
     assert main([*here, "-p", "clip=2"]) == 2 and not started
-    assert "clip: a hospital sets device and weights alone" in capsys.readouterr().err
+    assert "clip: a hospital sets device, weights, min_clients, secure" in capsys.readouterr().err
     assert main([*here, "-p", "wieghts=a"]) == 2 and not started
     assert "did you mean weights?" in capsys.readouterr().err
     assert main([*here, "-p", "weights=copy of it.pth"]) == 2 and not started
@@ -240,6 +249,9 @@ def test_a_hospital_is_told_what_it_cannot_set(tmp_path, monkeypatch, capsys):
     assert 'device="cpu,cpu"' in started[1][-2]
     main([*here, "-p", f"work_dir={tmp_path / 'mine'}"])
     assert f'work_dir="{tmp_path / "mine"}"' in started[2][-2]
+    main([*here, "-p", "secure_aggregation=true", "-p", "min_clients=3"])
+    assert 'secure_aggregation="True"' in started[3][-2] and 'min_clients="3"' in started[3][-2]
+    assert main([*here, "-p", "min_clients=few"]) == 2 and len(started) == 4
     with pytest.raises(SystemExit):  # no step but training has parameters
         main(["flower", "server", "-p", "rounds=2"])
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import ROUNDING, tiny_films, tiny_settings
 
+from fedutils.base.fixed import Pool
 from fedutils.client import Client
 from fedutils.dataset import normalise
 from fedutils.fedavg import AggregationParameters, FedAvg
 from fedutils.model import build_resnet34
-from fedutils.rounds import Job, Pool
 from fedutils.training import batchnorm
 from fedutils.training.batchnorm import about_center, measure_batchnorm, pool_batchnorm
 from fedutils.training.training import Training
@@ -38,9 +38,9 @@ def seen_by_layer1(model, films):
 def pooled_of(measured, like, **changes):
     """What the server makes of clients' statistics and films."""
     settings = AggregationParameters(**changes)
-    clients = [SimpleNamespace(name=str(i), weight=n, known=[], settings=settings)
+    clients = [SimpleNamespace(name=str(i), weight=n, known=[])
                for i, (_, n) in enumerate(measured)]  # fmt: skip
-    pool, again = (Pool(Job("federated", 0, clients, None), FedAvg(settings)) for _ in range(2))
+    pool, again = (Pool(FedAvg(settings).aggregator(), clients) for _ in range(2))
     seen = {client.name: state for client, (state, _) in zip(clients, measured, strict=True)}
     for name, state in seen.items():
         pool.add(name, state)
