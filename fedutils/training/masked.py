@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..base.errors import InputError
 from ..base.fixed import ONE, Pool, Whole
 from ..base.scores import judge
 from ..base.state import State
@@ -62,6 +63,10 @@ class Masked:
     def __init__(self, inner: Replicas, job: Job) -> None:
         self.inner, self.whole = inner, Whole.of(job.clients)
         least = job.settings.min_clients
+        if len(job.clients) < least:
+            raise InputError(
+                f"min_clients={least}, but there are {len(job.clients)} to mask a sum of"
+            )
         self.maskers = {c.name: Masker(c.name, job.name, least, {}) for c in job.clients}
         self.introduced = {name: one.introduce() for name, one in self.maskers.items()}
 

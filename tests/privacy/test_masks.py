@@ -178,6 +178,12 @@ def test_a_lost_client_costs_its_update_not_the_masked_round(tmp_path, monkeypat
     assert (histories[1].query("client == 'client-2'")["status"] == "failed").all()
 
 
+def test_more_clients_wanted_than_there_are_is_said_before_training(tmp_path):
+    settings = tiny_settings(tmp_path, **MASKED | {"min_clients": 4})
+    with pytest.raises(InputError, match="min_clients=4, but there are 3 to mask a sum of"):
+        Training(settings, tiny_films(tmp_path)).train()
+
+
 @pytest.mark.parametrize(("given", "said"), [
     ({"aggregation": "median"}, "aggregation=median must see each update"),
     ({"aggregation": "trimmed", "trim": 0.4}, "aggregation=trimmed must see each update"),
