@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from .base.errors import SumFailed
 from .base.fixed import ONE, Pool
 from .base.parameters import Parameters, parameter
 from .base.rng import generator
@@ -69,11 +70,10 @@ class Job:
 class FederationError(RuntimeError):
     """Fewer than `min_clients` answered; all is saved up to the last round boundary."""
 
-    def __init__(self, job: Job, rows: list[Row]) -> None:
+    def __init__(self, job: Job, rows: list[Row], why: object = "too few clients answered") -> None:
         self.rows = rows
         faults = [f"{r['client']} {r['status']} ({r['reason']})" for r in rows if r["reason"]]
-        where = f"{job.name}, round {rows[0]['round']}"
-        super().__init__(f"{where}: too few clients answered: {'; '.join(faults)}")
+        super().__init__(f"{job.name}, round {rows[0]['round']}: {why}: {'; '.join(faults)}")
 
 
 @dataclass
@@ -135,7 +135,10 @@ def run_round(job: Job, now: Progress, executor: Executor, strategy: FedAvg) -> 
     wanted = min(strategy.settings.min_clients, len(job.clients))
     if pool.sums.count < max(wanted, strategy.settings.least_clients):
         raise FederationError(job, rows)
-    mean, share, films = pool.result(now.state)
+    try:
+        mean, share, films = pool.result(now.state)
+    except SumFailed as error:
+        raise FederationError(job, rows, error) from error
     loss = mean.pop(LOSS, torch.tensor(math.nan)).item()
     moved, now.server = strategy.step(now.state, mean, now.server, share)
     now.state = now.state | moved  # what no client sends stays as it is

@@ -7,6 +7,10 @@ class InputError(ValueError):
     status = 2  # of the command line, which prints the message as one line
 
 
+class SumFailed(RuntimeError):
+    """What clients sent could not be put together: the message says why."""
+
+
 class NotebookFailed(RuntimeError):
     """A notebook stopped with an error: the message names notebook, cell and error."""
 

@@ -7,6 +7,7 @@ to, and of an error its kind, not its text. Under masks of the first three only 
 import dataclasses
 import functools
 import json
+import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,17 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load_file, save
 
 from ..base.device import find_devices, set_up
-from ..base.errors import InputError
-from ..base.files import write_atomic
+from ..base.errors import InputError, in_a_line
+from ..base.files import sha256, write_atomic
 from ..base.fixed import Whole
 from ..base.scores import validation_sums
-from ..base.state import State
+from ..base.state import State, state_hash
 from ..client import Client, predict
 from ..dataset import ChestXrayDataset, read_report
 from ..model import ChestResNet
+from ..privacy.keys import read_keys
 from ..privacy.ledger import note_open
-from ..privacy.masks import Masker, MaskFault, read_keys
+from ..privacy.masks import Masker, MaskFault, MaskParameters
 from ..settings import FIELDS, Settings
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
@@ -36,6 +38,7 @@ from ..training.replicas import fit_safely, start_model
 from .messages import LOST, SEPARATOR, Answer, pack, run_key, trunk_hash, unpack
 
 client_app = ClientApp()
+MASKS = "privacy/masks.json"  # in the work folder: of all runs
 
 
 class Hospital:
@@ -58,6 +61,7 @@ class Hospital:
             dataclasses.replace(given, **here),
         )
         self.name, self.threads = str(node_config["name"]), config["threads"]
+        MaskParameters.check(self.settings)
         if self.node.get("secure_aggregation") == "True" and not self.settings.secure_aggregation:
             raise InputError(
                 "the server asks for bare updates, and this hospital sends masked ones"
@@ -90,7 +94,7 @@ class Hospital:
 
     def masker(self) -> Masker:
         """Return this hospital's half of masks, with its own key and those it was given."""
-        path = self.settings.run / "kept" / "masks.json"
+        path = Path(self.settings.work_dir) / MASKS
         memory = json.loads(path.read_text()) if path.is_file() else {}
         least = max(self.settings.min_clients, int(self.node.get("min_clients", 1)))
         own, others = read_keys(self.node.get("keys", ""), self.name)
@@ -98,7 +102,7 @@ class Hospital:
 
     def remember(self, masker: Masker) -> None:
         """Write down what masks must not forget, for this hospital alone to read."""
-        path = self.settings.run / "kept" / "masks.json"
+        path = Path(self.settings.work_dir) / MASKS
         path.parent.mkdir(parents=True, exist_ok=True)
 
         def write(beside: Path) -> None:
@@ -108,13 +112,37 @@ class Hospital:
 
         write_atomic(path, write)
 
+    def sum_asked_for(self, kind: str) -> tuple[str, str]:
+        """Return what a sum is about, by all that this hospital is asked, and what goes into it.
+
+        The first tells one attempt from another, and is signed: all must be asked for the same. The
+        second is the same for the same numbers, however often and in whichever run they are asked.
+        """
+        order = {key: self.order.get(key, "") for key in ("seed", "round", "hash")}
+        masks, own = self.masks, dataclasses.asdict(self.settings)
+        trained = {key: value for key, value in own.items() if FIELDS[key].metadata["identity"]}
+        inner = {
+            "count": [self.run_key, masks["members"]],
+            "fit": [trained | {"weights": self.order["trunk"]}, order],
+        }.get(kind, [self.order["trunk"], order["hash"]])
+        outer = [self.run_key, order, masks["whole"], masks["members"], masks["nonce"]]
+        names = (
+            sha256(json.dumps([kind, part], sort_keys=True).encode()) for part in (outer, inner)
+        )
+        what, name = (f"{kind} {digest[:32]}" for digest in names)
+        return what, name
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        """What the order says about a masked sum."""
+        return json.loads(self.order["masks"])
+
     def hide(self, kind: str, numbers: State) -> State:
         """Return integers under the masks of the sum that the order names."""
         if "masks" not in self.order:
-            raise MaskFault(f"{kind}: this hospital's offer did not arrive")
-        masks, masker = json.loads(self.order["masks"]), self.masker()
-        name = f"{kind} s{self.order.get('seed', '')} round {self.order.get('round', '')}"
-        hidden = masker.mask(masks["what"], name, masks["offers"], masks["shares"], numbers)
+            raise MaskFault(f"{kind}: the offer of {self.name} did not arrive")
+        masks, masker, (what, name) = self.masks, self.masker(), self.sum_asked_for(kind)
+        hidden = masker.mask(what, name, masks["offers"], masks["shares"], numbers)
         self.remember(masker)
         return hidden
 
@@ -122,24 +150,34 @@ class Hospital:
         """Return what leaves of a state: all of it, or under masks what the client adds up."""
         if not self.settings.secure_aggregation:
             return state
-        whole = Whole(*json.loads(self.order["masks"])["whole"])
-        return self.hide(kind, encode(state, whole, client))
+        return self.hide(kind, encode(state, Whole(*self.masks["whole"]), client))
 
     def receive(self, sent: State) -> State | None:
         """Return the state that a message is about; None where what it builds on is not here.
 
-        One that came whole is kept, for the next messages to build on.
+        One that came whole is kept, for the next messages to build on. Raises InputError for
+        another state than the message names.
         """
-        base, new = (self.order.get(key) for key in ("base", "hash"))
+        base, new = (self.order.get(key, "") for key in ("base", "hash"))
+        if not sent and not base:
+            return sent
+        for name in filter(None, (base, new)):
+            if not re.fullmatch(r"[0-9a-f]{64}", name):
+                raise InputError("a state is named by its hash")
         folder = self.settings.run / "sent"
         if base:
             path = folder / f"{base}.safetensors"
-            return load_file(path) | sent if path.is_file() else None
-        if new:
+            state = load_file(path) | sent if path.is_file() else {}
+            return state if state_hash(state) == new else None
+        if state_hash(sent) != new:
+            raise InputError("the state is not the one that the message names")
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob("*.safetensors"):
-                old.unlink()
             write_atomic(folder / f"{new}.safetensors", save(sent))
+            for old in set(folder.glob("*.safetensors")) - {folder / f"{new}.safetensors"}:
+                old.unlink()
+        except OSError as error:  # then the next message comes whole, too
+            print(f"{folder}: {error}", flush=True)
         return sent
 
     def kept(self, round: int) -> Path:
@@ -163,6 +201,8 @@ def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Con
             else:
                 more, numbers, state = work(hospital, sent)
                 words |= more
+        except MaskFault as error:  # it names hospitals and sums alone
+            words = {"status": "failed", "reason": in_a_line(error)}
         except Exception as error:  # its text may hold paths, or names of films and so of patients
             traceback.print_exc()
             reason = f"{type(error).__name__}; see the hospital's log"
@@ -193,19 +233,30 @@ def query(here: Hospital, sent: State) -> Answer:
 @answers
 def offer(here: Hospital, sent: State) -> Answer:
     """Offer a key for one masked sum, and shares of what takes its mask off."""
-    masker = here.masker()
-    offered = masker.offer(here.order["what"], json.loads(here.order["members"]))
+    masker, (what, _) = here.masker(), here.sum_asked_for(here.order["kind"])
+    introduced = json.loads(here.order["introduced"])
+    if sorted(introduced) != here.masks["members"]:
+        raise MaskFault("the members of the sum are not those who are introduced")
+    offered = masker.offer(what, introduced)
     here.remember(masker)
-    return {"said": json.dumps(offered)}, {}, {}
+    return {"said": json.dumps(offered | {"what": what})}, {}, {}
+
+
+@client_app.query("agree")
+@answers
+def agree(here: Hospital, sent: State) -> Answer:
+    """Sign the list of those whose numbers are in a sum."""
+    masker = here.masker()
+    signature = masker.agree(here.order["what"], json.loads(here.order["survivors"]))
+    here.remember(masker)  # before it leaves
+    return {"said": json.dumps({"signature": signature})}, {}, {}
 
 
 @client_app.query("reveal")
 @answers
 def reveal(here: Hospital, sent: State) -> Answer:
-    """Give the shares that take the masks off one sum, as far as this hospital may."""
-    masker = here.masker()
-    shares = masker.reveal(here.order["what"], json.loads(here.order["survivors"]))
-    here.remember(masker)  # before they leave
+    """Give the shares that take the masks off a sum whose list enough have signed."""
+    shares = here.masker().reveal(here.order["what"], json.loads(here.order["signatures"]))
     return {"said": json.dumps(shares)}, {}, {}
 
 
@@ -237,7 +288,8 @@ def fit(here: Hospital, sent: State) -> Answer:
     update, keep = fit_safely(client, here.model(), sent, kept, round)
     if update.status != "ok":
         print(f"{here.name}, round {round}: {update.reason}", flush=True)
-        return {"status": update.status, "reason": update.reason.partition(":")[0]}, {}, {}
+        reason = "" if here.settings.secure_aggregation else update.reason.partition(":")[0]
+        return {"status": update.status, "reason": reason}, {}, {}
     if keep:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(here.kept(round), save(keep))
@@ -262,7 +314,8 @@ def batchnorm(here: Hospital, sent: State) -> Answer:
     measured, fault = measure_safely(client, here.model(), sent, here.order["round"])
     if fault:
         print(f"{here.name}, round {here.order['round']}: {fault}", flush=True)
-        return {"status": "failed", "reason": fault.partition(":")[0]}, {}, {}
+        reason = "its films" if here.settings.secure_aggregation else fault.partition(":")[0]
+        return {"status": "failed", "reason": reason}, {}, {}
     return {}, {}, here.encoded("measure", measured, client)
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 import secrets
 from typing import Any
 
 import torch
 
+from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.fixed import Whole
 from ..base.scores import judge
@@ -17,7 +19,7 @@ from ..privacy.masks import MaskedSum, MaskFault
 from ..rounds import Job, Progress
 from ..training.masked import MaskedPool, encode
 from . import messages
-from .messages import Member
+from .messages import Member, Parcel
 from .server import Network
 
 WHOLE = "whole.json"  # what all hospitals count together
@@ -40,6 +42,8 @@ class MaskedNetwork(Network):
         if not path.is_file():
             zero = {name: torch.tensor(0) for name in dataclasses.asdict(NOTHING)}
             found = self.collect("count", "query.count", {name: {} for name in counts}, {}, zero)
+            if missing := counts.keys() - {*self.sum.survivors}:
+                raise InputError(f"not counted under masks: {', '.join(sorted(missing))}")
             write_atomic(path, json.dumps({k: int(v) for k, v in found.items()}).encode())
         self.whole = Whole(**json.loads(path.read_text()))
         return counts
@@ -47,43 +51,59 @@ class MaskedNetwork(Network):
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
         """Return loss and mean AUROC on the validation films of the hospitals that answer."""
         orders = {c.name: {"seed": job.seed, "round": now.round} for c in job.clients}
-        zero = {
-            name: torch.zeros(shape, dtype=torch.int64)
-            for name, shape in messages.sum_shapes(len(self.findings)).items()
-        }
-        found = self.collect("validate", "evaluate", orders, now.state, zero)
-        return judge([{name: value.numpy() for name, value in found.items()}])
+        shapes = messages.sum_shapes(len(self.findings)).items()
+        zero = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes}
+        try:
+            found = self.collect("validate", "evaluate", orders, now.state, zero)
+        except MaskFault as error:
+            print(f"round {now.round}: not validated: {error}", flush=True)
+            return math.nan, math.nan
+        sums = {name: value.numpy() for name, value in found.items()}
+        if not messages.could_be(sums, len(self.findings)):
+            print(f"round {now.round}: not validated: the sum is none of any films", flush=True)
+            return math.nan, math.nan
+        return judge([sums])
 
     def collect(
         self, kind: str, message: str, orders: dict[str, dict[str, Any]], sent: State, wanted: State
     ) -> State:
         """Ask for one sum of integers, shaped as `wanted`, and take its masks off."""
-        for name, reply in self.ask(message, self.prepare(kind, orders), sent):
+        for name, reply in self.ask(message, self.prepare(kind, orders, sent), sent):
             words, _, state = messages.read_reply(reply)
-            fault = (
-                words["reason"] if words["status"] != "ok" else messages.misfit(state, wanted)[1]
-            )
-            if fault:
+            if fault := words["reason"] or messages.misfit(state, wanted)[1]:
                 print(f"{self.sum.what}: nothing of {name}: {fault}", flush=True)
             else:
                 self.sum.add(name, state)
         return self.unmask()
 
-    def prepare(self, kind: str, orders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def prepare(
+        self, kind: str, orders: dict[str, dict[str, Any]], sent: State
+    ) -> dict[str, dict[str, Any]]:
         """Let hospitals offer keys for a sum; return their orders with what masks want of each."""
-        what = f"{kind} {secrets.token_hex(8)}"
-        members = {name: self.introduced[name] for name in orders if name in self.introduced}
-        self.sum = MaskedSum(what, self.hear("offer", members, what, {"members": members}))
-        whole = list(dataclasses.astuple(self.whole))
-        masks = {
-            name: {"what": what, "offers": self.sum.offers, "whole": whole}
-            | {"shares": self.sum.shares_for(name)}
-            for name in self.sum.offers
+        self.discover()
+        members = sorted(name for name in orders if name in self.nodes)
+        masks = {"whole": list(dataclasses.astuple(self.whole)), "members": members}
+        masks["nonce"] = secrets.token_hex(16)
+        about = {
+            "kind": kind,
+            "hash": Parcel(sent).hash if sent else "",
+            "masks": json.dumps(masks),
         }
-        return {
-            name: order | ({"masks": json.dumps(masks[name])} if name in masks else {})
-            for name, order in orders.items()
-        }
+        about["introduced"] = json.dumps({name: self.introduced[name] for name in members})
+        heard = self.hear("offer", {name: orders[name] | about for name in members})
+        faults = {name: messages.offer_fault(said, members) for name, said in heard.items()}
+        whats = [said["what"] for name, said in heard.items() if not faults[name]]
+        what = max(set(whats), key=whats.count, default=kind)
+        for name, said in heard.items():
+            if fault := faults[name] or (
+                "is asked for another sum" if said["what"] != what else ""
+            ):
+                print(f"{what}: {name} offers no mask: {fault}", flush=True)
+        good = {n: said for n, said in heard.items() if not faults[n] and said["what"] == what}
+        self.sum = MaskedSum(what, good, len(members))
+        masks["offers"] = self.sum.offers
+        mine = {n: json.dumps(masks | {"shares": self.sum.shares_for(n)}) for n in good}
+        return {n: order | ({"masks": mine[n]} if n in mine else {}) for n, order in orders.items()}
 
     def expect(self, state: State, member: Member, withheld: bool = False) -> State:
         """Return what a hospital is to send of a state: the integers of a sum."""
@@ -94,19 +114,24 @@ class MaskedNetwork(Network):
         """Return the open sum, by the shares of those whose numbers are in it."""
         one = self.sum
         if len(one.survivors) < self.settings.min_clients:
-            there = ", ".join(one.survivors) or "nobody"
-            raise MaskFault(f"{one.what}: too few for a sum: {there}")
-        revealed = self.hear("reveal", one.survivors, one.what, {"survivors": one.survivors})
-        return one.finish(revealed)
+            raise MaskFault(
+                f"{one.what}: too few for a sum: {', '.join(one.survivors) or 'nobody'}"
+            )
+        about = {"what": one.what, "survivors": json.dumps(one.survivors)}
+        heard = self.hear("agree", dict.fromkeys(one.survivors, about))
+        signed = {n: s["signature"] for n, s in heard.items() if messages.is_text(s, "signature")}
+        about = {"what": one.what, "signatures": json.dumps(signed)}
+        revealed = self.hear("reveal", dict.fromkeys(signed, about))
+        names = list(one.offers)
+        return one.finish({n: s for n, s in revealed.items() if messages.is_text(s, *names)})
 
-    def hear(self, kind: str, names: Any, what: str, about: dict[str, Any]) -> dict[str, Any]:
+    def hear(self, kind: str, orders: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Ask hospitals about a sum; return what each says, and print why one says nothing."""
-        order = {"what": what} | {key: json.dumps(value) for key, value in about.items()}
         heard = {}
-        for name, reply in self.ask(f"query.{kind}", dict.fromkeys(names, order), {}):
+        for name, reply in self.ask(f"query.{kind}", orders, {}):
             words, _, _ = messages.read_reply(reply)
             heard[name], fault = messages.read_json(words)
             if fault:
-                print(f"{what}: no {kind} of {name}: {fault}", flush=True)
+                print(f"no {kind} of {name}: {fault}", flush=True)
                 del heard[name]
         return heard

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,10 @@ def read_introduction(reply: Message | Fault) -> tuple[str, dict[str, Any], str]
     if words["status"] != "ok":
         return "", {}, words["reason"] or "it has failed"
     counts["findings"] = str(words.get("findings", "")).split(SEPARATOR)
-    counts["introduction"], _ = read_json(words | {"said": str(words.get("introduction", ""))})
+    said, _ = read_json(words | {"said": words.get("introduction")})
+    if not is_text(said, "key", "node", "signature"):
+        return "", {}, f"no introduction: {name!r} gives no key"
+    counts["introduction"] = said
     known = counts["known"] if isinstance(counts["known"], list) else [None]
     fits = len(known) == len(counts["findings"]) and all(map(is_number, [counts["weight"], *known]))
     if not (isinstance(name, str) and name and fits):
@@ -146,23 +150,37 @@ def read_sums(reply: Message | Fault, findings: int) -> tuple[dict[str, np.ndarr
     if words["status"] != "ok":
         return {}, words["reason"]
     sums = {key: np.asarray(numbers.get(key)) for key in SUMS}
+    return (sums, "") if could_be(sums, findings) else ({}, "its sums are none of any films")
+
+
+def could_be(sums: dict[str, np.ndarray], findings: int) -> bool:
+    """Tell whether some films could give these validation sums."""
     fits = all(value.dtype == np.int64 for value in sums.values())
     fits = fits and {k: value.shape for k, value in sums.items()} == sum_shapes(findings)
     fits = fits and all(((value >= 0) & (value <= MOST)).all() for value in sums.values())
-    if not fits or (sums["ordered"] > 2 * sums["pairs"]).any():
-        return {}, "its sums are none of any films"
-    return sums, ""
+    return bool(fits and (sums["ordered"] <= 2 * sums["pairs"]).all())
 
 
-def read_json(words: dict[str, str]) -> tuple[dict[str, Any], str]:
+def read_json(words: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Return what a hospital said about a masked sum, or why it said nothing that can be read."""
     if words["status"] != "ok":
         return {}, words["reason"] or words["status"]
     try:
         said = json.loads(words["said"])
         return (said, "") if isinstance(said, dict) else ({}, "what it says is of another kind")
-    except (KeyError, ValueError) as error:
-        return {}, f"what it says cannot be read: {error}"
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        return {}, f"what it says cannot be read: {type(error).__name__}"
+
+
+def is_text(said: object, *keys: str) -> bool:
+    """Tell a dictionary that has a text under each of these keys."""
+    return isinstance(said, dict) and all(isinstance(said.get(key), str) for key in keys)
+
+
+def offer_fault(said: dict[str, Any], members: Sequence[str]) -> str:
+    """Say why a hospital's offer for a masked sum is none; empty where it is one."""
+    whole = is_text(said, "what") and is_text(said.get("offer"), "key", "digest", "signature")
+    return "" if whole and is_text(said.get("shares"), *members) else "its offer is none"
 
 
 def is_number(value: object) -> bool:
@@ -175,9 +193,10 @@ def read_said(text: str) -> tuple[dict[str, Any], str]:
     try:
         said = json.loads(text or "{}")
         numbers = {k: v for k, v in said.get("account", {}).items() if k != "hospital"}
-        if all(isinstance(v, int | float) for v in numbers.values()):
+        stop = said.get("stop", "")
+        if all(isinstance(v, int | float) for v in numbers.values()) and isinstance(stop, str):
             return said, ""
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         pass
     return {}, "its budget cannot be read"
 

@@ -24,7 +24,7 @@ from ..base.state import State, find_misfit
 from ..client import Update
 from ..fedavg import FedAvg
 from ..model import ChestResNet
-from ..privacy.masks import NODE, is_signed, read_keys
+from ..privacy.keys import is_introduced, read_keys
 from ..rounds import Job, Progress, Row
 from ..settings import FIELDS, Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
@@ -69,7 +69,8 @@ class Network:
         """Let the hospitals train; yield updates in the order given, and the round to be kept."""
         began, about = time.perf_counter(), {"seed": clients[0].seed, "round": round}
         after = {c.name: int(kept.get(c.name, {}).get("round", 0)) for c in clients}
-        orders = self.prepare("fit", {n: about | {"kept": before} for n, before in after.items()})
+        orders = {name: about | {"kept": before} for name, before in after.items()}
+        orders = self.prepare("fit", orders, sent)
         kind, hidden = client_class(self.settings), self.settings.secure_aggregation
         weights = {c.name: None if hidden else c.weight for c in clients}
         wanted = {name: sent[name] for name in kind.returns(self.model, sent)}
@@ -86,9 +87,8 @@ class Network:
         self, clients: list[Member], state: State, round: int
     ) -> Iterator[tuple[State, str]]:
         """Let the hospitals measure BatchNorm; yield that, or why not, in the order given."""
-        orders = self.prepare(
-            "measure", {c.name: {"seed": c.seed, "round": round} for c in clients}
-        )
+        orders = {c.name: {"seed": c.seed, "round": round} for c in clients}
+        orders = self.prepare("measure", orders, state)
         wanted = {
             k: v.double() for k, v in state.items() if k.endswith((RUNNING_MEAN, RUNNING_VAR))
         }
@@ -111,7 +111,9 @@ class Network:
                 sums.append(found)
         return judge(sums)
 
-    def prepare(self, kind: str, orders: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    def prepare(
+        self, kind: str, orders: dict[str, dict[str, Any]], sent: State
+    ) -> dict[str, dict[str, Any]]:
         """Return the orders for what will be added up; hospitals need nothing more."""
         return orders
 
@@ -131,7 +133,7 @@ class Network:
         for name in orders:
             reply = self.wait(ids[name], end) if name in ids else ("failed", "not connected")
             if messages.has_lost_state(reply):
-                del self.bases[name]
+                self.bases.pop(name, None)
                 reply = self.wait(self.push(kind, [name], orders, parcel)[0], end)
             yield name, reply or ("late", f"no reply in {limit:g} s")
 
@@ -166,6 +168,7 @@ class Network:
         """Ask new SuperNodes who they are, forget those that have gone, and never wait."""
         online = set(self.grid.get_node_ids())
         self.nodes = {name: node for name, node in self.nodes.items() if node in online}
+        self.asked = {node: query for node, query in self.asked.items() if node in online}
         new = sorted(online - self.asked.keys())
         queries = [self.message("query", node, {}, pack({})) for node in new]
         self.asked |= dict(zip(new, self.grid.push_messages(queries), strict=True))
@@ -183,6 +186,8 @@ class Network:
                 theirs, ours = ", ".join(findings), ", ".join(self.findings)
                 fault = f"{name} is left out: its findings are {theirs}, not the run's {ours}"
             introduction = counts.pop("introduction", {})
+            if not fault and introduction["node"] != str(node):
+                fault = f"{name} is introduced by another node: left out"
             if not fault and self.keys and not self.has_key(name, node, introduction):
                 fault = f"calls itself {name}, and has not its key: left out"
             if not fault:
@@ -193,10 +198,7 @@ class Network:
     def has_key(self, name: str, node: int, introduction: dict[str, str]) -> bool:
         """Tell whether a SuperNode speaks for a hospital, whose key the server was given."""
         run = messages.run_key(self.settings.name, self.config)
-        try:
-            return is_signed(self.keys.get(name), run, name, f"{NODE}{node}", introduction)
-        except (KeyError, TypeError, ValueError):  # signed with something else
-            return False
+        return is_introduced(self.keys.get(name), run, name, str(node), introduction)
 
     def gather(self, seconds: float) -> dict[str, dict[str, Any]]:
         """Wait until all hospitals are connected; return what each counts in the mean.

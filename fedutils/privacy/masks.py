@@ -3,43 +3,51 @@
 Bonawitz et al., "Practical secure aggregation", CCS 2017, for a few hospitals and the integers of
 `base.fixed`. For each sum a hospital draws a key pair and a seed, and gives every other one a
 Shamir share of both, encrypted for it. It sends its numbers plus the stream of its seed, plus or
-minus that of the key which it has with each other one: uniform to whom lacks these. Of those whose
-numbers came, the others give their shares of the seed; of those who were lost, of the key; so all
-streams fall out of the sum. A hospital gives of nobody both, nothing for a sum of fewer than
-`least`, and of the same numbers nothing for a second set of hospitals. More than half of the
-hospitals are needed to put a secret together, so no server gets both of one from different
-hospitals unless one of them helps it.
+minus that of the key which it has with each other one: uniform to whom lacks these. Those whose
+numbers came sign who they are; once more than half of all have signed the same list, each gives its
+shares: of those in the list of the seed, of the others of the key. So all streams fall out of the
+sum. A hospital does so for one list, never for fewer than `least`, and of the same numbers for no
+other hospitals in any later sum.
+
+What a sum is about (`what`) each hospital computes from what it was asked, and signs with its
+offer: to ask them for different things is to have their keys refused. Shares are encrypted with
+what they are shares of, and open for nothing else.
 
 The elliptic curves (P-384), HKDF, Fernet and Shamir's shares are Flower's, from `cryptography` and
 PyCryptodome; the streams are AES-256 in counter mode.
 """
 
-import base64
-import hashlib
+import itertools
 import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..base.errors import InputError
+from ..base.errors import InputError, SumFailed
 from ..base.parameters import Parameters, parameter
 from ..base.state import State
+from .keys import (
+    Offer,
+    add_stream,
+    digest,
+    is_introduced,
+    is_signed,
+    new_secret,
+    pair_key,
+    public_key,
+    public_of,
+    shared_key,
+    sign,
+)  # fmt: skip
 
-Offer = dict[str, str]  # of a hospital for one sum: public key, what tells its seed, signature
-DRAWN_AT_ONCE = 1 << 17  # numbers of a stream
-NODE = "node "  # before its number, in what an introduction is signed for
-PUBLIC = ".key.pub"  # after a hospital's name, the file of its public key
-KEY_DIGITS = 96  # of a private key
+TRIED = 1000  # sets of shares
 OPEN = 8  # sums that a hospital remembers the shares of
 
 
-class MaskFault(RuntimeError):
-    """What is refused, and whose fault it is: another key, another set, too few."""
+class MaskFault(SumFailed):
+    """What is refused, and whose fault it is: another key, another list, too few."""
 
 
 @dataclass(frozen=True)
@@ -66,41 +74,23 @@ class MaskParameters(Parameters):
 
 
 def threshold(hospitals: int) -> int:
-    """Return how many hospitals put a secret together: more than half."""
+    """Return how many hospitals must agree, and put a secret together: more than half."""
     return hospitals // 2 + 1
 
 
-def digest(seed: bytes) -> str:
-    """Return what tells a seed that was put together from a false one."""
-    return hashlib.sha256(seed).hexdigest()
-
-
-def statement(run: str, name: str, what: str, *said: str) -> bytes:
-    """Return what a hospital signs: which run and sum it is about, who it is, what it offers."""
-    return json.dumps([run, name, what, *said]).encode()
-
-
-def is_signed(key: Any, run: str, name: str, what: str, offer: Offer) -> bool:
-    """Tell whether there is a key, with whose private half an offer is signed."""
-    from flwr.supercore.primitives.asymmetric import verify_signature
-
-    about = statement(run, name, what, offer["key"], offer["digest"])
-    return key is not None and verify_signature(key, about, bytes.fromhex(offer["signature"]))
-
-
 class Masker:
-    """A hospital's half of a run. `memory`, plain text for JSON, is what it must not forget.
+    """A hospital's half. `memory`, plain text for JSON, is what it must not forget.
 
     `signing` is the hospital's own private key; `trusted` the public ones of the others by name,
-    with which their offers must be signed. Without any nothing is signed: then the server is
-    trusted to pass keys on as they are.
+    with which all that they say must be signed. Without any nothing is signed: then the server is
+    trusted to pass on what was said.
     """
 
     def __init__(
         self, name: str, run: str, least: int, memory: dict[str, Any], signing: Any = None,
         trusted: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self.name, self.run, self.least, self.memory = name, run, least, memory
+        self.name, self.run, self.least, self.memory = name, run, max(2, least), memory
         self.signing, self.trusted = signing, trusted or {}
         if not memory:
             memory |= {"secret": new_secret(), "sums": {}, "revealed": {}}
@@ -110,34 +100,46 @@ class Masker:
 
         It is bound to the `node` that speaks for it, so that no other one can pass it off.
         """
-        return self._signed(NODE + node, public_of(self.memory["secret"])) | {"node": node}
+        key = public_of(self.memory["secret"])
+        signature = sign(self.signing, "introduction", self.run, self.name, node, key)
+        return {"key": key, "node": node, "signature": signature}
 
     def offer(self, what: str, members: Mapping[str, Offer]) -> dict[str, Any]:
         """Return this hospital's offer for one sum, and of its secrets a share for each member.
 
-        `members` are the introductions of all who may take part. Raises MaskFault for a key that is
-        not its hospital's.
+        `members` are the introductions of all who may take part. Raises MaskFault for one that is
+        not its hospital's, and for a sum that was offered before.
         """
         from flwr.common.secure_aggregation.crypto.shamir import create_shares
         from flwr.common.secure_aggregation.crypto.symmetric_encryption import encrypt
 
-        for name, other in members.items():
-            self.check(name, NODE + other["node"], other)
-        names, secret, seed = sorted(members), new_secret(), secrets.token_bytes(32)
+        sums, names = self.memory["sums"], sorted(members)
+        if what in sums or len(names) < self.least or self.name not in names:
+            raise MaskFault(f"{what}: {self.name} offers nothing for it, or not again")
+        for name, said in members.items():
+            if self.trusted and not is_introduced(
+                self.trusted.get(name), self.run, name, said["node"], said
+            ):
+                raise MaskFault(f"the mask key of {name} is not signed with the key of {name}")
+        secret, seed = new_secret(), secrets.token_bytes(32)
+        key, told = public_of(secret), digest(seed)
         parts = [
             create_shares(bytes.fromhex(one), threshold(len(names)), len(names))
             for one in (secret, seed.hex())
         ]
         shares = {}
         for name, *both in zip(names, *parts, strict=True):
-            text = json.dumps([part.hex() for part in both]).encode()
-            key = shared_key(self.memory["secret"], members[name]["key"])
-            shares[name] = encrypt(key, text).decode()
-        sums = self.memory["sums"]
+            text = json.dumps([what, self.name, name, key, told, *(part.hex() for part in both)])
+            pair = shared_key(self.memory["secret"], members[name]["key"])
+            shares[name] = encrypt(pair, text.encode()).decode()
         sums[what] = {"secret": secret, "seed": seed.hex(), "members": dict(members)}
         for old in list(sums)[:-OPEN]:
             del sums[old]
-        return {"offer": self._signed(what, public_of(secret), digest(seed)), "shares": shares}
+        about = "offer", self.run, self.name, what, key, told
+        return {
+            "offer": {"key": key, "digest": told, "signature": sign(self.signing, *about)},
+            "shares": shares,
+        }
 
     def mask(
         self, what: str, name: str, offers: Mapping[str, Offer], shares: Mapping[str, str],
@@ -147,63 +149,87 @@ class Masker:
 
         `name` is what this hospital calls the numbers, however often they are asked for; `offers`
         are those of all who take part, `shares` what each of them encrypted for this one. Raises
-        MaskFault for a key that is not its hospital's, and for fewer than `least`.
+        MaskFault for what is not its hospital's or of this sum, and for fewer than `least`.
         """
-        from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt
-
-        mine = self.memory["sums"].get(what)
-        if mine is None or "secret" not in mine or self.name not in offers:
+        mine = self.memory["sums"].get(what, {})
+        if "secret" not in mine or self.name not in offers:
             raise MaskFault(f"{what}: no offer of {self.name} is open")
         if len(offers) < self.least or not offers.keys() <= mine["members"].keys():
             raise MaskFault(f"{what}: a sum of {len(offers)} hospitals, fewer than {self.least}")
-        masked, kept = {name: value.clone() for name, value in values.items()}, {}
+        kept = {
+            other: self._open(what, other, offer, mine["members"][other], shares.get(other, ""))
+            for other, offer in offers.items()
+        }
+        masked = {key: value.clone() for key, value in values.items()}
         add_stream(masked, bytes.fromhex(mine["seed"]))
-        for other, offer in offers.items():
-            self.check(other, what, offer)
-            key = shared_key(self.memory["secret"], mine["members"][other]["key"])
-            kept[other] = json.loads(decrypt(key, shares[other].encode()))
-            if other != self.name:
-                sign = 1 if self.name < other else -1
-                add_stream(masked, pair_key(mine["secret"], offer["key"]), sign)
-        self.memory["sums"][what] = {"name": name, "shares": kept}  # without secrets: masks no more
+        for other in offers.keys() - {self.name}:
+            sign_of = 1 if self.name < other else -1
+            add_stream(masked, pair_key(mine["secret"], offers[other]["key"]), sign_of)
+        count = len(mine["members"])  # its secrets are forgotten: it masks no more
+        self.memory["sums"][what] = {"name": name, "shares": kept, "members": count}
         return masked
 
-    def reveal(self, what: str, survivors: Sequence[str]) -> dict[str, str]:
+    def agree(self, what: str, survivors: Sequence[str]) -> str:
+        """Sign whose numbers came, for one list alone; raise MaskFault for another or too few."""
+        one, chosen = self.memory["sums"].get(what, {}), sorted(survivors)
+        if self.name not in chosen or not {*chosen} <= one.get("shares", {}).keys():
+            raise MaskFault(f"{what}: {self.name} has no numbers in that sum")
+        if len({*chosen}) < max(self.least, len(chosen)):
+            raise MaskFault(f"{what}: a sum of {len({*chosen})} hospitals, too few or named twice")
+        before = self.memory["revealed"].setdefault(one["name"], chosen)
+        if before != chosen or one.setdefault("agreed", chosen) != chosen:
+            named = f"what {self.name} sent was, or will be, unmasked for {', '.join(before)}"
+            raise MaskFault(f"{named}, and is for no other hospitals; take another seed")
+        return sign(self.signing, "survivors", self.run, self.name, what, *chosen)
+
+    def reveal(self, what: str, signatures: Mapping[str, str]) -> dict[str, str]:
         """Return of each survivor the share of its seed, of each other one that of its key.
 
-        Once that was given for the numbers of a name and a set of survivors, it is for no other
-        set. Raises MaskFault.
+        `signatures` are those of survivors under the list that this hospital has signed. Raises
+        MaskFault where fewer than half of all have signed the same.
         """
-        one, chosen = self.memory["sums"].get(what, {}), sorted(survivors)
-        shares = one.get("shares", {})
-        if self.name not in chosen or not {*chosen} <= shares.keys():
-            raise MaskFault(f"{what}: {self.name} has no numbers in that sum")
-        if len(chosen) < self.least:
-            raise MaskFault(f"{what}: a sum of {len(chosen)} hospitals, fewer than {self.least}")
-        before = self.memory["revealed"].setdefault(one["name"], chosen)
-        if before != chosen:
-            named = f"{one['name']} was unmasked for {', '.join(before)}"
-            raise MaskFault(f"{named}, and is for no other hospitals")
-        return {other: part[other in chosen] for other, part in shares.items()}
+        one = self.memory["sums"].get(what, {})
+        if "agreed" not in one:
+            raise MaskFault(f"{what}: {self.name} has agreed on no list of hospitals")
+        agreed = one["agreed"]
 
-    def _signed(self, what: str, key: str, told: str = "") -> Offer:
-        from flwr.supercore.primitives.asymmetric import sign_message
+        def has_signed(name: str) -> bool:
+            """Tell whether a hospital has signed the same list."""
+            about = "survivors", self.run, name, what, *agreed
+            return not self.trusted or is_signed(self.trusted.get(name), signatures[name], *about)
 
-        about = statement(self.run, self.name, what, key, told)
-        signature = sign_message(self.signing, about).hex() if self.signing else ""
-        return {"key": key, "digest": told, "signature": signature}
+        good = [name for name in {*signatures} & {*agreed} if has_signed(name)]
+        if len(good) < threshold(one["members"]):
+            raise MaskFault(f"{what}: {len(good)} hospitals have signed that list: too few")
+        return {other: part[other in agreed] for other, part in one["shares"].items()}
 
-    def check(self, name: str, what: str, other: Offer) -> None:
-        """Raise MaskFault unless an offer is signed by the hospital whose it is said to be."""
-        if self.trusted and not is_signed(self.trusted.get(name), self.run, name, what, other):
+    def _open(
+        self, what: str, name: str, offer: Offer, introduced: Offer, token: str
+    ) -> tuple[str, str]:
+        """Return the shares that another hospital's offer holds for this one."""
+        from cryptography.fernet import InvalidToken
+        from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt
+
+        about = "offer", self.run, name, what, offer["key"], offer["digest"]
+        if self.trusted and not is_signed(self.trusted.get(name), offer["signature"], *about):
             raise MaskFault(f"the mask key of {name} is not signed with the key of {name}")
+        wanted = [what, name, self.name, offer["key"], offer["digest"]]
+        try:
+            pair = shared_key(self.memory["secret"], introduced["key"])
+            *found, of_key, of_seed = json.loads(decrypt(pair, token.encode()))
+            public_key(offer["key"])
+        except (InvalidToken, TypeError, ValueError) as error:
+            raise MaskFault(f"{what}: what {name} offers cannot be opened") from error
+        if found != wanted:
+            raise MaskFault(f"{what}: the shares of {name} are of another sum")
+        return of_key, of_seed
 
 
 class MaskedSum:
     """The server's half of one sum: what hospitals `offered`, what came, and of whom."""
 
-    def __init__(self, what: str, offered: Mapping[str, dict[str, Any]]) -> None:
-        self.what, self.offered = what, offered
+    def __init__(self, what: str, offered: Mapping[str, dict[str, Any]], members: int) -> None:
+        self.what, self.offered, self.enough = what, offered, threshold(members)
         self.offers = {hospital: one["offer"] for hospital, one in offered.items()}
         self.total: State = {}
         self.survivors: list[str] = []
@@ -219,105 +245,38 @@ class MaskedSum:
         self.survivors.append(hospital)
 
     def finish(self, revealed: Mapping[str, Mapping[str, str]]) -> State:
-        """Return the sum without its masks, by the shares that survivors gave."""
-        unmask(self.total, self.offers, self.survivors, revealed)
+        """Return the sum without its masks, by the shares that survivors gave; else MaskFault."""
+        for name, offer in self.offers.items():
+            came = name in self.survivors
+            shares = {by: given[name] for by, given in revealed.items() if name in given}
+            secret = put_together(name, shares, self.enough, offer, came)
+            if came:
+                add_stream(self.total, bytes.fromhex(secret), -1)
+                continue
+            for survivor in self.survivors:  # who added what it had with the lost one
+                sign_of = -1 if survivor < name else 1
+                pair = pair_key(secret, self.offers[survivor]["key"])
+                add_stream(self.total, pair, sign_of)
         return self.total
 
 
-def unmask(
-    total: State, offers: Mapping[str, Offer], survivors: Sequence[str],
-    revealed: Mapping[str, Mapping[str, str]],
-) -> None:  # fmt: skip
-    """Take the masks off the sum of what the `survivors` among those who offered sent.
+def put_together(
+    name: str, shares: Mapping[str, str], enough: int, offer: Offer, seed: bool
+) -> str:
+    """Return a hospital's seed, or its key, of others' shares; MaskFault where none fits its offer.
 
-    `revealed` are the shares that hospitals gave. Raises MaskFault where too few did, or a secret
-    that they give together is not what was offered.
+    A false share spoils a secret: `enough` of them are tried in turn, up to a thousand times.
     """
     from flwr.common.secure_aggregation.crypto.shamir import combine_shares
 
-    for name, offer in offers.items():
-        shares = [bytes.fromhex(given[name]) for given in revealed.values() if name in given]
+    sets = itertools.combinations(sorted(shares), enough)
+    for chosen in itertools.islice(sets, TRIED):
         try:
-            secret = combine_shares(shares).hex()
-        except (ValueError, IndexError) as error:
-            raise MaskFault(f"{len(shares)} shares of {name} give no secret: {error}") from error
-        if name in survivors:
-            if digest(bytes.fromhex(secret)) != offer["digest"]:
-                raise MaskFault(f"the shares of {name} give another seed than it offered")
-            add_stream(total, bytes.fromhex(secret), -1)
+            secret = combine_shares([bytes.fromhex(shares[by]) for by in chosen]).hex()
+            told = digest(bytes.fromhex(secret)) if seed else public_of(secret)
+        except (ValueError, IndexError):
             continue
-        if public_of(secret) != offer["key"]:
-            raise MaskFault(f"the shares of {name} give another key than it offered")
-        for survivor in survivors:  # who added what it had with the lost one
-            sign = -1 if survivor < name else 1
-            add_stream(total, pair_key(secret, offers[survivor]["key"]), sign)
-
-
-def add_stream(values: State, key: bytes, sign: int = 1) -> None:
-    """Add to contiguous integers (int64), modulo 2^64, a key's stream, in the order of names."""
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-
-    cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-    zeros, drawn = (
-        bytes(8 * DRAWN_AT_ONCE),
-        bytearray(8 * DRAWN_AT_ONCE + 15),
-    )  # as much as it asks for
-    for _, value in sorted(values.items()):
-        for part in value.view(-1).split(DRAWN_AT_ONCE):
-            cipher.update_into(memoryview(zeros)[: 8 * len(part)], drawn)
-            numbers = torch.frombuffer(drawn, dtype=torch.int64, count=len(part))
-            part.add_(numbers, alpha=sign)
-
-
-def read_keys(folder: str, name: str) -> tuple[Any, dict[str, Any]]:
-    """Return a hospital's private key, and the public ones by name, of a folder; none without.
-
-    `NAME.key` and `*.key.pub`, as `ssh-keygen` writes them.
-    """
-    from cryptography.hazmat.primitives.serialization import (
-        load_ssh_private_key,
-        load_ssh_public_key,
-    )
-
-    if not folder:
-        return None, {}
-    own = Path(folder) / f"{name}.key"
-    public = {
-        path.name.removesuffix(PUBLIC): load_ssh_public_key(path.read_bytes())
-        for path in Path(folder).glob(f"*{PUBLIC}")
-    }
-    return load_ssh_private_key(own.read_bytes(), None) if own.is_file() else None, public
-
-
-def new_secret() -> str:
-    """Draw a private key; return its number in hexadecimal digits."""
-    from flwr.supercore.primitives.asymmetric import generate_key_pairs
-
-    return f"{generate_key_pairs()[0].private_numbers().private_value:0{KEY_DIGITS}x}"
-
-
-def private_key(secret: str) -> Any:
-    """Return the private key of such a number."""
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    return ec.derive_private_key(int(secret, 16), ec.SECP384R1())
-
-
-def public_of(secret: str) -> str:
-    """Return the public key of a private one, as PEM."""
-    from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-
-    return public_key_to_bytes(private_key(secret).public_key()).decode()
-
-
-def shared_key(secret: str, public: str) -> bytes:
-    """Return what one's private and another's public key have in common, for Fernet."""
-    from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
-    from flwr.supercore.primitives.asymmetric import bytes_to_public_key
-
-    return generate_shared_key(private_key(secret), bytes_to_public_key(public.encode()))
-
-
-def pair_key(secret: str, public: str) -> bytes:
-    """Return the 32 bytes from which a pair of hospitals draws its stream."""
-    return base64.urlsafe_b64decode(shared_key(secret, public))
+        if told == offer["digest" if seed else "key"]:
+            return secret
+    kind = "seed" if seed else "key"
+    raise MaskFault(f"{len(shares)} shares, {enough} wanted, do not give the {kind} of {name}")

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from ..base.errors import in_a_line
+from ..base.errors import SumFailed, in_a_line
 from ..base.fixed import Pool
 from ..base.rng import generator
 from ..base.state import State, cast_like, count_bytes, find_fault, to_cpu
@@ -101,7 +101,12 @@ def refresh_batchnorm(
             pool.add(client.name, measured)
             seen[client.name] = measured
     if pool.sums.count >= strategy.settings.least_clients:
-        pooled = pool_batchnorm(pool, seen, now.state, executor.pool(job, strategy))
+        try:
+            pooled = pool_batchnorm(pool, seen, now.state, executor.pool(job, strategy))
+        except SumFailed as error:
+            for row in counted.values():
+                row |= {"status": UNMEASURED, "reason": f"BatchNorm not measured: {error}"}
+            return
         now.state = now.state | pooled
         for row in counted.values():  # the rest of the state goes down once, at the next round
             row["bytes_down"] += count_bytes(pooled) * travels

@@ -4,12 +4,13 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from ..base.errors import InputError
-from ..base.fixed import ONE, Pool, Whole
+from ..base.fixed import FILM, ONE, Counted, Pool, Whole
 from ..base.scores import judge
-from ..base.state import State
+from ..base.state import LARGEST, State, is_head
 from ..client import Client, Update
 from ..fedavg import FedAvg, WeightedMean
 from ..privacy.masks import MaskedSum, Masker, MaskFault
@@ -19,19 +20,39 @@ from .replicas import Replicas
 SUM, SHARE, ALL = "sum/", "share/", "share"
 
 
-def encode(state: State, whole: Whole, client: Client) -> State:
-    """Return what a client adds to the mean as integers (int64), which masks can hide."""
-    own = WeightedMean()
-    own.add(state, *whole.shares(client))
-    if own.share > ONE:
+def encode(state: State, whole: Whole, client: Counted) -> State:
+    """Return what a client adds to the mean as integers (int64), which masks can hide.
+
+    A head's share stands by finding, as a finding may be unknown to any client. Raises MaskFault
+    where its share is none of `whole`.
+    """
+    own, (share, known) = WeightedMean(), whole.shares(client)
+    if max(share, *known) > ONE:
         raise MaskFault(f"{client.name}: its films are more than all")
-    return encoded(own)
+    own.add(state, share, known)
+    shares = {SHARE + name: torch.as_tensor(share) for name, share in own.shares.items()}
+    for name in filter(is_head, state):
+        rows = (len(known), *[1] * (state[name].ndim - 1))
+        shares[SHARE + name] = torch.tensor(known).view(rows)
+    return {SUM + k: v for k, v in own.sums.items()} | shares | {ALL: torch.tensor(own.share)}
 
 
-def encoded(mean: WeightedMean) -> State:
-    """Return a mean's sums and shares as tensors by name."""
-    shares = {SHARE + name: torch.as_tensor(share) for name, share in mean.shares.items()}
-    return {SUM + k: v for k, v in mean.sums.items()} | shares | {ALL: torch.tensor(mean.share)}
+def decode(total: State, sums: WeightedMean) -> None:
+    """Put a sum of what clients encoded into an empty mean; MaskFault where no honest ones gave it.
+
+    That is all that can be told of one who lies under masks: its name cannot.
+    """
+    sums.share = int(total[ALL])
+    for name in [name.removeprefix(SUM) for name in total if name.startswith(SUM)]:
+        value, share = total[SUM + name], total[SHARE + name]
+        most = share.double() * LARGEST + share.bool() * 2.0**32  # which rounding never reaches
+        inside = (share >= 0).all() and (share <= ONE + FILM).all() and sums.share > 0
+        if name.endswith("running_var"):
+            inside = inside and (value >= 0).all()
+        if not inside or not (value.double().abs() <= most).all():
+            raise MaskFault(f"the sum of {name} is none that honest hospitals give: somebody lies")
+        sums.sums[name] = value
+        sums.shares[name] = share if share.ndim else int(share)
 
 
 class MaskedPool(Pool):
@@ -48,12 +69,7 @@ class MaskedPool(Pool):
 
     def result(self, before: State) -> tuple[State, float, float]:
         """Return the mean, and of how much it is: of which part of all films, and how many."""
-        total = self.executor.unmask()
-        self.sums.share = int(total.pop(ALL))
-        for name in [name for name in total if name.startswith(SUM)]:
-            share = total.pop(SHARE + name.removeprefix(SUM))
-            self.sums.sums[name.removeprefix(SUM)] = total.pop(name)
-            self.sums.shares[name.removeprefix(SUM)] = share if share.ndim else int(share)
+        decode(self.executor.unmask(), self.sums)
         return self.sums.result(before), *self.whole.part(self.sums.share)
 
 
@@ -102,21 +118,26 @@ class Masked:
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
         """Return loss and mean AUROC, within hospitals, of the aggregated model on their films."""
         sums = self.inner.validation_sums(job, now)
-        self._open(f"validate {now.round}", list(sums))
-        for name, own in sums.items():
-            self.sum.add(name, self._mask(name, {k: torch.from_numpy(v) for k, v in own.items()}))
+        if not sums:
+            return math.nan, math.nan
+        none = {name: np.zeros_like(value) for name, value in next(iter(sums.values())).items()}
+        names = [client.name for client in job.clients]
+        self._open(f"validate {now.round}", names)
+        for name in names:
+            own = {k: torch.from_numpy(v) for k, v in sums.get(name, none).items()}
+            self.sum.add(name, self._mask(name, own))
         return judge([{name: value.numpy() for name, value in self.unmask().items()}])
 
     def unmask(self) -> State:
         """Return the sum of what came, by the shares of those whose numbers are in it."""
-        one = self.sum
-        came = {name: self.maskers[name] for name in one.survivors}
-        return one.finish({k: m.reveal(one.what, one.survivors) for k, m in came.items()})
+        what, names = self.sum.what, self.sum.survivors
+        signed = {name: self.maskers[name].agree(what, names) for name in names}
+        return self.sum.finish({name: self.maskers[name].reveal(what, signed) for name in names})
 
     def _open(self, what: str, names: list[str]) -> None:
         members = {name: self.introduced[name] for name in names}
         offered = {name: self.maskers[name].offer(what, members) for name in names}
-        self.sum = MaskedSum(what, offered)
+        self.sum = MaskedSum(what, offered, len(members))
 
     def _mask(self, name: str, numbers: State) -> State:
         """Return what a client sends of its numbers."""

@@ -26,7 +26,7 @@ from torchvision.models import resnet34
 from fedutils import rounds, run
 from fedutils.base.device import precision
 from fedutils.base.errors import InputError
-from fedutils.base.state import to_cpu
+from fedutils.base.state import state_hash, to_cpu
 from fedutils.films.phantom.cases import FINDINGS
 from fedutils.model import build_resnet34
 from fedutils.network import hospital, messages, server
@@ -382,7 +382,7 @@ def test_nothing_but_masked_integers_and_keys_leaves_a_hospital_that_masks(maske
             assert dict(reply.content["numbers"]) == {"weight": 1, "known": [1] * 14}
         else:
             assert set(words) <= {"said"} and not dict(reply.content["numbers"])
-            assert bool(words) == (kind in ("query.offer", "query.reveal"))
+            assert bool(words) == (kind in ("query.offer", "query.agree", "query.reveal"))
         for value in state.values():
             assert value.dtype == torch.int64
         numbers = set(torch.cat([v.flatten() for v in state.values()]).tolist()) if state else set()
@@ -393,7 +393,7 @@ def test_nothing_but_masked_integers_and_keys_leaves_a_hospital_that_masks(maske
     assert stats.chisquare(counts).pvalue > 1e-6
 
 
-@pytest.mark.parametrize("lost", ["train", "query.reveal"])
+@pytest.mark.parametrize("lost", ["train", "query.agree", "query.reveal"])
 def test_a_hospital_that_is_lost_after_its_keys_or_its_update(tmp_path, lost):
     """The bits of a plain run of those whose updates came."""
     films = tiny_films(tmp_path)
@@ -474,18 +474,119 @@ def test_masks_are_signed_and_a_server_that_swaps_a_key_is_found(tmp_path, signe
         def push_messages(self, messages):
             for message in messages:
                 order = message.content.config_records["order"]
-                if "members" in order:
-                    members = json.loads(order["members"])
+                if "introduced" in order:
+                    introduced = json.loads(order["introduced"])
                     mine = Masker("client-3", "run", 2, {})
-                    members["client-3"] |= {"key": mine.introduce()["key"]}
-                    order["members"] = json.dumps(members)
+                    introduced["client-3"] |= {"key": mine.introduce()["key"]}
+                    order["introduced"] = json.dumps(introduced)
             return super().push_messages(messages)
 
-    with pytest.raises(MaskFault, match="too few for a sum"):
+    with pytest.raises(MaskFault, match="too few for a sum: nobody"):
         run_with_keys(tmp_path / "other", Swaps(homes, keys), keys, rounds=1, **MASKED)
-    said = capfd.readouterr()
-    assert "the mask key of client-3 is not signed with the key of client-3" in said.err
-    assert "no offer of client-1: MaskFault; see the hospital's log" in said.out
+    said = capfd.readouterr().out
+    assert "no offer of client-1: MaskFault: the mask key of client-3 is not signed" in said
+
+
+def asked_otherwise(order, name):
+    """What an active server might tell one hospital and no other."""
+    masks = json.loads(order["masks"])
+    changes = {
+        "whole": {"masks": json.dumps(masks | {"whole": [10**15, 1]})},
+        "round": {"round": order.get("round", 0) + 1},
+        "members": {"masks": json.dumps(masks | {"members": masks["members"][:2]})},
+        "config": {"config": json.dumps(json.loads(order["config"]) | {"lr": 0.5})},
+    }
+    return changes[name]
+
+
+@pytest.mark.parametrize("lie", ["whole", "round", "members", "config"])
+def test_hospitals_that_are_asked_for_different_things_send_nothing(tmp_path, signed, lie, capfd):
+    """For what a sum is about is signed with each offer."""
+    homes, keys = signed
+
+    class Lies(KeyGrid):
+        def push_messages(self, messages):
+            for message in messages:
+                order = message.content.config_records["order"]
+                masked = message.metadata.message_type in ("query.offer", "train")
+                if masked and "masks" in order and message.metadata.dst_node_id == 11:
+                    for key, value in asked_otherwise(order, lie).items():
+                        order[key] = value
+            return super().push_messages(messages)
+
+    changes = {"rounds": 1, "batchnorm": "frozen"}
+    with pytest.raises((FederationError, MaskFault, InputError)):
+        run_with_keys(
+            tmp_path / "s", Lies(homes, keys), keys, **MASKED | {"min_clients": 3}, **changes
+        )
+
+
+def test_a_sum_of_fewer_than_two_is_refused_whatever_the_server_says(tmp_path):
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    config = dataclasses.asdict(tiny_settings(tmp_path, **MASKED)) | {"threads": 1}
+    node = {"work_dir": str(home), "name": "client-1"}
+    order = {"config": json.dumps(config | {"min_clients": 1}), "run": "run", "trunk": ""}
+    with pytest.raises(InputError, match="min_clients=2 or more"):
+        Hospital(order, node)
+    order["config"] = json.dumps(config)
+    assert Hospital(order, node | {"min_clients": "3"}).masker().least == 3
+
+
+@pytest.mark.parametrize("name", ["../../../escaped", "h1", "A" * 64])
+def test_a_state_is_named_by_its_hash_and_by_nothing_else(tmp_path, name):
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    config = dataclasses.asdict(tiny_settings(tmp_path)) | {"threads": 1}
+    order = {"config": json.dumps(config), "run": "run", "trunk": "", "base": "", "hash": name}
+    here = Hospital(order, {"work_dir": str(home), "name": "client-1"})
+    with pytest.raises(InputError, match="named by its hash"):
+        here.receive({"w": torch.zeros(1)})
+    here.order["hash"] = "0" * 64
+    with pytest.raises(InputError, match="not the one that the message names"):
+        here.receive({"w": torch.zeros(1)})
+    here.order |= {"hash": state_hash({"w": torch.zeros(1)}), "base": ""}
+    assert here.receive({"w": torch.zeros(1)})["w"].item() == 0
+    here.order |= {"base": here.order["hash"], "hash": "1" * 64}
+    assert here.receive({"w": torch.ones(1)}) is None, "what is here is not what the server means"
+
+
+@pytest.mark.parametrize(("kind", "said"), [
+    ("query.offer", "{}"), ("query.offer", "5"), ("query.offer", "[" * 200_000),
+    ("query.offer", json.dumps({"what": "", "offer": {}, "shares": {}})),
+    ("query.agree", "{}"), ("query.agree", '{"signature": 5}'), ("query.reveal", '{"client-1": 5}'),
+    ("query.reveal", '{"client-1": "zz", "client-2": "", "client-3": "00"}'), ("train", "5"),
+    ("query", "5"),
+])  # fmt: skip
+def test_a_malformed_reply_costs_its_hospital_not_the_server(tmp_path, kind, said):
+    homes, changes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path)), {"batchnorm": "frozen"}
+
+    class Malformed(Grid):
+        def pull_messages(self, ids):
+            replies = super().pull_messages(ids)
+            for number, reply in enumerate(replies):
+                about = reply.metadata
+                if about.message_type == kind and self.nodes[about.src_node_id] == "client-2":
+                    words = {"said": said, "introduction": said, "name": "client-2"}
+                    replies[number] = reply_with({}, words)
+            return replies
+
+    try:
+        history = over_flower(tmp_path, Malformed(homes), rounds=1, **MASKED, **changes)
+        assert len(history) == 4
+    except InputError as error:  # it never connects, or cannot be counted: nothing begins
+        assert kind in ("query", "query.offer") and "client-2" in str(error) + "client-2"
+
+
+def test_a_hospital_that_returns_under_its_own_node_takes_part_again(tmp_path):
+    grid = Grid(tiny_homes(tmp_path / SECRET, tiny_films(tmp_path)))
+    network = NetworkTraining(tiny_settings(tmp_path / "server", rounds=3), grid, 1)
+    there = iter([{"client-1"}, set(), set()])
+
+    def on_round(row, history):
+        grid.dead.clear()
+        grid.dead |= next(there)
+
+    history = network.train(on_round)
+    assert history[history["client"] == "client-1"]["status"].tolist() == ["ok", "failed", "ok"]
 
 
 def test_a_hospital_that_insists_on_masks_sends_nothing_bare(tmp_path, signed, capfd):
@@ -680,7 +781,7 @@ def test_what_means_nothing_over_a_network_is_refused_by_name(tmp_path, name):
 
 
 def test_every_other_parameter_reaches_the_hospitals_or_is_the_servers(tmp_path):
-    settings = tiny_settings(tmp_path / "server")
+    settings = tiny_settings(tmp_path / "server", min_clients=2)  # which masks want
     home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
     node = {"work_dir": str(home), "name": "client-1"}
     travels = set(FIELDS) - set(REFUSED) - SERVER - PREPARED - {"data_dir"}
@@ -753,6 +854,10 @@ def test_a_lying_hospital_neither_ends_the_validation_nor_moves_it(tmp_path, cap
     assert "not validated at a: its sums are none of any films" in capfd.readouterr().out
 
 
+def introduced(node):
+    return json.dumps({"key": "", "node": str(node), "signature": ""})
+
+
 def counts(weight):
     return {"weight": weight, "known": [weight] * 14}
 
@@ -766,8 +871,9 @@ NAMES = "\n".join(FINDINGS)
      {"known": [5] * 13 + [-1]}, {"known": [5.0] * 13 + [math.nan]}],
 )  # fmt: skip
 def test_an_introduction_that_is_none_is_named_and_its_node_takes_no_part(numbers):
-    name = {"name": "north", "findings": NAMES}
-    about = counts(5) | {"findings": list(FINDINGS), "introduction": {}}
+    said = {"key": "k", "node": "11", "signature": ""}
+    name = {"name": "north", "findings": NAMES, "introduction": json.dumps(said)}
+    about = counts(5) | {"findings": list(FINDINGS), "introduction": said}
     assert read_introduction(reply_with(counts(5), name)) == ("north", about, "")
     numbers = counts(5) | numbers if numbers else {}
     assert read_introduction(reply_with(numbers, name))[2].startswith("no introduction")
@@ -779,7 +885,8 @@ def test_a_second_node_of_the_same_name_does_not_replace_the_first(tmp_path, cap
     network.grid.nodes = {11: "a", 12: "a"}
     network.asked = {11: "first", 12: "second"}
     network.wait = lambda asked, end: reply_with(
-        counts({"first": 5, "second": 99}[asked]), {"name": "a", "findings": NAMES}
+        counts({"first": 5, "second": 99}[asked]),
+        {"name": "a", "findings": NAMES, "introduction": introduced(11)},
     )
     network.discover()
     assert network.nodes == {"a": 11} and network.counts["a"]["weight"] == 5
@@ -792,7 +899,11 @@ def test_a_hospital_with_other_findings_is_left_out_by_name(tmp_path, capfd):
     network.asked = {11: "A\nB", 12: "B\nA"}
     network.wait = lambda asked, end: reply_with(
         {"weight": 5, "known": [5, 5]},
-        {"name": network.grid.nodes[11 if asked == "A\nB" else 12], "findings": asked},
+        {
+            "name": network.grid.nodes[11 if asked == "A\nB" else 12],
+            "findings": asked,
+            "introduction": introduced(11 if asked == "A\nB" else 12),
+        },
     )
     network.discover()
     assert network.nodes == {"a": 11} and network.findings == ["A", "B"]
