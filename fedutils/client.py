@@ -17,13 +17,11 @@ from .base.device import precision
 from .base.errors import InputError
 from .base.parameters import Parameters, parameter
 from .base.rng import generator
-from .base.state import State, is_beside, to_cpu
+from .base.state import LOSS, State, is_beside, to_cpu
 from .dataset import AT_ONCE, ChestXrayDataset, draw_motion
 from .fedavg import FedAvg
 from .model import ChestResNet
 from .strategies import STRATEGIES
-
-LOSS = "loss/train"  # beside a state, the training loss
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from .base.errors import SumFailed
 from .base.fixed import ONE, Pool
 from .base.parameters import Parameters, parameter
 from .base.rng import generator
-from .base.state import State, cast_like, count_bytes, state_hash
-from .client import LOSS, Client, Update, predict
+from .base.state import LOSS, State, cast_like, count_bytes, state_hash
+from .client import Client, Update, predict
 from .dataset import ChestXrayDataset
 from .fedavg import FedAvg, WeightedMean
 from .model import ChestResNet

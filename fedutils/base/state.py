@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]  # names as in the model's state_dict
+LOSS = "loss/train"  # beside a state, the training loss
 LARGEST = 2.0**20  # beyond the weights and statistics of any film; what `fixed` can add up
 
 

@@ -12,8 +12,7 @@ from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.fixed import Whole
 from ..base.scores import judge
-from ..base.state import State
-from ..client import LOSS
+from ..base.state import LOSS, State
 from ..fedavg import FedAvg
 from ..privacy.masks import MaskedSum, MaskFault
 from ..rounds import Job, Progress

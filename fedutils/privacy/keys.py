@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,28 @@ def digest(seed: bytes) -> str:
     return hashlib.sha256(seed).hexdigest()
 
 
-def sign(key: Any, *said: str) -> str:
+def sign(key: Any, said: Sequence[str]) -> str:
     """Sign what a hospital says: first what kind of statement it is; "" without a key."""
     from flwr.supercore.primitives.asymmetric import sign_message
 
-    return sign_message(key, json.dumps(said).encode()).hex() if key else ""
+    return sign_message(key, json.dumps(list(said)).encode()).hex() if key else ""
 
 
-def is_signed(key: Any, signature: str, *said: str) -> bool:
+def is_signed(key: Any, signature: str, said: Sequence[str]) -> bool:
     """Tell whether there is a key, with whose private half this was signed."""
     from flwr.supercore.primitives.asymmetric import verify_signature
 
     try:
-        about = json.dumps(said).encode(), bytes.fromhex(signature)
+        given = bytes.fromhex(signature)
     except ValueError:
         return False
-    return key is not None and verify_signature(key, *about)
+    return key is not None and verify_signature(key, json.dumps(list(said)).encode(), given)
 
 
 def is_introduced(key: Any, run: str, name: str, node: str, said: Offer) -> bool:
     """Tell whether a hospital's introduction, as it speaks through a node, has its signature."""
     about = "introduction", run, name, node, str(said.get("key"))
-    return is_signed(key, str(said.get("signature")), *about)
+    return is_signed(key, str(said.get("signature")), about)
 
 
 def add_stream(values: State, key: bytes, sign: int = 1) -> None:

@@ -101,7 +101,7 @@ class Masker:
         It is bound to the `node` that speaks for it, so that no other one can pass it off.
         """
         key = public_of(self.memory["secret"])
-        signature = sign(self.signing, "introduction", self.run, self.name, node, key)
+        signature = sign(self.signing, ["introduction", self.run, self.name, node, key])
         return {"key": key, "node": node, "signature": signature}
 
     def offer(self, what: str, members: Mapping[str, Offer]) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Masker:
             del sums[old]
         about = "offer", self.run, self.name, what, key, told
         return {
-            "offer": {"key": key, "digest": told, "signature": sign(self.signing, *about)},
+            "offer": {"key": key, "digest": told, "signature": sign(self.signing, about)},
             "shares": shares,
         }
 
@@ -180,7 +180,7 @@ class Masker:
         if before != chosen or one.setdefault("agreed", chosen) != chosen:
             named = f"what {self.name} sent was, or will be, unmasked for {', '.join(before)}"
             raise MaskFault(f"{named}, and is for no other hospitals; take another seed")
-        return sign(self.signing, "survivors", self.run, self.name, what, *chosen)
+        return sign(self.signing, ["survivors", self.run, self.name, what, *chosen])
 
     def reveal(self, what: str, signatures: Mapping[str, str]) -> dict[str, str]:
         """Return of each survivor the share of its seed, of each other one that of its key.
@@ -196,7 +196,7 @@ class Masker:
         def has_signed(name: str) -> bool:
             """Tell whether a hospital has signed the same list."""
             about = "survivors", self.run, name, what, *agreed
-            return not self.trusted or is_signed(self.trusted.get(name), signatures[name], *about)
+            return not self.trusted or is_signed(self.trusted.get(name), signatures[name], about)
 
         good = [name for name in {*signatures} & {*agreed} if has_signed(name)]
         if len(good) < threshold(one["members"]):
@@ -211,7 +211,7 @@ class Masker:
         from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt
 
         about = "offer", self.run, name, what, offer["key"], offer["digest"]
-        if self.trusted and not is_signed(self.trusted.get(name), offer["signature"], *about):
+        if self.trusted and not is_signed(self.trusted.get(name), offer["signature"], about):
             raise MaskFault(f"the mask key of {name} is not signed with the key of {name}")
         wanted = [what, name, self.name, offer["key"], offer["digest"]]
         try:

@@ -37,7 +37,7 @@ def encode(state: State, whole: Whole, client: Counted) -> State:
     return {SUM + k: v for k, v in own.sums.items()} | shares | {ALL: torch.tensor(own.share)}
 
 
-def decode(total: State, sums: WeightedMean) -> None:
+def put_into_mean(total: State, sums: WeightedMean) -> None:
     """Put a sum of what clients encoded into an empty mean; MaskFault where no honest ones gave it.
 
     That is all that can be told of one who lies under masks: its name cannot.
@@ -69,7 +69,7 @@ class MaskedPool(Pool):
 
     def result(self, before: State) -> tuple[State, float, float]:
         """Return the mean, and of how much it is: of which part of all films, and how many."""
-        decode(self.executor.unmask(), self.sums)
+        put_into_mean(self.executor.unmask(), self.sums)
         return self.sums.result(before), *self.whole.part(self.sums.share)
 
 

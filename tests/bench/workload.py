@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import fedutils
 from fedutils.base.device import count_cores
-from fedutils.base.scores import mean_auroc
+from fedutils.base.scores import judge, validation_sums
 from fedutils.client import predict
 from fedutils.dataset import ChestXrayDataset
 from fedutils.films.phantom.write import draw_batch
@@ -99,7 +99,7 @@ def validate(work: Path) -> Callable[[ChestResNet], float]:
     """Return the function that gives a model's mean AUROC on the validation films."""
     everything = films(work)
     val = everything.where(everything.index["split"] == "val")
-    return lambda model: mean_auroc(val.labels, predict(model, val))
+    return lambda model: judge([validation_sums(val.labels, predict(model, val))])[1]
 
 
 def build() -> ChestResNet:
