@@ -6,9 +6,10 @@ integer round(x S). Sums of integers, modulo 2^64, are the same in any order, an
 Range: |x| is at most LARGEST = 2^20, which each client checks (`state.find_fault`), and all shares
 together are at most 1, so a sum stays below 2^62, far from where it would turn over.
 Resolution: of k clients, who hold a share s of all films together, the mean differs from the exact
-one by at most k / s * 2^-43 for the roundings of x S, and by k / s * 2^-43 times the largest
-difference between x and the mean for those of S: less than a unit in the last place of the largest
-x in float32 (2^-24 of it) as long as that is above k / s * 2^-18, and below 1e-12 k / s otherwise.
+one by at most k / s * 2^-43 for the roundings of x S, as much times the largest difference between
+x and the mean for those of S, and 2^-52 of the largest x for the product in float64: less than a
+unit in the last place of the largest x in float32 (2^-24 of it) as long as that is above
+k / s * 2^-18 and the clients hold more than k * 2^-17 of all films; about 1e-12 k / s otherwise.
 """
 
 from collections.abc import Iterable, Sequence

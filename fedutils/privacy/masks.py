@@ -11,7 +11,8 @@ other hospitals in any later sum.
 
 What a sum is about (`what`) each hospital computes from what it was asked, and signs with its
 offer: to ask them for different things is to have their keys refused. Shares are encrypted with
-what they are shares of, and open for nothing else.
+what they are shares of, and open for nothing else. What this does not withstand: one hospital of
+an odd number, two of an even one, that break these rules for the server.
 
 The elliptic curves (P-384), HKDF, Fernet and Shamir's shares are Flower's, from `cryptography` and
 PyCryptodome; the streams are AES-256 in counter mode.
