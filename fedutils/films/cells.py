@@ -150,6 +150,13 @@ def years(column: pd.Series) -> pd.Series:
 
 
 @once
+def year(column: pd.Series) -> pd.Series:
+    """Turn dates to their year, at the begin or the end: 1950, 19501231, 1950-12-31, 31.12.1950."""
+    found = column.str.extract(r"^((?:1[89]|20)\d\d)(?!\d{1,3}$)|\D((?:1[89]|20)\d\d)$")
+    return found[0].fillna(found[1]).astype(float)
+
+
+@once
 def one_line(column: pd.Series) -> pd.Series:
     """Turn line ends and other control signs into blanks."""
     return column.str.replace(CONTROL, " ", regex=True).str.strip()

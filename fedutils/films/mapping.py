@@ -156,7 +156,9 @@ def _upon_preset(given: dict[str, Any]) -> dict[str, Any]:
     """Put what a mapping says over the preset that it names, section by section."""
     if given["preset"] not in presets():
         raise Wrong("", "preset", f"preset = {given['preset']!r}; known: {', '.join(presets())}")
-    base = presets()[given["preset"]].given
+    base = dict(presets()[given["preset"]].given)
+    if "table" in given:
+        base.pop("tables", None)
     both = {key: base[key] | value for key, value in given.items()
             if isinstance(value, dict) and isinstance(base.get(key), dict)}  # fmt: skip
     return base | given | both
@@ -197,6 +199,51 @@ def _check_keys(given: dict[str, Any]) -> None:
     if "labels" in given and not given.get("several") and "separator" not in given["labels"]:
         raise _lacks("labels", "separator")
     _check_findings(given)
+    _check_columns(given)
+    _check_marks(given)
+
+
+def _check_columns(given: dict[str, Any]) -> None:
+    """Raise Wrong for a key that is for a column which is not named, or that nothing heeds."""
+    named = given["columns"] | given.get("optional", {})
+    for part in ("extract", "values"):
+        for key in given.get(part, {}):
+            if key not in named and not (key == "labels" and "labels" in given):
+                told = f"{key!r} in [{part}] is none of those in [columns]: {', '.join(named)}"
+                raise Wrong(part, key, told)
+    for key, pattern in given.get("extract", {}).items():
+        if not re.compile(pattern).groups:
+            raise Wrong("extract", key, f"{key} = {pattern!r}; put brackets round what is wanted")
+    for part in ("tables", "join"):
+        for key in given.get(part, {}):
+            if key.startswith(("/", "..")):
+                raise Wrong(part, key, f"{key!r} in [{part}]; name a table in the data's folder")
+    if given.keys() >= {"table", "tables"}:
+        raise Wrong("", "table", "table and [tables]; give one of them")
+    if "born" in named and "date" not in named:
+        raise Wrong("columns", "born", "born gives no age without date; name that column, too")
+    if "readers" in given and "reader" not in named:
+        raise Wrong("", "readers", "readers wants the column of the reader; add it to [columns]")
+    if "reader" in named and not given.get("several"):
+        raise Wrong("columns", "reader", "reader wants several = true, a row for each of them")
+
+
+def _check_marks(given: dict[str, Any]) -> None:
+    """Raise Wrong for a mark of two meanings, and for a finding that is none of those named."""
+    marks, seen = given.get("marks", {}), {}
+    for kind in ("present", "absent", "uncertain"):
+        for mark in texts(marks.get(kind, [])):
+            if mark in seen:
+                raise Wrong("marks", kind, f"{mark!r} is {seen[mark]} and {kind}; give it once")
+            seen[mark] = kind
+    for name in texts(marks.get("spared", [])):
+        if name not in given["findings"]:
+            raise Wrong("marks", "spared", f"spared = {name!r}, which is none of [findings]")
+    labels = given.get("labels", {})
+    words = [word for key in ("none", "ignore", "unknown") for word in texts(labels.get(key, []))]
+    for theirs, ours in given.get("aliases", {}).items():
+        if ours not in [*given["findings"], *words]:
+            raise Wrong("aliases", theirs, f"{theirs} = {ours!r}, which is none of [findings]")
 
 
 def _lacks(section: str, key: str) -> Wrong:

@@ -276,7 +276,7 @@ def _tidy(
     splits = ["test", "val", "train_val", "train"]  # of a film in two the first counts
     listed = [names.isin(lists.get(split, ())) for split in splits]
     scanner = spacing.map({mm: f"{mm:.3f}" if mm > 0 else "" for mm in spacing.unique()})
-    since = cells.numbers(rows["date"].str[:4]) - cells.numbers(rows["born"])
+    since = cells.year(rows["date"]) - cells.year(rows["born"])
     table = pd.DataFrame({
         "image_index": names,
         "source": "",  # see `sources`

@@ -30,8 +30,11 @@ def read_tables(
         rows = pd.DataFrame({"path": paths, "file": str(folder), "line": range(1, len(paths) + 1)})
         return rows, [folder], ["path"]
     named = {key: found[0] for key, found in mapping.tables(folder).items() if found}
+    if not named:
+        wanted = " or ".join(mapping.section("tables"))
+        raise InputError(f"{folder}: no table {wanted}, which {mapping.name} has")
     joins = {key: found[:1] for key, found in mapping.tables(folder, "join").items()}
-    keys = {key for on in mapping.section("join").values() for key in on}
+    keys = {key for on in mapping.section("join").values() for key in texts(on)}
     parts, headers = [], []
     for key, file in named.items():
         part, header = _read_one(mapping, file, keys)
@@ -43,7 +46,9 @@ def read_tables(
     for key, found in joins.items():
         if not found:
             raise InputError(f"{folder}: no table {key!r}, which {mapping.file.name} joins")
-        rows = _join(rows, *_read_one(mapping, found[0], keys)[:1], mapping.section("join")[key])
+        rows = _join(
+            rows, *_read_one(mapping, found[0], keys)[:1], texts(mapping.section("join")[key])
+        )
     rows = rows.fillna("")
     for column in mapping.needed():
         if column[0] not in rows:
@@ -77,12 +82,28 @@ def _read_one(mapping: Mapping, file: Path, keys: set[str]) -> tuple[pd.DataFram
 
 
 def _join(rows: pd.DataFrame, other: pd.DataFrame, on: list[str]) -> pd.DataFrame:
-    """Add the columns of another table, of which no two rows may fit one of ours."""
-    for position in np.flatnonzero(other.duplicated(on)):
+    """Add the columns of another table, of which no two rows may fit one of ours.
+
+    Keys are compared in one spelling, as patients' ids are: 12 and 12.0 are one.
+    """
+    for table in (rows, other):
+        if missing := [key for key in on if key not in table]:
+            there = ", ".join(name for name in table if name not in ("file", "line", "of table"))
+            what = f"no column {missing[0]!r} to join by; found {there}"
+            raise InputError(f"{table['file'].iloc[0]}: {what}")
+    one = pd.concat([rows[on], other[on]], ignore_index=True).apply(cells.one_spelling)
+    keys = [f"key {number}" for number in range(len(on))]
+    ours, theirs = (part.set_axis(keys, axis=1) for part in (one[: len(rows)], one[len(rows) :]))
+    for position in np.flatnonzero(theirs.duplicated()):
         key = ", ".join(other[on].iloc[position])
         raise InputError(f"{place(other, position)}: a second row of {key}; remove one")
     new = [column for column in other if column not in rows]
-    return rows.merge(other[[*on, *new]], how="left", on=on)
+    right = other[new].set_axis(range(len(other))).join(theirs.reset_index(drop=True))
+    joined = rows.join(ours).merge(right.assign(joined=True), how="left", on=keys)
+    if not joined.pop("joined").any():
+        what = f"none of its rows has the {', '.join(on)} of a film; correct the join"
+        raise InputError(f"{other['file'].iloc[0]}: {what}")
+    return joined.drop(columns=keys)
 
 
 def our_rows(

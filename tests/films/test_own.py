@@ -358,6 +358,88 @@ def test_a_mapping_that_cannot_be_used_says_what_to_write(tmp_path, mapping, old
     assert "films.toml: " in str(caught.value) and "\n" not in str(caught.value)
 
 
+SMALL = """table = "t.csv"
+[columns]
+image = "f"
+patient = "p"
+{columns}
+[findings]
+X = "x"
+"""
+ROWS = "f,p,x\na.png,1,1\nb.png,2,0\n"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        (SMALL + '[extract]\npatinet = "(p)"', "'patinet' in [extract] is none of those in"),
+        (SMALL + '[values]\nview = {{ a = "PA" }}', "'view' in [values] is none of those in"),
+        (SMALL + '[extract]\npatient = "p"', "patient = 'p'; put brackets round what is wanted"),
+        (SMALL + '[marks]\nspared = "Zed"', "spared = 'Zed', which is none of [findings]"),
+        (SMALL + '[marks]\npresent = "1"\nabsent = ["0", "1"]', "'1' is present and absent; give"),
+        (SMALL + '[aliases]\nxx = "Y"', "xx = 'Y', which is none of [findings]"),
+        (SMALL + '[tables]\n"t.csv" = ""', "table and [tables]; give one of them"),
+        (SMALL + '[join]\n"/l.csv" = "p"', "'/l.csv' in [join]; name a table in the data's folder"),
+        ("readers = \"any\"\n" + SMALL, "readers wants the column of the reader"),
+        (SMALL.replace("{columns}", 'reader = "r"'), "reader wants several = true"),
+        (SMALL.replace("{columns}", 'born = "b"'), "born gives no age without date"),
+        (SMALL.replace('"f"', "[]"), "image = []; give a text"),
+        (SMALL.replace('table = "t.csv"', "[tables]"), "tables = {}; give tables, such as"),
+        (SMALL.replace('table = "t.csv"', '[tables]\n"t.csv" = "training"'), "give \"\", train, val"),
+    ],
+)  # fmt: skip
+def test_what_a_mapping_says_that_nothing_would_heed_is_an_error_with_its_line(
+    tmp_path, mapping, message
+):
+    (tmp_path / "t.csv").write_text(ROWS)
+    (tmp_path / "films.toml").write_text(mapping.format(columns=""))
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        read_folder(tmp_path)
+    assert re.search(r"films\.toml: .* \(line \d+\)$", str(caught.value))
+
+
+JOINED = (
+    SMALL.replace('table = "t.csv"', "").replace("{columns}", "")
+    + """
+[tables]
+"t.csv" = ""
+[join]
+"l.csv" = "p"
+"""
+)
+
+
+@pytest.mark.parametrize("written", [("1.0", "002"), ("1", "2.00"), (" 1", "2,0")])
+def test_tables_are_joined_by_ids_in_one_spelling(tmp_path, written):
+    (tmp_path / "t.csv").write_text("f,p\na.png,1\nb.png,2\nc.png,3\n")
+    (tmp_path / "l.csv").write_text("p;x\n" + "".join(f"{p};{k}\n" for k, p in enumerate(written)))
+    (tmp_path / "films.toml").write_text(JOINED)
+    labels = read_folder(tmp_path).table.set_index("image_index")["X"]
+    assert labels["a.png"] == 0 and labels["b.png"] == 1 and np.isnan(labels["c.png"])
+    (tmp_path / "l.csv").write_text("p,x\n1,1\n1.0,0\n")
+    with pytest.raises(InputError, match=r"l.csv, line 3: a second row of 1.0; remove one"):
+        read_folder(tmp_path)
+    (tmp_path / "l.csv").write_text("p,x\n8,1\n9,0\n")
+    with pytest.raises(InputError, match=r"l.csv: none of its rows has the p of a film"):
+        read_folder(tmp_path)
+    (tmp_path / "l.csv").write_text("q,x\n1,1\n")
+    with pytest.raises(InputError, match=r"l.csv: no column 'p' to join by; found x"):
+        read_folder(tmp_path)
+    (tmp_path / "t.csv").unlink()
+    with pytest.raises(InputError, match=r"no table t.csv, which own has"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("born", ["1950", "19501231", "1950-12-31", "31.12.1950", "1950.0"])
+@pytest.mark.parametrize("date", ["20150301", "2015-03-01", "01/03/2015", "2015"])
+def test_an_age_is_told_from_the_years_of_birth_and_film(tmp_path, born, date):
+    mapping = SMALL.format(columns='born = "b"\ndate = "d"')
+    (tmp_path / "t.csv").write_text(f"f,p,x,b,d\na.png,1,1,{born},{date}\nb.png,2,0,unknown,\n")
+    (tmp_path / "films.toml").write_text(mapping)
+    ages = read_folder(tmp_path).table["age"]
+    assert ages[0] == 65 and np.isnan(ages[1])
+
+
 def test_an_error_in_a_row_and_too_few_patients_end_with_status_2_before_any_notebook(
     tmp_path, capsys
 ):
