@@ -7,7 +7,7 @@ depth that is really there counts, too.
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -117,6 +117,15 @@ def _shown(film: object, depth: int, signed: bool) -> np.ndarray:
     return np.rint(grey).astype(np.uint8)[first : first + (1 << depth)]
 
 
+def check_tags(tags: Iterable[str]) -> None:
+    """Raise InputError for a keyword that DICOM does not know, or where pydicom is missing."""
+    words = _pydicom().datadict
+    for tag in tags:
+        if words.tag_for_keyword(tag) is None:
+            near = ", ".join(difflib.get_close_matches(tag, words.keyword_dict))
+            raise InputError(f"dicom:{tag}: DICOM has no such keyword; near it: {near}")
+
+
 def dicom_header(path: Path, tags: Sequence[str]) -> dict[str, str]:
     """Return the values of a DICOM file's header, as text, by DICOM's keywords such as PatientAge.
 
@@ -125,10 +134,7 @@ def dicom_header(path: Path, tags: Sequence[str]) -> dict[str, str]:
     does not know, a file that is no DICOM, and where pydicom is missing.
     """
     pydicom = _pydicom()
-    for tag in tags:
-        if pydicom.datadict.tag_for_keyword(tag) is None:
-            near = difflib.get_close_matches(tag, pydicom.datadict.keyword_dict)
-            raise InputError(f"dicom:{tag}: DICOM has no such keyword; near it: {', '.join(near)}")
+    check_tags(tags)
     try:
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
         given = {tag: header[tag] for tag in tags if tag in header}

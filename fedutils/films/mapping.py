@@ -19,6 +19,7 @@ from ..base.findings import NO_FINDINGS
 from .cells import read_header
 
 MAPPING_NAME = "films.toml"
+DICOM = "dicom:"  # before a keyword, in place of a column: from the films' headers
 PRESETS = Path(__file__).with_name("presets")
 SCHEMA = tomllib.loads(Path(__file__).with_name("mapping.schema.toml").read_text())
 # What [columns] may name, and the column of our rows that it becomes.
@@ -80,10 +81,18 @@ class Mapping:
         there = {cell for file in files for cell in read_header(file, loose)}
         return [names[0] for names in self.needed() if not there & {*names}]
 
+    def tags(self) -> dict[str, str]:
+        """Return by column of ours the DICOM keyword that it comes from, `dicom:Keyword`."""
+        given = self.section("optional") | self.section("columns")
+        named = {name: texts(value)[0] for name, value in given.items()}
+        return {n: v.removeprefix(DICOM) for n, v in named.items() if v.startswith(DICOM)}
+
     def needed(self) -> list[list[str]]:
         """List the columns that must be there, each with its other spellings."""
         names = []
-        for value in self.section("columns").values():
+        for name, value in self.section("columns").items():
+            if name in self.tags():
+                continue
             parts = re.findall(r"\{(.*?)\}", texts(value)[0])
             names += [[part] for part in parts] if parts else [texts(value)]
         marks = self.section("marks")
@@ -218,6 +227,8 @@ def _check_columns(given: dict[str, Any]) -> None:
         for key in given.get(part, {}):
             if key.startswith(("/", "..")):
                 raise Wrong(part, key, f"{key!r} in [{part}]; name a table in the data's folder")
+    if "image" in given["columns"] and texts(given["columns"]["image"])[0].startswith(DICOM):
+        raise Wrong("columns", "image", "image names the films; no header does")
     if given.keys() >= {"table", "tables"}:
         raise Wrong("", "table", "table and [tables]; give one of them")
     if "born" in named and "date" not in named:

@@ -113,7 +113,7 @@ def read_folder(folder: Path, work: Path | None = None, mapping: Mapping | None 
     mapping = mapping or find_mapping(folder)
     paths = _paths(folder, work, mapping.given.get("depth", FILM_DEPTH))
     raw, files, header = read_tables(mapping, folder, paths)
-    raw, rows, left_out = our_rows(mapping, raw, paths)
+    raw, rows, left_out = our_rows(mapping, raw, folder, paths)
     labels, spelled = read_labels(mapping, raw, rows)
     if mapping.given.get("several"):
         rule = mapping.given.get("readers", "any")

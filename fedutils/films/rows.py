@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pandas as pd
 from ..base.errors import InputError
 from ..base.findings import SPLITS
 from . import cells
+from .formats import DICOM_ENDINGS, check_tags, dicom_header
 from .mapping import COLUMNS, Mapping, texts
 
 
@@ -107,14 +109,14 @@ def _join(rows: pd.DataFrame, other: pd.DataFrame, on: list[str]) -> pd.DataFram
 
 
 def our_rows(
-    mapping: Mapping, raw: pd.DataFrame, paths: Sequence[str]
+    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: Sequence[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the raw rows that the mapping keeps, these in our columns, and the films left out.
 
     A column that is missing comes back empty; ids are there as `written` too. Raises InputError for
     a row without a film or a patient, or with another split than ours.
     """
-    rows = _our_columns(mapping, raw, paths)
+    rows = _our_columns(mapping, raw, folder, paths)
     kept = np.full(len(raw), True)
     for column, values in mapping.section("keep").items():
         kept &= raw[column].isin(texts(values)).to_numpy()
@@ -124,14 +126,20 @@ def our_rows(
     return raw[kept], rows[kept], list(rows["image_index"][~kept])
 
 
-def _our_columns(mapping: Mapping, raw: pd.DataFrame, paths: Sequence[str]) -> pd.DataFrame:
+def _our_columns(
+    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: Sequence[str]
+) -> pd.DataFrame:
     """Turn the raw text columns into ours; see `our_rows`."""
     rows = raw[["file", "line"]].copy()
     given = mapping.section("columns") | mapping.section("optional")
+    films = _images(raw, texts(given["image"]), paths)
+    headers = _headers(folder, films, paths, mapping.tags())
     for name, ours in COLUMNS.items():
         column = pd.Series("", index=raw.index, dtype=object)
         if name == "image":
-            column = _images(raw, texts(given[name]), paths)
+            column = films
+        elif name in headers:
+            column = headers[name]
         elif name in given and texts(given[name])[0] in raw:
             column = raw[texts(given[name])[0]]
         if pattern := mapping.section("extract").get(name):
@@ -171,6 +179,34 @@ def _images(raw: pd.DataFrame, ways: list[str], paths: Sequence[str]) -> pd.Seri
         if column.isin(there).any():
             return column
     return found[0]
+
+
+def _headers(
+    folder: Path, films: pd.Series, paths: Sequence[str], tags: dict[str, str]
+) -> pd.DataFrame:
+    """Return by column of ours what the DICOM headers of the films say, "" where there is none.
+
+    A header that cannot be read is that film's fault, which notebook 02 names.
+    """
+    if not tags or not any(path.lower().endswith(DICOM_ENDINGS) for path in paths):
+        return pd.DataFrame(index=films.index)
+    check_tags(tags.values())
+    places = {path.rpartition("/")[2]: path for path in reversed(paths)} | {p: p for p in paths}
+    different = {film: places.get(film, "") for film in films.unique()}
+
+    def read(film: str) -> list[str]:
+        """Read one header."""
+        if not different[film].lower().endswith(DICOM_ENDINGS):
+            return [""] * len(tags)
+        try:
+            return [*dicom_header(folder / different[film], list(tags.values())).values()]
+        except InputError:
+            return [""] * len(tags)
+
+    with ThreadPoolExecutor() as pool:
+        said = dict(zip(different, pool.map(read, different), strict=True))
+    values = [said[film] for film in films]
+    return pd.DataFrame(values, films.index, [*tags], dtype=object)
 
 
 def _scanners(rows: pd.DataFrame) -> pd.Series:

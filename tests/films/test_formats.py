@@ -12,6 +12,7 @@ from PIL import Image
 from fedutils.base.errors import InputError
 from fedutils.films.decode import decode_film
 from fedutils.films.formats import dicom_header, find_depth, read_grey
+from fedutils.films.read import read_folder
 
 pydicom = pytest.importorskip("pydicom", reason="the extra `dicom` is not installed")
 from downloads import write_dicom  # noqa: E402
@@ -160,6 +161,55 @@ def test_tags_of_a_header_come_as_text(tmp_path):
     (tmp_path / "b.dcm").write_bytes(b"hello")
     with pytest.raises(InputError, match=r"b.dcm: its DICOM header cannot be read"):
         dicom_header(tmp_path / "b.dcm", ["PatientAge"])
+
+
+HEADERS = """table = "t.csv"
+[columns]
+image = "film"
+patient = "dicom:PatientID"
+age = "dicom:PatientAge"
+[optional]
+sex = "dicom:PatientSex"
+view = "dicom:ViewPosition"
+born = "dicom:PatientBirthDate"
+date = "dicom:StudyDate"
+spacing = "dicom:PixelSpacing"
+[extract]
+patient = "([0-9]+)$"
+[findings]
+X = "x"
+"""
+
+
+def test_a_mapping_takes_columns_from_the_headers(tmp_path):
+    """What a header lacks is empty; a file without one too, and notebook 02 names it."""
+    about = {
+        "PatientID": "ID-7",
+        "PatientSex": "F",
+        "ViewPosition": "AP",
+        "PixelSpacing": [0.2, 0.2],
+    }
+    (tmp_path / "in").mkdir()
+    write_dicom(tmp_path / "in/a.dcm", ramp(8, np.uint8), 8, **about, PatientAge="061Y")
+    about |= {"PatientID": "ID-8", "PatientBirthDate": "19500102", "StudyDate": "20150304"}
+    write_dicom(tmp_path / "b.DCM", ramp(8, np.uint8), 8, **about)
+    (tmp_path / "t.csv").write_text("film,x\na.dcm,1\nb.DCM,0\n")
+    (tmp_path / "films.toml").write_text(HEADERS)
+    table = read_folder(tmp_path).table
+    assert table["patient_id"].tolist() == ["7", "8"] and table["age"].tolist() == [61, 65]
+    assert set(table["sex"]) == {"F"} and set(table["view"]) == {"AP"}
+    assert set(table["spacing"]) == {0.2} and set(table["scanner"]) == {"0.200"}
+    (tmp_path / "b.DCM").write_bytes(b"hello")
+    with pytest.raises(InputError, match="line 3: no image index or no patient id"):
+        read_folder(tmp_path)
+    (tmp_path / "films.toml").write_text(HEADERS.replace('"dicom:PatientID"', '"x"'))
+    assert read_folder(tmp_path).table["sex"].tolist() == ["F", ""]
+    (tmp_path / "films.toml").write_text(HEADERS.replace("PatientSex", "PatientsSex"))
+    with pytest.raises(InputError, match="dicom:PatientsSex: DICOM has no such keyword"):
+        read_folder(tmp_path)
+    (tmp_path / "films.toml").write_text(HEADERS.replace('"film"', '"dicom:SOPInstanceUID"'))
+    with pytest.raises(InputError, match=r"image names the films; no header does \(line 3\)"):
+        read_folder(tmp_path)
 
 
 def test_without_pydicom_a_film_is_named_with_what_to_install(tmp_path, monkeypatch):
