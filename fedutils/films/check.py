@@ -18,7 +18,8 @@ def check_table(data: DataSet) -> pd.DataFrame:
     count of 0 is a check that passed.
     """
     table = data.table
-    listed = table[table["official_split"] != ""]
+    listing = [name for name, part in (data.parts or {"": data}).items() if part.lists]
+    unlisted = table["source"].isin(listing) & (table["official_split"] == "")
     several = {}  # the patients who have more than one value in a column
     for column in ("sex", "official_split"):
         values = table[table[column] != ""].groupby("patient_id")[column].nunique()
@@ -29,7 +30,7 @@ def check_table(data: DataSet) -> pd.DataFrame:
         "ages unreadable": table["image_index"][table["age"].isna()],
         "patients with two sexes": several["sex"],
         "rows without pixel spacing": table["image_index"][table["scanner"] == ""],
-        "rows in no list": table["image_index"].drop(listed.index if data.lists else table.index),
+        "rows in no list": table["image_index"][unlisted],
         "patients in both lists": several["official_split"],
         "boxes without row": sorted(set(data.boxes["image_index"]) - set(table["image_index"])),
     }

@@ -11,6 +11,7 @@ from .mapping import Mapping, texts
 from .rows import place
 
 MEANT = {"absent": "0", "present": "1", "uncertain": []}  # where the mapping names no marks
+ZEROS = ("", *(sign + "0" * n for sign in ".," for n in (1, 2, 3)))  # as spreadsheets add them
 VALUES = {"unknown": np.nan, "absent": 0.0, "present": 1.0}
 
 
@@ -39,8 +40,9 @@ def _read_marks(mapping: Mapping, raw: pd.DataFrame, rows: pd.DataFrame) -> np.n
     for name, default in MEANT.items():
         value = VALUES[about.get("uncertain_is", "unknown") if name == "uncertain" else name]
         for mark in texts(about.get(name, default)):
-            marks |= {mark: value, f"{mark}.0": value}
-    for column, finding in mapping.words.items():
+            marks |= {mark + zeros: value for zeros in ZEROS}
+    none = about.get("none")
+    for column, finding in {**mapping.words, **({none: "none of them"} if none else {})}.items():
         if column not in raw:
             continue
         known = raw[column].isin(list(marks))
@@ -51,7 +53,7 @@ def _read_marks(mapping: Mapping, raw: pd.DataFrame, rows: pd.DataFrame) -> np.n
             raise _fault(rows, at, told)
         columns[finding] = raw[column].map(marks).where(known, marks.get("*"))
     labels = pd.DataFrame(columns)[mapping.findings]
-    if none := about.get("none"):
+    if none:
         others = [name for name in labels if name not in texts(about.get("spared", []))]
         clear, known = raw[none].map(marks).eq(1).to_numpy(), labels[others].to_numpy(float)
         labels[others] = np.where(np.isnan(known) & clear[:, None], 0, known)

@@ -430,6 +430,19 @@ def test_tables_are_joined_by_ids_in_one_spelling(tmp_path, written):
         read_folder(tmp_path)
 
 
+def test_marks_may_have_the_zeros_that_spreadsheets_add(tmp_path):
+    marks = '[marks]\nuncertain = "-1"\nuncertain_is = "present"\nnone = "n"'
+    (tmp_path / "films.toml").write_text(SMALL.format(columns="") + marks)
+    rows = ["1,0;", "1.00;", "-1,0;", "0.000;", ";1,0", ";"]
+    lines = [f"{k}.png;{k};{row}" for k, row in enumerate(rows)]
+    (tmp_path / "t.csv").write_text("\n".join(["f;p;x;n", *lines]))
+    labels = read_folder(tmp_path).table["X"].tolist()
+    assert labels[:5] == [1, 1, 1, 0, 0] and np.isnan(labels[5])
+    (tmp_path / "t.csv").write_text("f;p;x;n\na.png;1;;yes\n")
+    with pytest.raises(InputError, match=r"column 'n' \(none of them\) holds 'yes'"):
+        read_folder(tmp_path)
+
+
 @pytest.mark.parametrize("born", ["1950", "19501231", "1950-12-31", "31.12.1950", "1950.0"])
 @pytest.mark.parametrize("date", ["20150301", "2015-03-01", "01/03/2015", "2015"])
 def test_an_age_is_told_from_the_years_of_birth_and_film(tmp_path, born, date):

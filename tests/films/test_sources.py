@@ -1,5 +1,7 @@
 """Several folders as several hospitals: no patient in two, each with findings of its own."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +11,7 @@ from fedutils.__main__ import build_parser, read_values
 from fedutils.base.errors import InputError
 from fedutils.base.findings import findings_of
 from fedutils.batch.run import identify
+from fedutils.films.check import check_table
 from fedutils.films.decode import decode_films, write_index
 from fedutils.films.partition import partition_patients
 from fedutils.films.sources import compare_sources, open_data
@@ -54,6 +57,17 @@ def test_a_hospital_splits_its_patients_as_it_does_alone(folders, tmp_path):
         alone = open_data(str(folder), tmp_path).table
         here = split[(table["source"] == folder.name).to_numpy()].to_numpy()
         assert (here == split_patients(alone, 0).to_numpy()).all()
+
+
+def test_only_where_a_source_has_lists_can_a_row_be_in_none(folders, tmp_path):
+    north = tmp_path / "listed"
+    shutil.copytree(folders[0], north)
+    names = open_data(str(north), tmp_path).table["image_index"]
+    (north / "train_val_list.txt").write_text("\n".join(names[5:]))
+    (north / "test_list.txt").write_text("\n".join(names[2:5]))
+    data = open_data(both((north, folders[1])), tmp_path)
+    row = check_table(data).set_index("check").loc["rows in no list"]
+    assert row["count"] == 2 and all("listed" in name for name in row["examples"].split(", "))
 
 
 def test_lists_are_kept_where_a_source_has_them(folders, tmp_path):
