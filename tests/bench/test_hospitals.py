@@ -81,8 +81,9 @@ def test_sources_side_by_side_claim_no_view_that_nobody_knows(folders):
     report = compare_sources(
         join_sources([read_folder(folder) for folder in folders.values()]).table
     )
-    assert report.loc[["RSNA", "VinBigData"], "view"].tolist() == ["unknown"] * 2
-    assert report.loc["NIH", "view"].endswith("% PA") and report.loc["NIH", "view"] != "0% PA"
+    assert report.loc["VinBigData", "view"] == "unknown"
+    for name in ("NIH", "RSNA"):  # RSNA's stands in the films' headers alone
+        assert report.loc[name, "view"].endswith("% PA") and report.loc[name, "view"] != "0% PA"
     assert set(FINDINGS) < set(report.columns)
 
 
