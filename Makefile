@@ -31,7 +31,7 @@ flower: .venv/.flower  ## train the phantom's scanners over a real network, and 
 	@$(VENV) tests/bench/flower.py
 
 flower-test: .venv/.flower
-	@$(VENV) -m pytest -m 'not slow' tests/network
+	@$(VENV) -m pytest -m 'not slow' tests/network tests/privacy/test_masks.py
 
 gpu: .venv/.installed  ## measure what only a GPU can show; writes work/gpu.json
 	@$(VENV) tests/bench/gpu.py
