@@ -115,6 +115,22 @@ class Grid:
         return [self.replies.pop(key) for key in ids if key in self.replies]
 
 
+class Replies(Grid):
+    """Of one kind of message, client-2 gives another reply than it would."""
+
+    def __init__(self, homes, kind, words):
+        super().__init__(homes)
+        self.kind, self.words = kind, words
+
+    def pull_messages(self, ids):
+        replies = super().pull_messages(ids)
+        for number, reply in enumerate(replies):
+            about = reply.metadata
+            if about.message_type == self.kind and self.nodes[about.src_node_id] == "client-2":
+                replies[number] = reply_with({}, self.words)
+        return replies
+
+
 def over_flower(work, grid, **changes):
     return NetworkTraining(tiny_settings(work / "server", **changes), grid, 1).train()
 
@@ -398,17 +414,9 @@ def test_a_hospital_that_is_lost_after_its_keys_or_its_update(tmp_path, lost):
     """The bits of a plain run of those whose updates came."""
     films = tiny_films(tmp_path)
 
-    class Loses(Grid):
-        def pull_messages(self, ids):
-            replies = super().pull_messages(ids)
-            for number, reply in enumerate(replies):
-                about = reply.metadata
-                if about.message_type == lost and self.nodes[about.src_node_id] == "client-2":
-                    replies[number] = reply_with({}, {"status": "failed", "reason": "lost"})
-            return replies
-
     homes, changes = tiny_homes(tmp_path / SECRET, films), {"rounds": 1, "batchnorm": "frozen"}
-    history = over_flower(tmp_path, Loses(homes), **MASKED, **changes)
+    grid = Replies(homes, lost, {"status": "failed", "reason": "lost"})
+    history = over_flower(tmp_path, grid, **MASKED, **changes)
     if lost == "train":
         training = Training(tiny_settings(tmp_path, min_clients=2, **changes), films)
         for client in training.jobs[0].clients:
@@ -559,18 +567,9 @@ def test_a_state_is_named_by_its_hash_and_by_nothing_else(tmp_path, name):
 def test_a_malformed_reply_costs_its_hospital_not_the_server(tmp_path, kind, said):
     homes, changes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path)), {"batchnorm": "frozen"}
 
-    class Malformed(Grid):
-        def pull_messages(self, ids):
-            replies = super().pull_messages(ids)
-            for number, reply in enumerate(replies):
-                about = reply.metadata
-                if about.message_type == kind and self.nodes[about.src_node_id] == "client-2":
-                    words = {"said": said, "introduction": said, "name": "client-2"}
-                    replies[number] = reply_with({}, words)
-            return replies
-
+    grid = Replies(homes, kind, {"said": said, "introduction": said, "name": "client-2"})
     try:
-        history = over_flower(tmp_path, Malformed(homes), rounds=1, **MASKED, **changes)
+        history = over_flower(tmp_path, grid, rounds=1, **MASKED, **changes)
         assert len(history) == 4
     except InputError as error:  # it never connects, or cannot be counted: nothing begins
         assert kind in ("query", "query.offer") and "client-2" in str(error) + "client-2"
