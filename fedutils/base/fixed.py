@@ -67,11 +67,11 @@ class Pool:
 
     def __init__(self, sums: Any, clients: Sequence[Counted]) -> None:
         self.sums, self.whole = sums, Whole.of(clients)  # a strategy's aggregator, and all films
-        self.shares = {client.name: self.whole.shares(client) for client in clients}
+        self.clients = {client.name: client for client in clients}
 
     def add(self, client: str, state: State) -> None:
         """Add what a client sends."""
-        self.sums.add(state, *self.shares[client])
+        self.sums.add(state, *self.whole.shares(self.clients[client]))
 
     def result(self, before: State) -> tuple[State, float, float]:
         """Return the mean, and of how much it is: of which part of all films, and how many."""

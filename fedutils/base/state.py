@@ -48,11 +48,16 @@ def find_fault(state: State) -> tuple[str, str]:
 
 def find_misfit(state: State, wanted: State) -> tuple[str, str]:
     """Say why a client's state cannot be used, as status and reason; empty if it can."""
+    status, reason = find_odd(state, wanted)
+    return (status, reason) if status else find_fault(state)
+
+
+def find_odd(state: State, wanted: State) -> tuple[str, str]:
+    """Say which tensors are not named, shaped and typed as wanted, as status and reason."""
     found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
-    if found != expected:
-        odd = sorted(name for name in found | expected if found.get(name) != expected.get(name))
-        return "failed", f"its state does not fit what was sent: {', '.join(odd[:3])}"
-    return find_fault(state)
+    odd = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    what = f"its state does not fit what was sent: {', '.join(odd[:3])}"
+    return ("failed", what) if odd else ("", "")
 
 
 def count_bytes(state: State) -> int:

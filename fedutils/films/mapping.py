@@ -89,9 +89,9 @@ class Mapping:
 
     def needed(self) -> list[list[str]]:
         """List the columns that must be there, each with its other spellings."""
-        names = []
+        names, tags = [], self.tags()
         for name, value in self.section("columns").items():
-            if name in self.tags():
+            if name in tags:
                 continue
             parts = re.findall(r"\{(.*?)\}", texts(value)[0])
             names += [[part] for part in parts] if parts else [texts(value)]

@@ -12,13 +12,13 @@ from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.fixed import Whole
 from ..base.scores import judge
-from ..base.state import LOSS, State
+from ..base.state import LOSS, State, find_odd
 from ..fedavg import FedAvg
 from ..privacy.masks import MaskedSum, MaskFault
 from ..rounds import Job, Progress
 from ..training.masked import MaskedPool, encode
 from . import messages
-from .messages import Member, Parcel
+from .messages import Member
 from .server import Network
 
 WHOLE = "whole.json"  # what all hospitals count together
@@ -69,7 +69,7 @@ class MaskedNetwork(Network):
         """Ask for one sum of integers, shaped as `wanted`, and take its masks off."""
         for name, reply in self.ask(message, self.prepare(kind, orders, sent), sent):
             words, _, state = messages.read_reply(reply)
-            if fault := words["reason"] or messages.misfit(state, wanted)[1]:
+            if fault := words["reason"] or find_odd(state, wanted)[1]:
                 print(f"{self.sum.what}: nothing of {name}: {fault}", flush=True)
             else:
                 self.sum.add(name, state)
@@ -83,11 +83,8 @@ class MaskedNetwork(Network):
         members = sorted(name for name in orders if name in self.nodes)
         masks = {"whole": list(dataclasses.astuple(self.whole)), "members": members}
         masks["nonce"] = secrets.token_hex(16)
-        about = {
-            "kind": kind,
-            "hash": Parcel(sent).hash if sent else "",
-            "masks": json.dumps(masks),
-        }
+        name = self.parcel(sent).hash if sent else ""
+        about = {"kind": kind, "hash": name, "masks": json.dumps(masks)}
         about["introduced"] = json.dumps({name: self.introduced[name] for name in members})
         heard = self.hear("offer", {name: orders[name] | about for name in members})
         faults = {name: messages.offer_fault(said, members) for name, said in heard.items()}

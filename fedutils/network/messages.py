@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 
 from ..base.files import sha256
 from ..base.parameters import Parameters
-from ..base.state import LARGEST, State, count_bytes, find_misfit, state_hash
+from ..base.state import LARGEST, State, count_bytes, find_misfit, find_odd, state_hash
 from ..client import Update
 from ..model import ChestResNet
 
@@ -42,6 +42,11 @@ class Parcel:
     def __init__(self, state: State) -> None:
         self.state, self.hash = state, state_hash(state)
         self.packed: dict[str, ArrayRecord] = {}
+
+    def holds(self, state: State) -> bool:
+        """Tell whether this is a parcel of just these tensors, which are never written to."""
+        ours = self.state
+        return ours.keys() == state.keys() and all(v is ours[k] for k, v in state.items())
 
     def since(self, base: "Parcel | None") -> tuple[dict[str, str], ArrayRecord]:
         """Return what changed since a hospital was sent `base`, and what names both.
@@ -83,12 +88,6 @@ def read_reply(reply: Message | Fault) -> Answer:
         return {"status": "failed", "reason": f"reply of another kind: {error}"}, {}, {}
 
 
-def misfit(state: State, wanted: State) -> Fault:
-    """Say why masked integers are not shaped as `wanted`, as `find_misfit` does of a state."""
-    found, expected = ({k: (v.shape, v.dtype) for k, v in s.items()} for s in (state, wanted))
-    return ("", "") if found == expected else ("failed", "what it sends does not fit the sum")
-
-
 def read_update(
     name: str, reply: Message | Fault, wanted: State, weight: float | None, withheld: bool = False
 ) -> tuple[Update, State]:
@@ -103,7 +102,7 @@ def read_update(
     said, fault = read_said(words.get("said", ""))
     told = withheld or (is_number(loss) and 0 < loss <= LARGEST)
     honest = weight is None or (examples == weight > 0 and told)
-    fit = misfit if weight is None else find_misfit
+    fit = find_odd if weight is None else find_misfit
     if status == "ok" and (reason := fit(state, wanted)[1] or fault):
         status = "failed"
     elif status == "ok" and not honest:

@@ -20,7 +20,7 @@ from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.fixed import Pool
 from ..base.scores import judge
-from ..base.state import State, find_misfit
+from ..base.state import State, find_misfit, find_odd
 from ..client import Update
 from ..fedavg import FedAvg
 from ..model import ChestResNet
@@ -56,6 +56,7 @@ class Network:
         self.nodes: dict[str, int] = {}
         self.counts: dict[str, dict[str, Any]] = {}  # in the mean
         self.bases: dict[str, Parcel] = {}  # what each was sent whole
+        self.last = Parcel({})
         self.findings: list[str] = []  # those of the first hospital, and so of all
         self.asked: dict[int, str] = {}  # SuperNodes ever seen, and their open query
 
@@ -96,7 +97,7 @@ class Network:
         hidden = self.settings.secure_aggregation
         for _, reply in self.ask("train.measure", orders, state):
             words, _, measured = messages.read_reply(reply)
-            fit = messages.misfit if hidden else find_misfit
+            fit = find_odd if hidden else find_misfit
             fault = words["reason"] if words["status"] != "ok" else fit(measured, wanted)[1]
             yield ({}, fault) if fault else (measured, "")
 
@@ -126,7 +127,7 @@ class Network:
     ) -> Iterator[tuple[str, Message | Fault]]:
         """Send each hospital its order; yield the replies in that order, one at a time."""
         self.discover()
-        parcel, there = Parcel(state), [name for name in orders if name in self.nodes]
+        parcel, there = self.parcel(state), [name for name in orders if name in self.nodes]
         ids = dict(zip(there, self.push(kind, there, orders, parcel), strict=True))
         limit = self.settings.client_seconds
         end = time.monotonic() + (limit or math.inf)
@@ -136,6 +137,12 @@ class Network:
                 self.bases.pop(name, None)
                 reply = self.wait(self.push(kind, [name], orders, parcel)[0], end)
             yield name, reply or ("late", f"no reply in {limit:g} s")
+
+    def parcel(self, state: State) -> Parcel:
+        """Return a parcel of a state: the last one where it is of these very tensors."""
+        if not self.last.holds(state):
+            self.last = Parcel(state)
+        return self.last
 
     def push(
         self, kind: str, names: list[str], orders: dict[str, dict[str, int]], parcel: Parcel

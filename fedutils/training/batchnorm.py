@@ -5,7 +5,9 @@ So every client shows the new model some of its training films, and the server p
 saw: PreciseBN (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, arXiv:2105.07576).
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -49,7 +51,9 @@ def about_center(seen: State, center: State, sign: int = 1) -> State:
     return moved
 
 
-def pool_batchnorm(pool: Pool, seen: dict[str, State], like: State, again: Pool) -> State:
+def pool_batchnorm(
+    pool: Pool, seen: dict[str, State], like: State, another: Callable[[], Pool]
+) -> State:
     """Return the statistics of all clients' films together, in the dtypes of a state.
 
     By the law of total variance, of what each client measured under the state `like`, which is in
@@ -60,6 +64,7 @@ def pool_batchnorm(pool: Pool, seen: dict[str, State], like: State, again: Pool)
     center = like
     if pool.sums.robust:
         center = found
+        again = another()
         for client, state in seen.items():
             again.add(client, about_center(about_center(state, like, -1), center))
         found, *_ = again.result(like)
@@ -89,7 +94,8 @@ def refresh_batchnorm(
     """
     counted = {row["client"]: row for row in rows if row["status"] == "ok"}
     clients = [client for client in job.clients if client.name in counted]
-    pool, seen, travels = executor.pool(job, strategy), {}, job.arm == "federated"
+    another = functools.partial(executor.pool, job, strategy)
+    pool, seen, travels = another(), {}, job.arm == "federated"
     for client, (measured, fault) in zip(
         clients, executor.measure(clients, now.state, now.round), strict=True
     ):
@@ -102,7 +108,7 @@ def refresh_batchnorm(
             seen[client.name] = measured
     if pool.sums.count >= strategy.settings.least_clients:
         try:
-            pooled = pool_batchnorm(pool, seen, now.state, executor.pool(job, strategy))
+            pooled = pool_batchnorm(pool, seen, now.state, another)
         except SumFailed as error:
             for row in counted.values():
                 row |= {"status": UNMEASURED, "reason": f"BatchNorm not measured: {error}"}

@@ -40,11 +40,15 @@ def pooled_of(measured, like, **changes):
     settings = AggregationParameters(**changes)
     clients = [SimpleNamespace(name=str(i), weight=n, known=[])
                for i, (_, n) in enumerate(measured)]  # fmt: skip
-    pool, again = (Pool(FedAvg(settings).aggregator(), clients) for _ in range(2))
+
+    def another():
+        return Pool(FedAvg(settings).aggregator(), clients)
+
+    pool = another()
     seen = {client.name: state for client, (state, _) in zip(clients, measured, strict=True)}
     for name, state in seen.items():
         pool.add(name, state)
-    return pool_batchnorm(pool, seen, like, again)
+    return pool_batchnorm(pool, seen, like, another)
 
 
 def test_pooled_statistics_are_those_of_all_films_together():
