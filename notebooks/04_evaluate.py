@@ -51,7 +51,7 @@ fedutils.print_environment()
 # here and says so.
 
 # %%
-from IPython.display import HTML, Markdown
+from IPython.display import HTML, Image, Markdown
 
 settings = fedutils.read_evaluated(globals())
 report = fedutils.read_report(settings.prepared)
@@ -259,13 +259,15 @@ if beside is not None:
 #
 # `python -m fedutils test RUN --data DIR` puts these models on films that they never saw, of any data set.
 # Intervals are over patients; the difference is external minus internal, of these very models, over the
-# findings that both sides have patients enough of. `local` is the mean local model.
+# findings that both sides have patients enough of. `local` is the mean local model. Controls are fitted on
+# this run's training films; more, such as cuts chosen on its validation films, lies in `external/`.
 
 # %%
 said, external = fedutils.read_external(settings)
 none = "There is no external test: `python -m fedutils test work/runs/NAME --data DIR` makes one."
 display(Markdown(fedutils.bullets(said) or none))
 display(HTML(external.to_html(index=False) if len(external) else ""))
+display(*map(Image, sorted(map(str, settings.run.glob("external/*/auroc.png")))))
 
 # %% [markdown]
 # ## Calibration

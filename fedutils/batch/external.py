@@ -13,7 +13,8 @@ from ..base.files import run_lock, write_atomic
 from ..base.findings import findings_of
 from ..dataset import ChestXrayDataset, read_index, read_report
 from ..evidence import external, predict, tables, words
-from ..evidence.calibration import calibrate
+from ..evidence.calibration import calibrate, operating_points
+from ..evidence.controls import control_scores
 from ..evidence.metrics import evaluate_models
 from ..films.decode import decode_films, write_index
 from ..films.find import check_films
@@ -26,8 +27,8 @@ def external_test(settings: Settings, folder: Path) -> str:
     """Test all models of an evaluated run on a folder of films, and return what that shows.
 
     Its films are decoded at the run's size. Writes `external/FOLDER/` below the run: predictions,
-    metrics, calibration, figures, `external.csv` and `summary.json`. Raises InputError without
-    models, an evaluation, the run's prepared films, or a finding that is shared.
+    metrics, calibration, operating points, controls, figures, `external.csv` and `summary.json`.
+    Raises InputError without models, an evaluation, the run's prepared films, or a shared finding.
     """
     clients = predict.check_models(settings)
     predict.check_fingerprint(settings, read_report(settings.prepared))
@@ -37,7 +38,7 @@ def external_test(settings: Settings, folder: Path) -> str:
         films, summary = _prepare(settings, folder, place, own.findings)
         predicted = predict.predict_films(settings, films, "test", clients, own=own.index)
         predictions = predict.write_predictions(predicted, place / "predictions.csv.gz")
-        _evaluate(settings, films, predictions, place)
+        _evaluate(settings, films, predictions, own, place)
         inside = predict.read_predictions(settings.run / "evaluation" / "predictions.csv.gz")
         sides = [(inside, own.index), (predictions, films.index)]
         beside = external.lay_beside(sides, settings.seed)
@@ -90,18 +91,34 @@ def _prepare(
 
 
 def _evaluate(
-    settings: Settings, films: ChestXrayDataset, predictions: pd.DataFrame, place: Path
-) -> None:
-    """Write the tables and figures of notebook 04 that need these films alone."""
-    metrics = evaluate_models(predictions, films, settings.seed).metrics
+    settings: Settings, films: ChestXrayDataset, predictions: pd.DataFrame, own: ChestXrayDataset,
+    place: Path,
+) -> None:  # fmt: skip
+    """Write the tables and figures of notebook 04 that these films allow.
+
+    What is fitted or chosen, controls and cuts, is so on the run's `own` films.
+    """
+    result = evaluate_models(predictions, films, settings.seed)
+    metrics, inside = result.metrics, own.index.groupby("split")
     metrics.to_csv(place / "metrics.csv", index=False)
+    both = pd.concat([inside.get_group("train"), films.index])
+    controls = control_scores(predictions, both, result.mean_over, settings.seed)
+    controls.to_csv(place / "controls.csv")
+    seen = predict.read_predictions(settings.run / "evaluation" / "validation.csv.gz")
+    seen, val = (
+        side.assign(image_index="own/" + side["image_index"])  # an id stands for two films
+        for side in (seen, inside.get_group("val"))
+    )
+    points = operating_points(seen, predictions, pd.concat([val, films.index]))
+    points.to_csv(place / "operating_points.csv", index=False)
     calibration = calibrate(predictions, films.index, settings.seed)
     calibration.to_csv(place / "calibration.csv", index=False)
     main, truth = tables.main_model(predictions), films.index[films.findings]
     scores, title = predictions.merge(main)[films.findings], f"external test, {place.name}"
     own = calibration.merge(main)
     figures = {
-        "auroc": plots.auroc_forest(metrics, title=title),
+        "auroc": plots.auroc_forest(metrics, title=title, controls=controls),
+        "subgroups": plots.subgroup_forest(metrics, title),
         "roc": plots.roc_curves(truth, scores, title),
         "precision_recall": plots.pr_curves(truth, scores, title),
         "calibration": plots.reliability_diagram(truth.to_numpy(), scores.to_numpy(), own, title),

@@ -1,4 +1,4 @@
-"""A hospital behind Flower: the ClientApp, with all that ever leaves a hospital.
+"""A hospital behind Flower and its films: all that ever leaves it but keys and shares of masks.
 
 The tracked state, counts, losses, the hospital's name and findings, what its patients were exposed
 to, and of an error its kind, not its text. Under masks of the first three only sums are told.
@@ -8,65 +8,50 @@ import dataclasses
 import functools
 import json
 import re
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
-from flwr.clientapp import ClientApp
+from flwr.app import ConfigRecord, Context, Message, MetricRecord
 from safetensors.torch import load_file, save
 
 from ..base.device import find_devices, set_up
-from ..base.errors import InputError, in_a_line
-from ..base.files import sha256, write_atomic
+from ..base.errors import InputError
+from ..base.files import write_atomic
 from ..base.fixed import Whole
 from ..base.scores import validation_sums
 from ..base.state import State, state_hash
 from ..client import Client, predict
 from ..dataset import ChestXrayDataset, read_report
 from ..model import ChestResNet
-from ..privacy.keys import read_keys
 from ..privacy.ledger import note_open
-from ..privacy.masks import Masker, MaskFault, MaskParameters
+from ..privacy.masks import MaskFault, MaskParameters
 from ..settings import FIELDS, Settings
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
 from ..training.masked import encode
 from ..training.replicas import fit_safely, start_model
-from .messages import LOST, SEPARATOR, Answer, pack, run_key, trunk_hash, unpack
-
-client_app = ClientApp()
-MASKS = "privacy/masks.json"  # in the work folder: of all runs
+from .messages import LOST, SEPARATOR, Answer, pack, trunk_hash, unpack
+from .site import Content, Site, answer, name_sum
 
 
-class Hospital:
-    """One message at a SuperNode, and the films that lie here; InputError where they do not fit.
+class Hospital(Site):
+    """One message about films that lie here; InputError where they do not fit what it asks."""
 
-    `node_config` has its `name`, the `work_dir` in which notebook 02 prepared the films, and maybe
-    a `device`, and `weights`: its own copy of the file that the server starts from.
-    """
-
-    def __init__(self, order: ConfigRecord, node_config: dict[str, Any]) -> None:
-        config = json.loads(order["config"])
-        given = Settings(**{key: config[key] for key in FIELDS if key in config})
-        here = {"work_dir": node_config["work_dir"], "name": order["run"]}
-        here["device"] = node_config.get("device", "auto")
-        if "weights" in node_config and given.weights != "none":
-            here["weights"] = node_config["weights"]
-        self.node, self.order, self.settings = (
-            node_config,
-            order,
-            dataclasses.replace(given, **here),
-        )
-        self.name, self.threads = str(node_config["name"]), config["threads"]
+    def __init__(self, order: ConfigRecord, node: dict[str, Any]) -> None:
+        super().__init__(order, node)
+        given = Settings(**{key: self.config[key] for key in FIELDS if key in self.config})
+        here = {"work_dir": node["work_dir"], "name": order["run"]}
+        here["device"] = node.get("device", "auto")
+        if "weights" in node and given.weights != "none":
+            here["weights"] = node["weights"]
+        self.settings = dataclasses.replace(given, **here)
         MaskParameters.check(self.settings)
         if self.node.get("secure_aggregation") == "True" and not self.settings.secure_aggregation:
             raise InputError(
                 "the server asks for bare updates, and this hospital sends masked ones"
             )
-        self.run_key = run_key(order["run"], config)
         prepared = self.settings.prepared
         for key in ("image_size", "seed"):
             found, wanted = read_report(prepared)[key], getattr(self.settings, key)
@@ -81,7 +66,7 @@ class Hospital:
     def model(self) -> ChestResNet:
         """Build the model; raise InputError where its frozen trunk is not the server's."""
         settings = self.settings
-        set_up(self.threads, settings.precision)  # before a trunk is calibrated
+        set_up(self.config["threads"], settings.precision)  # before a trunk is calibrated
         model = start_model(settings, settings.seed_list[0], len(self.films.findings))
         if trunk_hash(model) != self.order["trunk"]:
             raise InputError(f"weights={settings.weights!r}: not the trunk of the server")
@@ -92,56 +77,22 @@ class Hospital:
         seed = self.order.get("seed", self.settings.seed_list[0])
         return client_class(self.settings)(self.name, self.split("train"), self.settings, seed)
 
-    def masker(self) -> Masker:
-        """Return this hospital's half of masks, with its own key and those it was given."""
-        path = Path(self.settings.work_dir) / MASKS
-        memory = json.loads(path.read_text()) if path.is_file() else {}
-        least = max(self.settings.min_clients, int(self.node.get("min_clients", 1)))
-        own, others = read_keys(self.node.get("keys", ""), self.name)
-        return Masker(self.name, self.run_key, least, memory, own, others)
-
-    def remember(self, masker: Masker) -> None:
-        """Write down what masks must not forget, for this hospital alone to read."""
-        path = Path(self.settings.work_dir) / MASKS
-        path.parent.mkdir(parents=True, exist_ok=True)
-
-        def write(beside: Path) -> None:
-            """Write what nobody else may read."""
-            beside.touch(0o600)
-            beside.write_text(json.dumps(masker.memory))
-
-        write_atomic(path, write)
-
-    def sum_asked_for(self, kind: str) -> tuple[str, str]:
-        """Return what a sum is about, by all that this hospital is asked, and what goes into it.
-
-        The first tells one attempt from another, and is signed: all must be asked for the same. The
-        second is the same for the same numbers, however often and in whichever run they are asked.
-        """
-        order = {key: self.order.get(key, "") for key in ("seed", "round", "hash")}
-        masks, own = self.masks, dataclasses.asdict(self.settings)
+    def numbers_asked_for(self, kind: str) -> str:
+        """Return what goes into a sum: the same for the same numbers, in whichever run it is."""
+        own = dataclasses.asdict(self.settings)
         trained = {key: value for key, value in own.items() if FIELDS[key].metadata["identity"]}
-        inner = {
-            "count": [self.run_key, masks["members"]],
-            "fit": [trained | {"weights": self.order["trunk"]}, order],
-        }.get(kind, [self.order["trunk"], order["hash"]])
-        outer = [self.run_key, order, masks["whole"], masks["members"], masks["nonce"]]
-        names = (
-            sha256(json.dumps([kind, part], sort_keys=True).encode()) for part in (outer, inner)
-        )
-        what, name = (f"{kind} {digest[:32]}" for digest in names)
-        return what, name
-
-    @property
-    def masks(self) -> dict[str, Any]:
-        """What the order says about a masked sum."""
-        return json.loads(self.order["masks"])
+        about = {
+            "count": [self.run_key, self.masks["members"]],
+            "fit": [trained | {"weights": self.order["trunk"]}, self.asked],
+        }.get(kind, [self.order["trunk"], self.asked["hash"]])
+        return name_sum(kind, about)
 
     def hide(self, kind: str, numbers: State) -> State:
         """Return integers under the masks of the sum that the order names."""
         if "masks" not in self.order:
             raise MaskFault(f"{kind}: the offer of {self.name} did not arrive")
-        masks, masker, (what, name) = self.masks, self.masker(), self.sum_asked_for(kind)
+        masks, masker, what = self.masks, self.masker(), self.sum_asked_for(kind)
+        name = self.numbers_asked_for(kind)
         hidden = masker.mask(what, name, masks["offers"], masks["shares"], numbers)
         self.remember(masker)
         return hidden
@@ -186,36 +137,28 @@ class Hospital:
 
 
 def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Context], Message]:
-    """Let a function do what a message asks, and reply; an error's text stays in this hospital."""
+    """Let a function do what a message asks of this hospital's films, and reply."""
 
     @functools.wraps(work)
-    def answer(message: Message, context: Context) -> Message:
-        """Reply with what the work says, or with the kind of its error."""
-        words, numbers, state = {"status": "ok", "reason": ""}, {}, {}
-        try:
-            node = dict(context.node_config) | {"node": str(context.node_id)}
-            hospital = Hospital(message.content.config_records["order"], node)
+    def reply(message: Message, context: Context) -> Message:
+        """Reply with what the work says; or ask for the whole state, where it builds on another."""
+
+        def there(order: ConfigRecord, node: dict[str, Any]) -> tuple[dict[str, str], Content]:
+            """Return words, numbers and tensors."""
+            hospital = Hospital(order, node)
             sent = hospital.receive(unpack(message))
             if sent is None:
-                words["status"] = LOST
-            else:
-                more, numbers, state = work(hospital, sent)
-                words |= more
-        except MaskFault as error:  # it names hospitals and sums alone
-            words = {"status": "failed", "reason": in_a_line(error)}
-        except Exception as error:  # its text may hold paths, or names of films and so of patients
-            traceback.print_exc()
-            reason = f"{type(error).__name__}; see the hospital's log"
-            words = {"status": "failed", "reason": reason}
-        content = {"words": ConfigRecord(words), "numbers": MetricRecord(numbers)}
-        return Message(RecordDict(content | {"state": pack(state)}), reply_to=message)
+                return {"status": LOST}, {}
+            words, numbers, state = work(hospital, sent)
+            return words, {"numbers": MetricRecord(numbers), "state": pack(state)}
 
-    return answer
+        return answer(message, context, there)
+
+    return reply
 
 
-@client_app.query()
 @answers
-def query(here: Hospital, sent: State) -> Answer:
+def introduce(here: Hospital, sent: State) -> Answer:
     """Say who this is, which findings it knows, and what its update counts in the mean.
 
     Under masks only that it counts: how much, the server learns of all together.
@@ -229,38 +172,6 @@ def query(here: Hospital, sent: State) -> Answer:
     return words, {"weight": client.weight, "known": client.known}, {}
 
 
-@client_app.query("offer")
-@answers
-def offer(here: Hospital, sent: State) -> Answer:
-    """Offer a key for one masked sum, and shares of what takes its mask off."""
-    masker, (what, _) = here.masker(), here.sum_asked_for(here.order["kind"])
-    introduced = json.loads(here.order["introduced"])
-    if sorted(introduced) != here.masks["members"]:
-        raise MaskFault("the members of the sum are not those who are introduced")
-    offered = masker.offer(what, introduced)
-    here.remember(masker)
-    return {"said": json.dumps(offered | {"what": what})}, {}, {}
-
-
-@client_app.query("agree")
-@answers
-def agree(here: Hospital, sent: State) -> Answer:
-    """Sign the list of those whose numbers are in a sum."""
-    masker = here.masker()
-    signature = masker.agree(here.order["what"], json.loads(here.order["survivors"]))
-    here.remember(masker)  # before it leaves
-    return {"said": json.dumps({"signature": signature})}, {}, {}
-
-
-@client_app.query("reveal")
-@answers
-def reveal(here: Hospital, sent: State) -> Answer:
-    """Give the shares that take the masks off a sum whose list enough have signed."""
-    shares = here.masker().reveal(here.order["what"], json.loads(here.order["signatures"]))
-    return {"said": json.dumps(shares)}, {}, {}
-
-
-@client_app.query("count")
 @answers
 def count(here: Hospital, sent: State) -> Answer:
     """Return under masks what this hospital counts, so that shares of all films can be told."""
@@ -268,7 +179,6 @@ def count(here: Hospital, sent: State) -> Answer:
     return {}, {}, here.hide("count", {name: torch.tensor(n) for name, n in numbers.items()})
 
 
-@client_app.train()
 @answers
 def fit(here: Hospital, sent: State) -> Answer:
     """Run the client's `fit` as the simulation does; what the client keeps stays in this hospital.
@@ -304,7 +214,6 @@ def fit(here: Hospital, sent: State) -> Answer:
     return words, numbers, state
 
 
-@client_app.train("measure")
 @answers
 def batchnorm(here: Hospital, sent: State) -> Answer:
     """Return what BatchNorm sees here, as the simulation's clients measure it."""
@@ -319,7 +228,6 @@ def batchnorm(here: Hospital, sent: State) -> Answer:
     return {}, {}, here.encoded("measure", measured, client)
 
 
-@client_app.evaluate()
 @answers
 def validate(here: Hospital, sent: State) -> Answer:
     """Return the sums of the films for validation, as the simulation adds them up."""

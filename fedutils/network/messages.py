@@ -10,7 +10,6 @@ import torch
 from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load, save
 
-from ..base.files import sha256
 from ..base.parameters import Parameters
 from ..base.state import LARGEST, State, count_bytes, find_misfit, find_odd, state_hash
 from ..client import Update
@@ -28,12 +27,13 @@ Fault = tuple[str, str]  # status and reason, as the history has them
 
 def pack(state: State) -> ArrayRecord:
     """Pack a state as one array of bytes: Flower takes two requests for each array it sends."""
-    return ArrayRecord({"state": Array(np.frombuffer(save(state), np.uint8))})
+    data = save(state)
+    return ArrayRecord({"state": Array("uint8", (len(data),), "safetensors", data)})
 
 
 def unpack(message: Message) -> State:
     """Return the state in a message, with the bits and dtypes that were packed."""
-    return load(message.content.array_records["state"]["state"].numpy().tobytes())
+    return load(message.content.array_records["state"]["state"].data)
 
 
 class Parcel:
@@ -83,7 +83,8 @@ def read_reply(reply: Message | Fault) -> Answer:
         if reply.has_error():
             return words | {"reason": reply.error.reason}, {}, {}
         words |= dict(reply.content.config_records["words"])
-        return words, dict(reply.content.metric_records["numbers"]), unpack(reply)
+        numbers = reply.content.metric_records.get("numbers", {})
+        return words, dict(numbers), unpack(reply) if reply.content.array_records else {}
     except Exception as error:  # it comes from elsewhere, and must not end the run
         return {"status": "failed", "reason": f"reply of another kind: {error}"}, {}, {}
 
@@ -219,12 +220,6 @@ class Member:
     @staticmethod
     def _said(kept: State) -> dict[str, Any]:
         return json.loads(kept[SAID].numpy().tobytes()) if SAID in kept else {}
-
-
-def run_key(run: str, config: dict[str, Any]) -> str:
-    """Return what tells a run from all others; limits are no part of what is trained."""
-    known = json.dumps(config | {"total_epsilon": 0, "min_clients": 0})
-    return f"{run} {sha256(known.encode())[:16]}"
 
 
 def trunk_hash(model: ChestResNet) -> str:

@@ -32,6 +32,7 @@ from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
 from ..training.training import Training
 from . import messages
 from .messages import Fault, Member, Parcel, pack
+from .site import run_key
 
 POLL = 0.5  # seconds between two looks for a reply
 server_app = ServerApp()
@@ -204,7 +205,7 @@ class Network:
 
     def has_key(self, name: str, node: int, introduction: dict[str, str]) -> bool:
         """Tell whether a SuperNode speaks for a hospital, whose key the server was given."""
-        run = messages.run_key(self.settings.name, self.config)
+        run = run_key(self.settings.name, self.config)
         return is_introduced(self.keys.get(name), run, name, str(node), introduction)
 
     def gather(self, seconds: float) -> dict[str, dict[str, Any]]:

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..base.state import State
-
+Integers = dict[str, Any]  # int64 tensors by name; torch is imported by who has some
 Offer = dict[str, str]  # what a hospital says under its signature: a public key, and more
 DRAWN_AT_ONCE = 1 << 17  # numbers of a stream
 PUBLIC = ".key.pub"  # after a hospital's name, the file of its public key
@@ -46,8 +43,9 @@ def is_introduced(key: Any, run: str, name: str, node: str, said: Offer) -> bool
     return is_signed(key, str(said.get("signature")), about)
 
 
-def add_stream(values: State, key: bytes, sign: int = 1) -> None:
+def add_stream(values: Integers, key: bytes, sign: int = 1) -> None:
     """Add to contiguous integers (int64), modulo 2^64, a key's stream, in the order of names."""
+    import torch
     from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
     cipher = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()

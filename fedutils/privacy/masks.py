@@ -28,8 +28,8 @@ from typing import Any
 
 from ..base.errors import InputError, SumFailed
 from ..base.parameters import Parameters, parameter
-from ..base.state import State
 from .keys import (
+    Integers,
     Offer,
     add_stream,
     digest,
@@ -144,8 +144,8 @@ class Masker:
 
     def mask(
         self, what: str, name: str, offers: Mapping[str, Offer], shares: Mapping[str, str],
-        values: State,
-    ) -> State:  # fmt: skip
+        values: Integers,
+    ) -> Integers:  # fmt: skip
         """Return integers (int64) under the masks of one sum, and keep the others' shares.
 
         `name` is what this hospital calls the numbers, however often they are asked for; `offers`
@@ -232,20 +232,20 @@ class MaskedSum:
     def __init__(self, what: str, offered: Mapping[str, dict[str, Any]], members: int) -> None:
         self.what, self.offered, self.enough = what, offered, threshold(members)
         self.offers = {hospital: one["offer"] for hospital, one in offered.items()}
-        self.total: State = {}
+        self.total: Integers = {}
         self.survivors: list[str] = []
 
     def shares_for(self, hospital: str) -> dict[str, str]:
         """Return what each hospital encrypted for this one."""
         return {name: one["shares"][hospital] for name, one in self.offered.items()}
 
-    def add(self, hospital: str, masked: State) -> None:
+    def add(self, hospital: str, masked: Integers) -> None:
         """Add what a hospital sent, modulo 2^64."""
         old = self.total
         self.total = {k: old[k] + value if old else value for k, value in masked.items()}
         self.survivors.append(hospital)
 
-    def finish(self, revealed: Mapping[str, Mapping[str, str]]) -> State:
+    def finish(self, revealed: Mapping[str, Mapping[str, str]]) -> Integers:
         """Return the sum without its masks, by the shares that survivors gave; else MaskFault."""
         for name, offer in self.offers.items():
             came = name in self.survivors

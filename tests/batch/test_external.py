@@ -42,7 +42,9 @@ def run(tmp_path_factory, request):
     Training(settings, films).train()
     clients = films.index[["patient_id", "client", "split"]].drop_duplicates()
     clients.to_csv(settings.run / "clients.csv", index=False)
-    path = settings.run / "evaluation" / "predictions.csv.gz"
+    place = settings.run / "evaluation"
+    write_predictions(predict_films(settings, films, "val"), place / "validation.csv.gz")
+    path = place / "predictions.csv.gz"
     predictions = write_predictions(predict_films(settings, films, "test"), path)
     write_summary(settings, evaluate_models(predictions, films, 0, repeats=20), "tiny")
     return settings, films
@@ -98,8 +100,23 @@ def test_a_run_is_tested_on_another_folder_and_laid_beside_its_own_films(run, tm
     )
     assert read_external(settings)[0] == [said.strip()]
 
+    points = read_table(place / "operating_points.csv")  # cuts of the run's own validation films
+    seen = read_predictions(settings.run / "evaluation" / "validation.csv.gz")
+    chosen = operating_points(seen, seen, films.index)
+    by = ["arm", "client", "finding", "rule"]
+    cuts = points.set_index(by)["threshold"], chosen.set_index(by)["threshold"]
+    pd.testing.assert_series_equal(*cuts)
+    one = points.query("arm == 'federated' and finding == 'Effusion' and rule == 'Youden'").iloc[0]
+    ill = index.index[index["Effusion"] == 1]
+    found = (federated.loc[ill, "Effusion"] >= one["threshold"]).mean()
+    assert np.isclose(one["sensitivity"], found)
+    controls = read_table(place / "controls.csv").set_index("finding")
+    assert controls.loc[SHARED, "attributes"].between(0, 1).all()
+
     first = {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
-    assert {"auroc.png", "roc.png", "precision_recall.png", "calibration.png"} < set(first)
+    assert {
+        "auroc.png", "roc.png", "precision_recall.png", "calibration.png", "subgroups.png"
+    } < set(first)  # fmt: skip
     assert main(["test", str(settings.run), "--data", str(folder)]) == 0
     assert {p.name: p.read_bytes() for p in place.iterdir() if p.is_file()} == first
 

@@ -217,7 +217,12 @@ class Grid:
 
     def __init__(self, homes: dict[str, Path]) -> None:
         self.nodes, self.replies = dict(enumerate(homes.items(), 11)), {}
-        self.answer = find("client_app", "fedutils.network.hospital", "fedutils.flower")
+        self.answer = find(
+            "client_app",
+            "fedutils.network.clientapp",
+            "fedutils.network.hospital",
+            "fedutils.flower",
+        )
 
     def get_node_ids(self) -> list[int]:
         """List the hospitals."""

@@ -2,9 +2,13 @@
 
 import dataclasses
 import functools
+import io
 import json
 import math
+import pickle
 import shutil
+import struct
+import tracemalloc
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from tiny import ROUNDING, tiny_films, tiny_homes, tiny_settings
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed: make flower installs it")
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
@@ -30,8 +34,9 @@ from fedutils.base.state import state_hash, to_cpu
 from fedutils.films.phantom.cases import FINDINGS
 from fedutils.model import build_resnet34
 from fedutils.network import hospital, messages, server
+from fedutils.network.clientapp import client_app
 from fedutils.network.commands import make_key
-from fedutils.network.hospital import Hospital, client_app
+from fedutils.network.hospital import Hospital
 from fedutils.network.messages import (
     Member,
     pack,
@@ -364,6 +369,50 @@ def test_what_does_not_fit_costs_its_update_not_the_round(state):
     assert read_update("a", Message(RecordDict({}), reply_to=ask), good, 5)[0].status == "failed"
 
 
+def archive(zeros):
+    """The bytes of a compressed archive that unfolds to so many zeros."""
+    np.savez_compressed(file := io.BytesIO(), state=np.zeros(zeros, np.uint8))
+    return file.getvalue()
+
+
+def claim(shape):
+    """The header of an array of bytes that claims a shape, and none of its bytes."""
+    about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file := io.BytesIO(), about)
+    return file.getvalue()
+
+
+HEADER = json.dumps({"w": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}})
+BOMBS = {
+    "a compressed archive": archive(1 << 28),
+    "an array said to be of 100 TB": claim((100 << 40,)),
+    "an array said to be of 4 GB": claim((4 << 30,)),
+    "a tensor said to be of 4 TB": struct.pack("<Q", len(HEADER)) + HEADER.encode(),
+    "a header said to be of 1 GB": struct.pack("<Q", 1 << 30) + b"{",
+    "nothing": b"",
+    "a pickle": pickle.dumps(np.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("content", BOMBS.values(), ids=BOMBS)
+def test_a_bomb_costs_its_hospital_not_the_server(content):
+    """Nor the server's memory."""
+    reply = reply_with({"examples": 5, "train_loss": 0.5})
+    reply.content["state"] = ArrayRecord({"state": Array("uint8", (3,), "safetensors", content)})
+    tracemalloc.start()
+    update, kept = read_update("a", reply, {"w": torch.zeros(3)}, 5)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert update.status == "failed" and "reply of another kind" in update.reason and not kept
+    assert peak < 1 << 24
+
+
+def test_an_oversized_state_costs_its_hospital_not_the_server():
+    reply = reply_with({"examples": 5, "train_loss": 0.5}, state={"w": torch.zeros(1 << 24)})
+    update, _ = read_update("a", reply, {"w": torch.zeros(3)}, 5)
+    assert update.status == "failed" and "does not fit what was sent: w" in update.reason
+
+
 MASKED = {"secure_aggregation": True, "min_clients": 2}
 
 
@@ -390,15 +439,17 @@ def test_nothing_but_masked_integers_and_keys_leaves_a_hospital_that_masks(maske
     *_, grid = masked
     seen = set()
     for _, reply, _ in [one for one in grid.wire if one[0] != "down"]:
-        words, state = dict(reply.content["words"]), unpack(reply)
+        words, kind = dict(reply.content["words"]), reply.metadata.message_type
         assert words.pop("status") == "ok" and words.pop("reason") == ""
-        kind = reply.metadata.message_type
+        of_films = kind not in ("query.offer", "query.agree", "query.reveal")
+        assert set(reply.content) == ({"words", "numbers", "state"} if of_films else {"words"})
+        state = unpack(reply) if of_films else {}
         if kind == "query":
             assert set(words) == {"name", "findings", "introduction"}
             assert dict(reply.content["numbers"]) == {"weight": 1, "known": [1] * 14}
         else:
-            assert set(words) <= {"said"} and not dict(reply.content["numbers"])
-            assert bool(words) == (kind in ("query.offer", "query.agree", "query.reveal"))
+            assert set(words) == (set() if of_films else {"said"})
+            assert not of_films or not dict(reply.content["numbers"])
         for value in state.values():
             assert value.dtype == torch.int64
         numbers = set(torch.cat([v.flatten() for v in state.values()]).tolist()) if state else set()

@@ -77,7 +77,7 @@ def test_over_tls_the_run_is_the_simulation_and_an_unknown_node_is_refused(flwr,
 @pytest.mark.slow
 def test_killed_nodes_and_a_killed_server_cost_rounds_not_the_run(flwr, tmp_path):
     films = tiny_films(tmp_path, clients=2)
-    settings = tiny_settings(tmp_path, num_clients=2, rounds=5)
+    settings = tiny_settings(tmp_path, num_clients=2, rounds=50)
     homes, work = tiny_homes(tmp_path / "homes", films), tmp_path / "server"
 
     def wait_for(seen):
