@@ -79,7 +79,7 @@ class Mapping:
             return None
         loose = self.given.get("loose", False)
         there = {cell for file in files for cell in read_header(file, loose)}
-        return [names[0] for names in self.needed() if not there & {*names}]
+        return [names[0] for _, _, names in self.needed() if not there & {*names}]
 
     def tags(self) -> dict[str, str]:
         """Return by column of ours the DICOM keyword that it comes from, `dicom:Keyword`."""
@@ -87,19 +87,24 @@ class Mapping:
         named = {name: texts(value)[0] for name, value in given.items()}
         return {n: v.removeprefix(DICOM) for n, v in named.items() if v.startswith(DICOM)}
 
-    def needed(self) -> list[list[str]]:
-        """List the columns that must be there, each with its other spellings."""
-        names, tags = [], self.tags()
-        for name, value in self.section("columns").items():
-            if name in tags:
-                continue
+    def needed(self) -> list[tuple[str, str, list[str]]]:
+        """List the columns that must be there: section and key that name them, and spellings."""
+        found = [("keep", name, [name]) for name in self.section("keep")]
+        for key, value in self.section("columns").items():
             parts = re.findall(r"\{(.*?)\}", texts(value)[0])
-            names += [[part] for part in parts] if parts else [texts(value)]
-        marks = self.section("marks")
-        names += [[name] for name in [*self.section("keep"), *texts(marks.get("none", []))]]
+            names = [[part] for part in parts] or [texts(value)]
+            found += [("columns", key, name) for name in names if key not in self.tags()]
+        found += [
+            ("marks", "none", [name]) for name in texts(self.section("marks").get("none", []))
+        ]
         if labels := self.section("labels"):
-            return [*names, [labels["column"]]]
-        return names + [[c for c, f in self.words.items() if f == name] for name in self.findings]
+            return [*found, ("labels", "column", [labels["column"]])]
+        theirs = {name: [c for c, f in self.words.items() if f == name] for name in self.findings}
+        return [*found, *(("findings", name, columns) for name, columns in theirs.items())]
+
+    def fault(self, section: str, key: str, told: str) -> InputError:
+        """Return an error about a key, which may be the preset's on which the mapping builds."""
+        return _located(Wrong(section, key, told), self.file, PRESETS / f"{self.name}.toml")
 
 
 def texts(value: str | Sequence[str]) -> list[str]:
@@ -156,9 +161,18 @@ def _mapping(path: Path, name: str) -> Mapping:
         mapping = Mapping(name, path, given, _words(given))
         _check_table(mapping)
     except Wrong as error:
-        line = _line_of(text, error.section, error.key)
-        raise InputError(f"{path}: {error}{f' (line {line})' if line else ''}") from None
+        raise _located(error, path) from None
     return mapping
+
+
+def _located(error: Wrong, *files: Path) -> InputError:
+    """Say the first file that has what is wrong, and the line: of its key, else of its section."""
+    texts_of = {file: file.read_text("utf-8-sig") for file in files if file.is_file()}
+    for section, key in ((error.section, error.key), ("", error.section)):
+        for file, text in texts_of.items():
+            if line := _line_of(text, section, key):
+                return InputError(f"{file}: {error} (line {line})")
+    return InputError(f"{files[0]}: {error}")
 
 
 def _upon_preset(given: dict[str, Any]) -> dict[str, Any]:

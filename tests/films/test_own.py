@@ -291,8 +291,7 @@ def test_unusable_own_splits_are_named(tmp_path, splits, message):
         (";0;0;0;0;0;0", ";0;0;0;0;0", "table.csv, line 4: 12 cells, but the header has 13"),
         (";0;0;0;0;0;0", ";0;0;0;0;0;0;0", "table.csv, line 4: 14 cells, but the header has 13"),
         ("film.jpg;B-02", "film.jpg;", "table.csv, line 4: no image index or no patient id"),
-        ("Big heart", "Heart", "table.csv: no columns 'Big heart', which films.toml names; found F"),
-        ("Lump", "File", "table.csv: 2 columns 'File'"),
+        ("Lump", "File", "table.csv has 2 columns 'File'; rename all but one there (line 4)"),
         ("61;F", '61;"F', "table.csv, line 2: is no CSV"),
     ],
 )  # fmt: skip
@@ -398,6 +397,53 @@ def test_what_a_mapping_says_that_nothing_would_heed_is_an_error_with_its_line(
     assert re.search(r"films\.toml: .* \(line \d+\)$", str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("mapping", "told"),
+    [
+        (MARKS.replace('"Big heart"', '"Heart"'), "Cardiomegaly = 'Heart', but "),
+        (SMALL.replace("{columns}", 'view = ["v", "w"]'), "view = 'v', but "),
+        (SMALL.replace("{columns}", 'age = "{b}-{p}"'), "age = 'b', but "),
+        (SMALL.replace('"f"', '"g"').replace("{columns}", ""), "image = 'g', but "),
+        (SMALL.replace("{columns}", "") + '[keep]\nView = "PA"', "View = 'View', but "),
+        (SMALL.replace("{columns}", "") + '[marks]\nnone = "n"', "none = 'n', but "),
+        (SMALL.replace("{columns}", "") + '[labels]\nseparator = "|"\ncolumn = "l"', "column = 'l'"),
+        ('table = "t.csv"\nfindings = ["X", "Y"]\ncolumns = { image = "f", patient = "p" }', "X = 'X', but "),
+    ],
+)  # fmt: skip
+def test_a_column_that_the_table_lacks_is_named_with_the_mappings_line_and_key(
+    tmp_path, mapping, told
+):
+    write(tmp_path, mapping, MARKS_TABLE if "table.csv" in mapping else ROWS)
+    with pytest.raises(InputError, match=re.escape(told)) as caught:
+        read_folder(tmp_path)
+    found = re.search(r"films\.toml: (\w+) = .* has no such column; it has .*\(line (\d+)\)$",
+                      str(caught.value))  # fmt: skip
+    line = mapping.splitlines()[int(found[2]) - 1]
+    assert found[1] in line or line.startswith("findings = ")
+
+
+def test_a_key_that_stands_in_the_preset_is_named_there(tmp_path):
+    (tmp_path / "stage_2_train_labels.csv").write_text("patientId,target\na,1\n")
+    (tmp_path / "films.toml").write_text('preset = "rsna"\n[findings]\n')
+    with pytest.raises(InputError, match=r"rsna\.toml: Pneumonia = 'Target', but .* \(line 19\)$"):
+        read_folder(tmp_path)
+    (tmp_path / "films.toml").write_text('preset = "rsna"\n[columns]\npatient = "person"\n')
+    with pytest.raises(InputError, match=r"films\.toml: patient = 'person', but .* \(line 3\)$"):
+        read_folder(tmp_path)
+
+
+def test_each_of_stacked_tables_has_the_columns(tmp_path):
+    tables = '[tables]\n"a.csv" = "train"\n"b.csv" = "test"'
+    mapping = SMALL.replace('table = "t.csv"', tables).replace("{columns}", "")
+    write(tmp_path, mapping)
+    (tmp_path / "a.csv").write_text(ROWS)
+    (tmp_path / "b.csv").write_text("f,p\nc.png,3\n")
+    with pytest.raises(
+        InputError, match=r"X = 'x', but .*b\.csv has no .* has f, p: .* \(line 9\)"
+    ):
+        read_folder(tmp_path)
+
+
 JOINED = (
     SMALL.replace('table = "t.csv"', "").replace("{columns}", "")
     + """
@@ -420,10 +466,12 @@ def test_tables_are_joined_by_ids_in_one_spelling(tmp_path, written):
     with pytest.raises(InputError, match=r"l.csv, line 3: a second row of 1.0; remove one"):
         read_folder(tmp_path)
     (tmp_path / "l.csv").write_text("p,x\n8,1\n9,0\n")
-    with pytest.raises(InputError, match=r"l.csv: none of its rows has the p of a film"):
+    with pytest.raises(InputError, match=r"no row of .*l.csv has the p of a film; .* \(line \d+\)"):
         read_folder(tmp_path)
     (tmp_path / "l.csv").write_text("q,x\n1,1\n")
-    with pytest.raises(InputError, match=r"l.csv: no column 'p' to join by; found x"):
+    with pytest.raises(
+        InputError, match=r"l.csv = 'p', but .*l.csv has no such column; it has x: "
+    ):
         read_folder(tmp_path)
     (tmp_path / "t.csv").unlink()
     with pytest.raises(InputError, match=r"no table t.csv, which own has"):
