@@ -15,7 +15,7 @@ from typing import Any
 from jsonschema import Draft202012Validator, FormatChecker
 
 from ..base.errors import InputError
-from ..base.findings import NO_FINDINGS
+from ..base.findings import NO_FINDINGS, spelled_twice
 from .cells import read_header
 
 MAPPING_NAME = "films.toml"
@@ -72,7 +72,8 @@ class Mapping:
     def missing(self, folder: Path) -> list[str] | None:
         """Name the columns that the folder's tables lack; None where it has no such table."""
         if folders := texts(self.given.get("folders", [])):
-            return [] if all((folder / name).is_dir() for name in folders) else None
+            there = [any((folder / one).is_dir() for one in name.split("|")) for name in folders]
+            return [] if all(there) else None
         files = [paths[0] for of in ("tables", "join") for paths in self.tables(folder, of).values()
                  if paths]  # fmt: skip
         if not any(self.tables(folder).values()):
@@ -282,10 +283,13 @@ def _lacks(section: str, key: str) -> Wrong:
 def _check_findings(given: dict[str, Any]) -> None:
     """Raise Wrong where there is no finding, or one with a name that cannot be one."""
     for name in given["findings"]:
-        plain = isinstance(name, str) and re.fullmatch(r"\w[\w /()-]*", name)
+        plain = isinstance(name, str) and re.fullmatch(r"\w([\w /()-]{0,58}[\w)])?", name)
         if not plain or name in {*NO_FINDINGS, "none", "unknown", "mean"}:
             told = f"[findings] {name!r}: no name for a finding; choose another"
-            raise Wrong("findings", str(name), told)
+            raise Wrong("findings", str(name), f"{told}, of at most 60 letters and blanks")
+    if pair := spelled_twice(given["findings"]):
+        told = f"[findings] {pair[0]!r} and {pair[1]!r} are one finding; name it once"
+        raise Wrong("findings", pair[1], told)
 
 
 def _check_table(mapping: Mapping) -> None:

@@ -1,7 +1,7 @@
 """The rows of a data set's tables, stacked and joined, in our text columns."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pandas as pd
 from ..base.errors import InputError
 from ..base.findings import SPLITS
 from . import cells
-from .formats import DICOM_ENDINGS, check_tags, dicom_header
+from .formats import check_tags, dicom_header, is_dicom
 from .mapping import COLUMNS, MAPPING_NAME, Mapping, texts
 
 
@@ -21,7 +21,7 @@ def place(rows: pd.DataFrame, position: int) -> str:
 
 
 def read_tables(
-    mapping: Mapping, folder: Path, paths: Sequence[str]
+    mapping: Mapping, folder: Path, paths: Iterable[str]
 ) -> tuple[pd.DataFrame, list[Path], list[str]]:
     """Read what a mapping needs of all tables, stacked and joined, with `file` and `line`.
 
@@ -29,8 +29,8 @@ def read_tables(
     the first one, too. Without tables each film is a row, and its path the only column.
     """
     if "folders" in mapping.given:
-        rows = pd.DataFrame({"path": paths, "file": str(folder), "line": range(1, len(paths) + 1)})
-        return rows, [folder], ["path"]
+        rows = pd.DataFrame({"path": list(paths), "file": str(folder)})
+        return rows.assign(line=rows.index + 1), [folder], ["path"]
     named = {key: found[0] for key, found in mapping.tables(folder).items() if found}
     if not named:
         wanted = " or ".join(mapping.section("tables"))
@@ -110,7 +110,7 @@ def _join(mapping: Mapping, named: str, rows: pd.DataFrame, other: pd.DataFrame)
 
 
 def our_rows(
-    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: Sequence[str]
+    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: dict[str, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the raw rows that the mapping keeps, these in our columns, and the films left out.
 
@@ -128,13 +128,15 @@ def our_rows(
 
 
 def _our_columns(
-    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: Sequence[str]
+    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: dict[str, str]
 ) -> pd.DataFrame:
     """Turn the raw text columns into ours; see `our_rows`."""
     rows = raw[["file", "line"]].copy()
     given = mapping.section("columns") | mapping.section("optional")
-    films = _images(raw, texts(given["image"]), paths)
-    headers = _headers(folder, films, paths, mapping.tags())
+    both = {path.rpartition("/")[2]: place for path, place in reversed(paths.items())} | paths
+    places = {cells.plain_ending(name): place for name, place in both.items()}
+    films = _images(raw, texts(given["image"]), places)
+    headers = _headers(folder, films, places, mapping.tags())
     for name, ours in COLUMNS.items():
         column = pd.Series("", index=raw.index, dtype=object)
         if name == "image":
@@ -168,39 +170,37 @@ def _our_columns(
     return rows.assign(sex=sex, view=view, scanner=_scanners(rows))
 
 
-def _images(raw: pd.DataFrame, ways: list[str], paths: Sequence[str]) -> pd.Series:
+def _images(raw: pd.DataFrame, ways: list[str], places: dict[str, str]) -> pd.Series:
     """Return the films' names by the first of some columns or templates that any film has."""
-    there = {name for path in paths for name in (path, path.rpartition("/")[2])}
     found = []
     for way in ways:
         column = raw.get(way, pd.Series("", raw.index, dtype=object))
         for k, part in enumerate(() if way in raw else re.split(r"\{(.*?)\}", way)):
             column = column + (raw[part] if k % 2 else part)
         found.append(column)
-        if column.isin(there).any():
+        if len(ways) > 1 and column.map(cells.plain_ending).isin(places.keys()).any():
             return column
     return found[0]
 
 
 def _headers(
-    folder: Path, films: pd.Series, paths: Sequence[str], tags: dict[str, str]
+    folder: Path, films: pd.Series, places: dict[str, str], tags: dict[str, str]
 ) -> pd.DataFrame:
     """Return by column of ours what the DICOM headers of the films say, "" where there is none.
 
     A header that cannot be read is that film's fault, which notebook 02 names.
     """
-    if not tags or not any(path.lower().endswith(DICOM_ENDINGS) for path in paths):
+    if not tags or not any(is_dicom(folder / path) for path in places.values()):
         return pd.DataFrame(index=films.index)
     check_tags(tags.values())
-    places = {path.rpartition("/")[2]: path for path in reversed(paths)} | {p: p for p in paths}
-    different = {film: places.get(film, "") for film in films.unique()}
+    different = {film: places.get(cells.plain_ending(film), "") for film in films.unique()}
 
     def read(film: str) -> list[str]:
         """Read one header."""
-        if not different[film].lower().endswith(DICOM_ENDINGS):
-            return [""] * len(tags)
         try:
-            return [*dicom_header(folder / different[film], list(tags.values())).values()]
+            if different[film] and is_dicom(folder / different[film]):
+                return [*dicom_header(folder / different[film], list(tags.values())).values()]
+            return [""] * len(tags)
         except InputError:
             return [""] * len(tags)
 

@@ -156,7 +156,7 @@ def test_a_phantom_under_a_mapping_stays_a_phantom(tmp_path):
 
 def test_equal_names_in_different_folders_are_different_films_when_named_by_path(tmp_path):
     table = MARKS_TABLE.replace("pictures/A-17/first.png", "pictures\\A-17\\film.jpg")
-    films = ["pictures/A-17/film.jpg", "pictures/B-02/film.jpg", "pictures/A-17/second.JPG"]
+    films = ["pictures/A-17/film.jpg", "pictures/B-02/film.jpg", "pictures/A-17/other.jpg"]
     data = read_folder(write(tmp_path, table=table, films=films))
     counts = check_table(data).set_index("check")["count"]
     assert data.table["path"].tolist() == ["pictures/A-17/film.jpg", "", films[1]]
@@ -228,6 +228,27 @@ def test_two_spellings_of_a_patient_are_one_patient_and_are_counted(tmp_path, on
 def test_a_film_is_found_however_unicode_composes_its_name(tmp_path):
     data = read_folder(write(tmp_path, table=rows_of(("e\u0301.png", "1")), films=["\u00e9.png"]))
     assert data.films_present == 1 and data.table["path"].tolist() == ["\u00e9.png"]
+
+
+@pytest.mark.parametrize(("named", "file"), [
+    ("a.png", "a.PNG"), ("b.JPG", "b.jpg"), ("in/c.jpeg", "in/c.JPG"), ("d.jpg", "d.jpeg"),
+    ("e.TIF", "e.tiff"), ("f.dcm", "f.DICOM"),
+])  # fmt: skip
+def test_a_film_is_found_however_its_ending_is_written(tmp_path, named, file):
+    """In the table and in the split lists; the table's spelling is the film's name."""
+    table = rows_of((named, "1"), ("in/z.png" if "/" in named else "z.png", "2"))
+    folder = write(tmp_path, table=table, films=[file, f"deep/._{file.rpartition('/')[2]}"])
+    (folder / "train_list.txt").write_text("z.png\nin/z.png")
+    (folder / "test_list.txt").write_text(file)
+    data = read_folder(folder)
+    film = data.table.set_index("image_index").loc[named]
+    assert film["path"] == file and film["official_split"] == "test"
+    assert data.found["orphaned films"] == []
+
+
+def test_of_two_endings_the_one_that_the_table_names_is_read(tmp_path):
+    data = read_folder(write(tmp_path, table=rows_of(("a.jpg", "1")), films=["a.jpg", "a.png"]))
+    assert data.table["path"].tolist() == ["a.jpg"] and data.found["orphaned films"] == ["a.png"]
 
 
 # --- splits of one's own
@@ -332,6 +353,10 @@ def test_films_that_are_named_otherwise_than_the_files_are_an_error_that_shows_b
     [
         (MARKS, "Edema =", "split =", "[findings] 'split': no name for a finding"),
         (MARKS, "Edema =", '"<b>" =', "[findings] '<b>': no name for a finding"),
+        *((MARKS, "Edema =", f'"{odd}" =', "no name for a finding; choose another, of at most 60")
+          for odd in (" Edema", "Edema ", "Ede\\nma", "Ede|ma", "Ede,ma", "E" * 61, "&amp;", "")),
+        *((MARKS, "Edema =", f'"{odd}" =', f"'Effusion' and '{odd}' are one finding; name it once")
+          for odd in ("effusion", "Eff_usion", "Eff-usion")),
         (MARKS, "sex =", "gender =", "unknown 'gender' in [columns]; known: image, patient, view"),
         (MARKS, "[findings]", "[finding]", "unknown 'finding'; known: table, columns, findings"),
         (MARKS, 'table = "table.csv"', "", 'no table; add table = "..."'),
