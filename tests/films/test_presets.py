@@ -396,7 +396,15 @@ def test_what_is_wrong_in_a_mapping_is_named_with_its_line(tmp_path, text, told)
 
 
 def test_presets_are_short_and_each_has_its_page():
+    """Which says where to get it, its terms, layout and traps, and one command."""
     page = (Path(__file__).parents[2] / "data/README.md").read_text()
+    nih, rest = page.partition("\n## Data sets")[::2]
+    pages = {part.partition("\n")[0]: part for part in rest.split("\n### ")}
+    for preset in presets().values():
+        text = pages.get(preset.given["title"], nih)
+        assert (preset.name == "nih") == (text is nih), preset.name
+        words = ["https://", "Terms", "Layout", "raps", "python -m fedutils"]
+        assert all(word in text for word in words), (preset.name, text)
     for path in PRESETS.glob("*.toml"):
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         assert len(lines) <= 40, path
