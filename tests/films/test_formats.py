@@ -282,7 +282,7 @@ def test_a_mapping_takes_columns_from_the_headers(tmp_path):
     with pytest.raises(InputError, match="dicom:PatientsSex: DICOM has no such keyword"):
         read_folder(tmp_path)
     (tmp_path / "films.toml").write_text(HEADERS.replace('"film"', '"dicom:SOPInstanceUID"'))
-    with pytest.raises(InputError, match=r"image names the films; no header does \(line 3\)"):
+    with pytest.raises(InputError, match=r"image = 'dicom:.*; no header names films \(line 3\)"):
         read_folder(tmp_path)
 
 
