@@ -117,11 +117,9 @@ def list_films(paths: Sequence[Path]) -> list[str]:
         inside = [f"{here / name}" for here, _, files in walk(path, None) for name in sorted(files)]
         films = [str(path)] if path.is_file() else list(filter(is_film, inside))
         if not films:
-            there = f"its {len(inside)} files are none" if path.is_dir() else "nor a file or folder"
+            told = f"none of its {len(inside)} files is a film" if path.is_dir() else "is not there"
             kinds = f"{', '.join(FILM_ENDINGS)}, or DICOM without an ending"
-            raise InputError(
-                f"{path.absolute()}: no film is there, {there}; give films ({kinds}), or folders"
-            )
+            raise InputError(f"{path.absolute()}: {told}; give films ({kinds}), or their folders")
         found += films
     return list(dict.fromkeys(found))
 

@@ -212,8 +212,8 @@ def test_predict_gives_a_row_a_film_of_the_main_model_with_cuts_of_validation(
     (tmp_path / "no").mkdir()
     (tmp_path / "no/notes.txt").touch()
     for path, message in (
-        ("none.png", "/none.png: no film is there, nor a file or folder; give films (.png, .jpg"),
-        ("no", "/no: no film is there, its 1 files are none; give films (.png, .jpg"),
+        ("none.png", "/none.png: is not there; give films (.png, .jpg"),
+        ("no", "/no: none of its 1 files is a film; give films (.png, .jpg"),
         ("films/broken.png", "none of 1 films can be read, such as films/broken.png: Unidentified"),
     ):
         monkeypatch.chdir(tmp_path)
@@ -221,7 +221,7 @@ def test_predict_gives_a_row_a_film_of_the_main_model_with_cuts_of_validation(
         assert message in told(capsys)
     monkeypatch.chdir(tmp_path / "no")
     assert main(["predict", str(settings.run), "."]) == 2
-    assert f"{tmp_path}/no: no film is there" in told(capsys)
+    assert f"{tmp_path}/no: none of its 1 files is a film" in told(capsys)
 
 
 def test_films_are_found_as_archives_and_hospitals_name_them(tmp_path):
