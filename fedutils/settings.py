@@ -121,7 +121,7 @@ def fill(given: Settings) -> Settings:
     folders = map(str, split_folders(given.data_dir)) if given.data_dir else [""]
     found = [data.resolve() for data in map(find_data, folders) if data]
     if len(set(found)) < len(found):
-        raise InputError(f"data_dir={given.data_dir!r} names a folder twice")
+        raise InputError(f"data_dir={given.data_dir!r} names a folder twice, maybe by a link")
     work = find_work(given.work_dir)
     places = {"work_dir": str(work), "data_dir": ";".join(map(str, found))}
     weights = empty.get("weights", given.weights)

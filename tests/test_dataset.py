@@ -368,7 +368,7 @@ def test_if_no_film_can_be_read_one_line_gives_a_reason_even_the_second_time(tmp
         break_film(film, "float")
     table.loc[1, "path"] = ""
     for _ in range(2):
-        said = r"none of 3 films can be read; 00000000_000.png: .*make it a grey film of 8 or 16 bits first$"
+        said = rf"none of 3 films can be read, such as {tmp_path}/00000000_000.png: .*make it a grey film of 8 or 16 bits first$"
         with pytest.raises(InputError, match=said) as caught:
             decode_films(table, tmp_path, tmp_path / "prepared", 16)
         assert "\n" not in str(caught.value)

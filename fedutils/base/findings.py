@@ -1,6 +1,7 @@
 """Findings are the data's: which columns of a table they are, and what no finding means."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -25,6 +26,16 @@ def findings_of(table: pd.DataFrame) -> list[str]:
     Their order is that of the data, and so of the model's outputs.
     """
     return [column for column in table.columns if column not in NO_FINDINGS]
+
+
+def spelled_twice(names: Iterable[str]) -> list[str]:
+    """Return two findings that differ in case, blanks and other signs alone; none if none do."""
+    seen: dict[str, str] = {}
+    for name in names:
+        one = seen.setdefault(re.sub(r"[\W_]", "", name).lower(), name)
+        if one != name:
+            return [one, name]
+    return []
 
 
 def choose_findings(known: Iterable[str], asked: str) -> list[str]:

@@ -10,7 +10,7 @@ import pandas as pd
 from .. import plots
 from ..base.errors import InputError
 from ..base.files import run_lock, write_atomic
-from ..base.findings import findings_of
+from ..base.findings import findings_of, spelled_twice
 from ..dataset import ChestXrayDataset, read_index, read_report
 from ..evidence import external, predict, tables, words
 from ..evidence.calibration import calibrate, operating_points
@@ -75,6 +75,9 @@ def _prepare(
     data = read_folder(folder, Path(settings.work_dir))
     theirs = findings_of(data.table)
     known = [name for name in findings if name in theirs and data.table[name].notna().any()]
+    if pair := spelled_twice([*findings, *theirs]):
+        told = f"{pair[1]!r} is the {pair[0]!r} of run {settings.name}"
+        raise InputError(f"{folder}: {told}; write it alike in films.toml")
     if not known:
         told = f"its data know {', '.join(theirs)}, and run {settings.name} {', '.join(findings)}"
         raise InputError(f"{folder}: {told}: no finding is shared; name alike what is the same")

@@ -20,7 +20,8 @@ from ..base.state import State
 from ..base.threads import Shared
 from ..dataset import AT_ONCE, ChestXrayDataset
 from ..films.decode import decode_films
-from ..films.formats import FILM_ENDINGS
+from ..films.find import walk
+from ..films.formats import FILM_ENDINGS, is_film
 from ..model import ChestResNet, build_resnet34
 from ..rounds import predict_with
 from ..run import TRUNK, Model, list_models, model_file, read_model, read_own_batchnorm
@@ -113,12 +114,14 @@ def list_films(paths: Sequence[Path]) -> list[str]:
     """List the films of files and folders, each once; InputError where there is none."""
     found = []
     for path in paths:
-        inside = [path] if path.is_file() else sorted(path.rglob("*"))
-        films = [p for p in inside if p == path or p.suffix.lower() in FILM_ENDINGS]
+        inside = [f"{here / name}" for here, _, files in walk(path, None) for name in sorted(files)]
+        films = [str(path)] if path.is_file() else list(filter(is_film, inside))
         if not films:
-            raise InputError(f"{path}: no film is there; give files or folders with films")
+            told = f"none of its {len(inside)} files is a film" if path.is_dir() else "is not there"
+            kinds = f"{', '.join(FILM_ENDINGS)}, or DICOM without an ending"
+            raise InputError(f"{path.absolute()}: {told}; give films ({kinds}), or their folders")
         found += films
-    return list(dict.fromkeys(map(str, found)))
+    return list(dict.fromkeys(found))
 
 
 def _untaught(index: pd.DataFrame, findings: Sequence[str], owner: str) -> list[str]:

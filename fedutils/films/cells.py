@@ -19,6 +19,7 @@ from ..base.errors import InputError
 
 HEADER_BYTES = 65_536
 CONTROL = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+ENDINGS = {".jpeg": ".jpg", ".tiff": ".tif", ".dicom": ".dcm"}
 WHOLE_NUMBER = re.compile(r"(\d+)(?:[.,]0{0,2})?")  # 1,000 and 1.000 may be a thousand
 DAYS_PER_YEAR = 365.25
 AGE_UNITS = {"Y": 1.0, "": 1.0, "M": 1 / 12, "W": 7 / DAYS_PER_YEAR, "D": 1 / DAYS_PER_YEAR}
@@ -119,6 +120,19 @@ def film_name(column: pd.Series) -> pd.Series:
     """Write a film's name, or its path below the folder, in one way: `a/b.png`, composed."""
     column = column.str.replace("\\", "/").str.normalize("NFC")
     return column.where(~column.str.contains("/"), column.map(posixpath.normpath))
+
+
+def as_written(names: pd.Series, known: pd.Series) -> pd.Series:
+    """Write names of films as known ones are, also where .JPG, .jpeg and .jpg differ."""
+    there = {*known}
+    spelled = {plain_ending(name): name for name in known} if {*names} - there else {}
+    return names.map(lambda name: name if name in there else spelled.get(plain_ending(name), name))
+
+
+def plain_ending(name: str) -> str:
+    """Write the ending of a film's name in one way, in small letters and three of them."""
+    stem, end = posixpath.splitext(name)
+    return stem + ENDINGS.get(end.lower(), end.lower())
 
 
 def once(work: Callable[[pd.Series], pd.Series]) -> Callable[[pd.Series], pd.Series]:

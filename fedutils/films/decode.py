@@ -93,8 +93,8 @@ def decode_films(
     with run_lock(prepared, wait=True):
         films = _decode_once(table, folder, prepared, image_size, progress)
     if films["problem"].all():
-        one = f"{films['image_index'][0]}: {films['problem'][0]}"
-        raise InputError(f"{folder}: none of {len(films)} films can be read; {one}")
+        one = f"{folder / table['path'].iloc[0]}: {films['problem'][0]}"
+        raise InputError(f"none of {len(films)} films can be read, such as {one}")
     return films
 
 

@@ -59,7 +59,7 @@ def _search_data(root: Path, depth: int) -> Path | None:
     presets, these before own films, then the nearest.
     """
     tables = list(search_files(root, "*.csv*", depth))
-    folders = dict.fromkeys(folder for path in tables for folder in (path.parent, path.parents[1]))
+    folders = dict.fromkeys(folder for path in tables for folder in (path.parents[1], path.parent))
     found = {folder: [one.name for one in candidates(folder)] for folder in folders}
     found |= {path.parent: ["own"] for path in search_files(root, MAPPING_NAME, depth)}
 
@@ -76,16 +76,17 @@ def _search_data(root: Path, depth: int) -> Path | None:
 def walk(folder: Path, work: Path | None) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Walk a data folder as `os.walk`, links followed; a caller may prune the list of folders.
 
-    What a run wrote below `work` is no input, should that lie in the data folder, or be it. No
-    folder is entered twice, however many links lead to it.
+    What a run wrote below `work` is no input, should that lie in the data folder, or be it, nor is
+    what is hidden or macOS adds. No folder is entered twice, however many links lead to it.
     """
     seen = {(work / name).resolve() for name in WRITES} if work else set()
     for here, inner, files in os.walk(folder, followlinks=True):
         seen.add(Path(here).resolve())
         found = {Path(here, name).resolve(): name for name in sorted(inner, reverse=True)}
-        inner[:] = sorted(name for place, name in found.items() if place not in seen)
+        new = [name for place, name in found.items() if place not in seen]
+        inner[:] = sorted(name for name in new if not name.startswith((".", "__MACOSX")))
         seen |= set(found)
-        yield Path(here), inner, files
+        yield Path(here), inner, [name for name in files if not name.startswith("._")]
 
 
 def list_tables(folder: Path) -> list[Path]:

@@ -7,9 +7,11 @@ depth that is really there counts, too.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,13 +24,34 @@ DEPTHS = (8, 10, 12, 14, 16)  # bits that detectors have, whatever the file rese
 INTERPRETATION, WHITE_IS_ZERO = 262, 0  # a tag of TIFF, which Pillow heeds at 8 bits alone
 
 
+def is_film(path: str) -> bool:
+    """Tell whether a file is a film: by its ending, or a DICOM without one, or named by its UID."""
+    if path.lower().endswith(FILM_ENDINGS):
+        return True
+    plain = re.search(r"/[^/.]+$|\.\d+$", path) and not path.endswith("/DICOMDIR")
+    return bool(plain) and Path(path).is_file() and _begins_as_dicom(Path(path))
+
+
+def is_dicom(path: Path) -> bool:
+    """Tell whether a film is DICOM: by its ending, or its first bytes if that says nothing."""
+    end = path.suffix.lower()
+    return end in DICOM_ENDINGS or (end not in FILM_ENDINGS and _begins_as_dicom(path))
+
+
+def _begins_as_dicom(path: Path) -> bool:
+    """Tell whether a file begins with DICOM's preamble, or lacks it and begins with its tags."""
+    with path.open("rb") as file:
+        head = file.read(132)
+    return head[128:] == b"DICM" or head[:2] in (b"\x02\0", b"\x08\0")
+
+
 def read_grey(path: Path) -> tuple[Image.Image, str]:
     """Read one film as a picture of mode L, and tell its mode: Pillow's or DICOM's, and bits.
 
     It is upright where EXIF says how it was turned. Raises whatever Pillow or pydicom raise, and
     ValueError or InputError where the file holds no single grey film or pydicom is missing.
     """
-    if path.suffix.lower() in DICOM_ENDINGS:
+    if is_dicom(path):
         return _read_dicom(path)
     with Image.open(path) as film:
         if film.format == "TIFF" and film.n_frames > 1:
@@ -79,8 +102,7 @@ def find_depth(least: int, most: int, signed: bool = False) -> int:
 
 def _read_dicom(path: Path) -> tuple[Image.Image, str]:
     """Read a DICOM film as `read_grey` does."""
-    pydicom = _pydicom()
-    film = pydicom.dcmread(path)
+    pydicom, film = _pydicom(), _open(path)
     if film.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit:
         film.pixel_array_options(decoding_plugin="pillow")  # three times as fast as pylibjpeg
     pixels, mode = film.pixel_array, str(film.PhotometricInterpretation)
@@ -90,20 +112,54 @@ def _read_dicom(path: Path) -> tuple[Image.Image, str]:
         return Image.fromarray(pixels).convert("L"), "RGB"
     if mode not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"{mode} of {pixels.dtype}; films are grey, or RGB of 8 bits")
-    signed = bool(film.PixelRepresentation)
+    signed, padded = bool(film.PixelRepresentation), _padding(film, pixels)
+    if padded.any() and not padded.all():
+        pixels = np.where(padded, pixels[~padded].min(), pixels)
     depth = find_depth(int(pixels.min()), int(pixels.max()), signed)
     low = -(1 << depth - 1) if signed else 0
     table, mode = _shown(film, depth, signed), f"{mode} of {depth} bits"
     if pixels.dtype == np.uint8:  # the same, four times as fast
-        return Image.fromarray(pixels).point(list(table)), mode
-    return Image.fromarray(table[pixels - low if low else pixels]), mode
+        grey = Image.fromarray(pixels).point(list(table))
+    else:
+        grey = Image.fromarray(table[pixels - low if low else pixels])
+    if padded.any():
+        grey.paste(0, mask=Image.fromarray(padded))
+    return grey, mode
 
 
-def _shown(film: object, depth: int, signed: bool) -> np.ndarray:
+def _open(path: Path, **limits: object) -> Any:
+    """Open a DICOM file, also one that lacks the preamble; ValueError where it is none."""
+    if not _begins_as_dicom(path):
+        raise ValueError("is no DICOM, whatever its ending says; name it as what it is")
+    pydicom = _pydicom()
+    film = pydicom.dcmread(path, force=True, **limits)
+    if "TransferSyntaxUID" not in film.file_meta:
+        uids = pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian
+        film.file_meta.TransferSyntaxUID = uids[film.original_encoding[0]]
+    return film
+
+
+def _padding(film: Any, pixels: np.ndarray) -> np.ndarray:
+    """Tell which pixels only fill the picture up (DICOM PS3.3 C.7.5.1.1.2), and so are black."""
+    first = film.get("PixelPaddingValue")
+    if first in (None, ""):
+        return np.zeros((), bool)
+    last = film.get("PixelPaddingRangeLimit", first)
+    low, high = sorted(np.array([first, last]).astype(pixels.dtype))
+    return (pixels >= low) & (pixels <= high)
+
+
+def _shown(film: Any, depth: int, signed: bool) -> np.ndarray:
     """Return the grey, uint8, that a DICOM film's header gives each value of `depth` bits."""
     pixels = _pydicom().pixels
+    # A window that leaves no greys, or a slope of 0, was never filled in.
+    linear = (film.get("VOILUTFunction") or "LINEAR") == "LINEAR"
+    if film.get("WindowCenter") is None or np.ravel(film.get("WindowWidth") or 0)[0] <= linear:
+        film.WindowWidth = None
+    if not film.get("RescaleSlope") or film.get("RescaleIntercept") is None:
+        film.pop("RescaleSlope", None)
     # A window or LUT is chosen for all values that there may be: a film too dark for it is dark.
-    fixed = film.get("VOILUTSequence") or film.get("WindowWidth") is not None
+    fixed = film.get("VOILUTSequence") or film.WindowWidth is not None
     bits = max(depth, int(film.BitsStored) if fixed else 0)
     if bits > DEPTHS[-1]:
         raise ValueError(f"BitsStored {bits}; films have at most 16 bits")
@@ -136,7 +192,7 @@ def dicom_header(path: Path, tags: Sequence[str]) -> dict[str, str]:
     pydicom = _pydicom()
     check_tags(tags)
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
+        header = _open(path, stop_before_pixels=True, specific_tags=list(tags))
         given = {tag: header[tag] for tag in tags if tag in header}
         values = {tag: one.value for tag, one in given.items() if one.value is not None}
     except Exception as error:  # whatever pydicom raises here is this file's fault

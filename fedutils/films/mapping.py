@@ -15,7 +15,7 @@ from typing import Any
 from jsonschema import Draft202012Validator, FormatChecker
 
 from ..base.errors import InputError
-from ..base.findings import NO_FINDINGS
+from ..base.findings import NO_FINDINGS, spelled_twice
 from .cells import read_header
 
 MAPPING_NAME = "films.toml"
@@ -72,14 +72,15 @@ class Mapping:
     def missing(self, folder: Path) -> list[str] | None:
         """Name the columns that the folder's tables lack; None where it has no such table."""
         if folders := texts(self.given.get("folders", [])):
-            return [] if all((folder / name).is_dir() for name in folders) else None
+            there = [any((folder / one).is_dir() for one in name.split("|")) for name in folders]
+            return [] if all(there) else None
         files = [paths[0] for of in ("tables", "join") for paths in self.tables(folder, of).values()
                  if paths]  # fmt: skip
         if not any(self.tables(folder).values()):
             return None
         loose = self.given.get("loose", False)
         there = {cell for file in files for cell in read_header(file, loose)}
-        return [names[0] for names in self.needed() if not there & {*names}]
+        return [names[0] for _, _, names in self.needed() if not there & {*names}]
 
     def tags(self) -> dict[str, str]:
         """Return by column of ours the DICOM keyword that it comes from, `dicom:Keyword`."""
@@ -87,19 +88,24 @@ class Mapping:
         named = {name: texts(value)[0] for name, value in given.items()}
         return {n: v.removeprefix(DICOM) for n, v in named.items() if v.startswith(DICOM)}
 
-    def needed(self) -> list[list[str]]:
-        """List the columns that must be there, each with its other spellings."""
-        names, tags = [], self.tags()
-        for name, value in self.section("columns").items():
-            if name in tags:
-                continue
+    def needed(self) -> list[tuple[str, str, list[str]]]:
+        """List the columns that must be there: section and key that name them, and spellings."""
+        found = [("keep", name, [name]) for name in self.section("keep")]
+        for key, value in self.section("columns").items():
             parts = re.findall(r"\{(.*?)\}", texts(value)[0])
-            names += [[part] for part in parts] if parts else [texts(value)]
-        marks = self.section("marks")
-        names += [[name] for name in [*self.section("keep"), *texts(marks.get("none", []))]]
+            names = [[part] for part in parts] or [texts(value)]
+            found += [("columns", key, name) for name in names if key not in self.tags()]
+        found += [
+            ("marks", "none", [name]) for name in texts(self.section("marks").get("none", []))
+        ]
         if labels := self.section("labels"):
-            return [*names, [labels["column"]]]
-        return names + [[c for c, f in self.words.items() if f == name] for name in self.findings]
+            return [*found, ("labels", "column", [labels["column"]])]
+        theirs = {name: [c for c, f in self.words.items() if f == name] for name in self.findings}
+        return [*found, *(("findings", name, columns) for name, columns in theirs.items())]
+
+    def fault(self, section: str, key: str, told: str) -> InputError:
+        """Return an error about a key, which may be the preset's on which the mapping builds."""
+        return _located(Wrong(section, key, told), self.file, PRESETS / f"{self.name}.toml")
 
 
 def texts(value: str | Sequence[str]) -> list[str]:
@@ -156,9 +162,18 @@ def _mapping(path: Path, name: str) -> Mapping:
         mapping = Mapping(name, path, given, _words(given))
         _check_table(mapping)
     except Wrong as error:
-        line = _line_of(text, error.section, error.key)
-        raise InputError(f"{path}: {error}{f' (line {line})' if line else ''}") from None
+        raise _located(error, path) from None
     return mapping
+
+
+def _located(error: Wrong, *files: Path) -> InputError:
+    """Say the first file that has what is wrong, and the line: of its key, else of its section."""
+    texts_of = {file: file.read_text("utf-8-sig") for file in files if file.is_file()}
+    for section, key in ((error.section, error.key), ("", error.section)):
+        for file, text in texts_of.items():
+            if line := _line_of(text, section, key):
+                return InputError(f"{file}: {error} (line {line})")
+    return InputError(f"{files[0]}: {error}")
 
 
 def _upon_preset(given: dict[str, Any]) -> dict[str, Any]:
@@ -220,15 +235,6 @@ def _check_columns(given: dict[str, Any]) -> None:
             if key not in named and not (key == "labels" and "labels" in given):
                 told = f"{key!r} in [{part}] is none of those in [columns]: {', '.join(named)}"
                 raise Wrong(part, key, told)
-    for key, pattern in given.get("extract", {}).items():
-        if not re.compile(pattern).groups:
-            raise Wrong("extract", key, f"{key} = {pattern!r}; put brackets round what is wanted")
-    for part in ("tables", "join"):
-        for key in given.get(part, {}):
-            if key.startswith(("/", "..")):
-                raise Wrong(part, key, f"{key!r} in [{part}]; name a table in the data's folder")
-    if "image" in given["columns"] and texts(given["columns"]["image"])[0].startswith(DICOM):
-        raise Wrong("columns", "image", "image names the films; no header does")
     if given.keys() >= {"table", "tables"}:
         raise Wrong("", "table", "table and [tables]; give one of them")
     if "born" in named and "date" not in named:
@@ -268,20 +274,20 @@ def _lacks(section: str, key: str) -> Wrong:
 def _check_findings(given: dict[str, Any]) -> None:
     """Raise Wrong where there is no finding, or one with a name that cannot be one."""
     for name in given["findings"]:
-        plain = isinstance(name, str) and re.fullmatch(r"\w[\w /()-]*", name)
+        plain = isinstance(name, str) and re.fullmatch(r"\w([\w /()-]{0,58}[\w)])?", name)
         if not plain or name in {*NO_FINDINGS, "none", "unknown", "mean"}:
             told = f"[findings] {name!r}: no name for a finding; choose another"
-            raise Wrong("findings", str(name), told)
+            raise Wrong("findings", str(name), f"{told}, of at most 60 letters and blanks")
+    if pair := spelled_twice(given["findings"]):
+        told = f"[findings] {pair[0]!r} and {pair[1]!r} are one finding; name it once"
+        raise Wrong("findings", pair[1], told)
 
 
 def _check_table(mapping: Mapping) -> None:
-    """Raise Wrong where the table that an own mapping names cannot be one, or is not there."""
+    """Raise Wrong where the table that an own mapping names is not there."""
     if "table" not in mapping.given:
         return
     table, folder = mapping.given["table"], mapping.file.parent
-    if not re.fullmatch(r"[^/\\]+\.csv(\.gz)?", table):
-        told = f"table = {table!r}; give the name of a .csv or .csv.gz beside it"
-        raise Wrong("", "table", told)
     if not (folder / table).exists():
         there = ", ".join(sorted(p.name for p in folder.glob("*.csv*"))) or "none"
         raise Wrong("", "table", f"table {table!r} is not there; tables beside it: {there}")

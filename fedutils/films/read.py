@@ -1,21 +1,11 @@
 """Read a folder of films, of whatever data set, into one tidy table.
 
 What its tables mean says a mapping (`mapping.py`): a preset that the folder is recognised by, or a
-`films.toml` of its own. `DataSet.table` has one row a film, sorted by `image_index` (text, unique):
-- `source` (text): the folder's name where there are several, else ""
-- `patient_id` (text): one spelling for each patient, see `one_spelling`
-- `follow_up` (int): number of the visit; -1 if unreadable
-- `age` (float, years): `060Y`, months, weeks and days converted; NaN if unreadable
-- `sex` (M, F), `view` (PA, AP)
-- `width`, `height` (float): pixels of the film before NIH made it 1024x1024; NaN if not given
-- `spacing` (float): pixel spacing of that film in mm; NaN if not given
-- `scanner` (text): what the table says, else the spacing in three decimals, which names the
-  detector; "" if not given
-- `official_split`: train_val, train, val, test, or "" for a film in no list
-- `path` (text): the film, relative to the data folder; "" if it is missing
-- the findings (float32): 0, 1, or NaN, where nobody looked
+`films.toml` of its own. `DataSet.table` has one row a film, sorted by `image_index` (text, unique);
+data/README.md lists its columns. A number that is not given is NaN, a text "".
 """
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,7 +18,7 @@ from ..base.errors import InputError
 from ..base.findings import findings_of
 from . import cells
 from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, printable, walk
-from .formats import FILM_ENDINGS
+from .formats import is_film
 from .labels import read_labels, unite
 from .mapping import Mapping, find_mapping
 from .rows import our_rows, place, read_tables
@@ -49,7 +39,7 @@ MOST_VISITS = 100_000
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """One data folder as read; see the module's text for the columns of `table`.
+    """One data folder as read; data/README.md lists the columns of `table`.
 
     `boxes` has `image_index, finding, x, y, w, h` (pixels of the film, top left corner first).
     `release` is "phantom", "own", for NIH's table its release, else the preset's name. `lists`
@@ -111,7 +101,7 @@ def read_folder(folder: Path, work: Path | None = None, mapping: Mapping | None 
     if problem := data_problem(folder):
         raise InputError(problem)
     mapping = mapping or find_mapping(folder)
-    paths = _paths(folder, work, mapping.given.get("depth", FILM_DEPTH))
+    paths, others = _paths(folder, work, mapping)
     raw, files, header = read_tables(mapping, folder, paths)
     raw, rows, left_out = our_rows(mapping, raw, folder, paths)
     labels, spelled = read_labels(mapping, raw, rows)
@@ -120,13 +110,14 @@ def read_folder(folder: Path, work: Path | None = None, mapping: Mapping | None 
         labels, first = unite(labels, rows["image_index"], rows["reader"], rule)
         rows = rows.iloc[first]
     films, twice = _name_films(paths, rows, mapping.name == "nih")
+    unnamed = films.keys() - {*rows["image_index"], *left_out}
     lists = _split_lists(mapping, folder, rows, files)
     _check_names(rows, labels, lists, twice, mapping.name == "nih")
     found = _row_problems(rows, labels, lists) | {
         "rows left out": left_out,
         "films in two folders": twice,
         "labels in another spelling": spelled,
-        "orphaned films": sorted(map(printable, films.keys() - {*rows["image_index"], *left_out})),
+        "orphaned films": sorted(map(printable, [*others, *unnamed])),
         "other tables": [f.name for fs in mapping.tables(folder).values() for f in fs[1:]],
     }
     table = _tidy(rows, labels, lists, films, mapping.findings)
@@ -164,7 +155,8 @@ def _split_lists(
     for split, name in LISTS.items():
         if (folder / name).exists():
             lines = cells.read_text(folder / name).splitlines()
-            lists[split] = {*cells.film_name(pd.Series(lines, dtype=str).str.strip())} - {""}
+            names = cells.film_name(pd.Series(lines, dtype=str).str.strip())
+            lists[split] = {*cells.as_written(names, rows["image_index"])} - {""}
     for split, films in rows["image_index"].groupby(rows["split"]):
         if split:
             lists.setdefault(split, set()).update(films)
@@ -233,30 +225,38 @@ def _row_problems(
     }
 
 
-def _paths(folder: Path, work: Path | None, depth: int) -> list[str]:
-    """List the films below a folder, as paths below it, for every layout up to a depth."""
-    paths = []
+def _paths(folder: Path, work: Path | None, mapping: Mapping) -> tuple[dict[str, str], list[str]]:
+    """Map films, by what the mapping calls their paths, to the paths below the folder.
+
+    And list the others: what it says is no film of the set, and second copies of what is.
+    """
+    depth, renamed = mapping.given.get("depth", FILM_DEPTH), mapping.section("paths").items()
+    films, others = {}, []
     for here, inner, files in walk(folder, work):
         below = here.relative_to(folder)
-        deeper = len(below.parts) < depth
-        inner[:] = sorted(name for name in inner if deeper and not name.startswith("."))
+        inner[:] = inner if len(below.parts) < depth else []
         prefix = "" if below == Path() else f"{below.as_posix()}/"
-        paths += [prefix + name for name in sorted(files) if name.lower().endswith(FILM_ENDINGS)]
-    return paths
+        for path in (prefix + name for name in sorted(files) if is_film(f"{here}/{name}")):
+            called = path
+            for theirs, ours in renamed:
+                called = re.sub(theirs, lambda _, ours=ours: ours, called)
+            if not called or films.setdefault(called, path) != path:
+                others.append(path)
+    return films, others
 
 
 def _name_films(
-    paths: Sequence[str], rows: pd.DataFrame, nih: bool
+    paths: dict[str, str], rows: pd.DataFrame, nih: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Map each film's name to its path, the first of several; and name those that lie twice.
 
-    Where the table names films by their paths, these are mapped to themselves. Raises InputError
-    where no row names any, but of NIH's, which may be elsewhere.
+    Where the table names films by their paths, these are the names. Raises InputError where no row
+    names any, but of NIH's, which may be elsewhere.
     """
     by_path = rows["image_index"].str.contains("/", regex=False).any()
-    names = paths if by_path else [path.rpartition("/")[2] for path in paths]
-    called = cells.film_name(pd.Series(names, dtype=str))
-    films = dict(zip(reversed(list(called)), reversed(paths), strict=True))
+    names = [path if by_path else path.rpartition("/")[2] for path in paths]
+    called = cells.as_written(cells.film_name(pd.Series(names, dtype=str)), rows["image_index"])
+    films = dict(zip(reversed(list(called)), reversed(paths.values()), strict=True))
     if films and not nih and not rows["image_index"].isin(films.keys()).any():
         raise InputError(
             f"{place(rows, 0)}: {rows['image_index'].iloc[0]!r} is no film in the folder, and no"

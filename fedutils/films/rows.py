@@ -1,7 +1,7 @@
 """The rows of a data set's tables, stacked and joined, in our text columns."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,8 +11,8 @@ import pandas as pd
 from ..base.errors import InputError
 from ..base.findings import SPLITS
 from . import cells
-from .formats import DICOM_ENDINGS, check_tags, dicom_header
-from .mapping import COLUMNS, Mapping, texts
+from .formats import check_tags, dicom_header, is_dicom
+from .mapping import COLUMNS, MAPPING_NAME, Mapping, texts
 
 
 def place(rows: pd.DataFrame, position: int) -> str:
@@ -21,7 +21,7 @@ def place(rows: pd.DataFrame, position: int) -> str:
 
 
 def read_tables(
-    mapping: Mapping, folder: Path, paths: Sequence[str]
+    mapping: Mapping, folder: Path, paths: Iterable[str]
 ) -> tuple[pd.DataFrame, list[Path], list[str]]:
     """Read what a mapping needs of all tables, stacked and joined, with `file` and `line`.
 
@@ -29,53 +29,54 @@ def read_tables(
     the first one, too. Without tables each film is a row, and its path the only column.
     """
     if "folders" in mapping.given:
-        rows = pd.DataFrame({"path": paths, "file": str(folder), "line": range(1, len(paths) + 1)})
-        return rows, [folder], ["path"]
+        rows = pd.DataFrame({"path": list(paths), "file": str(folder)})
+        return rows.assign(line=rows.index + 1), [folder], ["path"]
     named = {key: found[0] for key, found in mapping.tables(folder).items() if found}
     if not named:
         wanted = " or ".join(mapping.section("tables"))
         raise InputError(f"{folder}: no table {wanted}, which {mapping.name} has")
     joins = {key: found[:1] for key, found in mapping.tables(folder, "join").items()}
     keys = {key for on in mapping.section("join").values() for key in texts(on)}
-    parts, headers = [], []
+    parts, others, headers = [], {}, {}
     for key, file in named.items():
-        part, header = _read_one(mapping, file, keys)
+        part, headers[file] = _read_one(mapping, file, keys)
         whole = len(named) == len(mapping.section("tables"))  # else the split is not known
         part["of table"] = mapping.section("tables").get(key, "") if whole else ""
         parts.append(part)
-        headers.append(header)
-    rows = pd.concat(parts, ignore_index=True)
     for key, found in joins.items():
         if not found:
-            raise InputError(f"{folder}: no table {key!r}, which {mapping.file.name} joins")
-        rows = _join(
-            rows, *_read_one(mapping, found[0], keys)[:1], texts(mapping.section("join")[key])
-        )
-    rows = rows.fillna("")
-    for column in mapping.needed():
-        if column[0] not in rows:
-            there = ", ".join(headers[0])
-            raise InputError(
-                f"{next(iter(named.values()))}: no columns {column[0]!r}, which {mapping.file.name}"
-                f" names; found {there}; correct {mapping.file.name}"
-            )
-    return rows, list(named.values()), headers[0]
+            raise mapping.fault("join", key, f"no table {key!r} in {folder}; add it to the others")
+        others[key], _ = _read_one(mapping, found[0], keys)
+    for (file, header), part in zip(headers.items(), parts, strict=True):
+        for section, key, names in mapping.needed():
+            if not any(names[0] in table for table in (part, *others.values())):
+                raise _no_column(mapping, section, key, f"{names[0]!r}, but {file}", header)
+    rows = pd.concat(parts, ignore_index=True)
+    for key, other in others.items():
+        rows = _join(mapping, key, rows, other)
+    return rows.fillna(""), list(named.values()), next(iter(headers.values()))
+
+
+def _no_column(mapping: Mapping, section: str, key: str, what: str, there: Iterable) -> InputError:
+    """Return the error for a key that names a column which a table does not have."""
+    named = ", ".join(name for name in there if name not in ("file", "line", "of table"))
+    told = f"{key} = {what} has no such column; it has {named}: give one of them in {MAPPING_NAME}"
+    return mapping.fault(section, key, told)
 
 
 def _read_one(mapping: Mapping, file: Path, keys: set[str]) -> tuple[pd.DataFrame, list[str]]:
     """Read the columns of one table that a mapping names, or that it is joined by."""
-    wanted = [*mapping.needed(), *map(texts, mapping.section("optional").values())]
+    wanted = [*mapping.needed(), *(("join", key, [key]) for key in keys)]
+    wanted += [("optional", key, texts(v)) for key, v in mapping.section("optional").items()]
 
     def choose(header: list[str]) -> dict[str, str]:
         """Find each column by the first of its names that is there."""
         places = {}
-        for names in [*wanted, *([key] for key in keys)]:
+        for section, key, names in wanted:
             name = next((name for name in names if name in header), None)
             if name and header.count(name) > 1 and not mapping.given.get("loose"):
-                raise InputError(
-                    f"{file}: {header.count(name)} columns {name!r}, which {mapping.file.name}"
-                    f" names; found {', '.join(header)}; correct {mapping.file.name}"
-                )
+                told = f"{key} = {name!r}, but {file} has {header.count(name)} columns {name!r}"
+                raise mapping.fault(section, key, f"{told}; rename all but one there")
             places |= {names[0]: name} if name else {}
         return places
 
@@ -83,16 +84,16 @@ def _read_one(mapping: Mapping, file: Path, keys: set[str]) -> tuple[pd.DataFram
     return rows.assign(file=str(file), line=rows.index), header
 
 
-def _join(rows: pd.DataFrame, other: pd.DataFrame, on: list[str]) -> pd.DataFrame:
+def _join(mapping: Mapping, named: str, rows: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     """Add the columns of another table, of which no two rows may fit one of ours.
 
     Keys are compared in one spelling, as patients' ids are: 12 and 12.0 are one.
     """
+    on = texts(mapping.section("join")[named])
     for table in (rows, other):
         if missing := [key for key in on if key not in table]:
-            there = ", ".join(name for name in table if name not in ("file", "line", "of table"))
-            what = f"no column {missing[0]!r} to join by; found {there}"
-            raise InputError(f"{table['file'].iloc[0]}: {what}")
+            what = f"{missing[0]!r}, but {table['file'].iloc[0]}"
+            raise _no_column(mapping, "join", named, what, table)
     one = pd.concat([rows[on], other[on]], ignore_index=True).apply(cells.one_spelling)
     keys = [f"key {number}" for number in range(len(on))]
     ours, theirs = (part.set_axis(keys, axis=1) for part in (one[: len(rows)], one[len(rows) :]))
@@ -103,13 +104,13 @@ def _join(rows: pd.DataFrame, other: pd.DataFrame, on: list[str]) -> pd.DataFram
     right = other[new].set_axis(range(len(other))).join(theirs.reset_index(drop=True))
     joined = rows.join(ours).merge(right.assign(joined=True), how="left", on=keys)
     if not joined.pop("joined").any():
-        what = f"none of its rows has the {', '.join(on)} of a film; correct the join"
-        raise InputError(f"{other['file'].iloc[0]}: {what}")
+        what = f"no row of {other['file'].iloc[0]} has the {', '.join(on)} of a film"
+        raise mapping.fault("join", named, f"{what}; correct the columns to join by")
     return joined.drop(columns=keys)
 
 
 def our_rows(
-    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: Sequence[str]
+    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: dict[str, str]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
     """Return the raw rows that the mapping keeps, these in our columns, and the films left out.
 
@@ -121,19 +122,21 @@ def our_rows(
     for column, values in mapping.section("keep").items():
         kept &= raw[column].isin(texts(values)).to_numpy()
     if not kept.any():
-        what = f"[keep] leaves no row; correct {mapping.file.name}"
-        raise InputError(f"{raw['file'].iloc[0]}: {what}")
+        what = f"[keep] leaves no row of {raw['file'].iloc[0]}; correct what it keeps"
+        raise mapping.fault("", "keep", what)
     return raw[kept], rows[kept], list(rows["image_index"][~kept])
 
 
 def _our_columns(
-    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: Sequence[str]
+    mapping: Mapping, raw: pd.DataFrame, folder: Path, paths: dict[str, str]
 ) -> pd.DataFrame:
     """Turn the raw text columns into ours; see `our_rows`."""
     rows = raw[["file", "line"]].copy()
     given = mapping.section("columns") | mapping.section("optional")
-    films = _images(raw, texts(given["image"]), paths)
-    headers = _headers(folder, films, paths, mapping.tags())
+    both = {path.rpartition("/")[2]: place for path, place in reversed(paths.items())} | paths
+    places = {cells.plain_ending(name): place for name, place in both.items()}
+    films = _images(raw, texts(given["image"]), places)
+    headers = _headers(folder, films, places, mapping.tags())
     for name, ours in COLUMNS.items():
         column = pd.Series("", index=raw.index, dtype=object)
         if name == "image":
@@ -167,39 +170,37 @@ def _our_columns(
     return rows.assign(sex=sex, view=view, scanner=_scanners(rows))
 
 
-def _images(raw: pd.DataFrame, ways: list[str], paths: Sequence[str]) -> pd.Series:
+def _images(raw: pd.DataFrame, ways: list[str], places: dict[str, str]) -> pd.Series:
     """Return the films' names by the first of some columns or templates that any film has."""
-    there = {name for path in paths for name in (path, path.rpartition("/")[2])}
     found = []
     for way in ways:
         column = raw.get(way, pd.Series("", raw.index, dtype=object))
         for k, part in enumerate(() if way in raw else re.split(r"\{(.*?)\}", way)):
             column = column + (raw[part] if k % 2 else part)
         found.append(column)
-        if column.isin(there).any():
+        if len(ways) > 1 and column.map(cells.plain_ending).isin(places.keys()).any():
             return column
     return found[0]
 
 
 def _headers(
-    folder: Path, films: pd.Series, paths: Sequence[str], tags: dict[str, str]
+    folder: Path, films: pd.Series, places: dict[str, str], tags: dict[str, str]
 ) -> pd.DataFrame:
     """Return by column of ours what the DICOM headers of the films say, "" where there is none.
 
     A header that cannot be read is that film's fault, which notebook 02 names.
     """
-    if not tags or not any(path.lower().endswith(DICOM_ENDINGS) for path in paths):
+    if not tags or not any(is_dicom(folder / path) for path in places.values()):
         return pd.DataFrame(index=films.index)
     check_tags(tags.values())
-    places = {path.rpartition("/")[2]: path for path in reversed(paths)} | {p: p for p in paths}
-    different = {film: places.get(film, "") for film in films.unique()}
+    different = {film: places.get(cells.plain_ending(film), "") for film in films.unique()}
 
     def read(film: str) -> list[str]:
         """Read one header."""
-        if not different[film].lower().endswith(DICOM_ENDINGS):
-            return [""] * len(tags)
         try:
-            return [*dicom_header(folder / different[film], list(tags.values())).values()]
+            if different[film] and is_dicom(folder / different[film]):
+                return [*dicom_header(folder / different[film], list(tags.values())).values()]
+            return [""] * len(tags)
         except InputError:
             return [""] * len(tags)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..base.errors import InputError
-from ..base.findings import choose_findings, findings_of
+from ..base.findings import choose_findings, findings_of, spelled_twice
 from .phantom.write import write_phantom
 from .read import DataSet, read_folder
 
@@ -38,7 +38,8 @@ def join_sources(parts: list[DataSet]) -> DataSet:
     """Put several data sets below each other; a single one is returned as it is.
 
     Films and patients are named SOURCE/NAME, after their folder, which `source` holds; paths become
-    absolute. What a source did not look for is NaN. Raises InputError for a source without films.
+    absolute. What a source did not look for is NaN. Raises InputError for a source without films,
+    a film of two sources, and a finding that two of them spell differently.
     """
     if len(parts) == 1:
         return parts[0]
@@ -49,7 +50,16 @@ def join_sources(parts: list[DataSet]) -> DataSet:
         stem = re.sub(r"[^\w.-]+", "-", part.folder.name)
         count = sum(name.partition("~")[0] == stem for name in named)
         named[f"{stem}~{count + 1}" if count else stem] = part
+    place = {name: part.folder for part in parts for name in findings_of(part.table)}
+    if pair := spelled_twice(place):
+        found = " and ".join(f"{name!r} of {place[name]}" for name in pair)
+        raise InputError(f"{found} are one finding; write it alike in films.toml")
     table = pd.concat([_of_source(one.table, n, one.folder) for n, one in named.items()])
+    again = table["path"].ne("") & table["path"].duplicated(keep=False)
+    if again.any():
+        found = " and ".join(table["source"][again].unique())
+        what = f"the film {table['path'][again].iloc[0]} is in both {found}, maybe by a link"
+        raise InputError(f"{what}; give each folder once")
     names = [name for name in table.columns if name not in findings_of(table)]
     return dataclasses.replace(
         parts[0],
@@ -74,7 +84,7 @@ def _of_source(table: pd.DataFrame, source: str, folder: Path | None = None) -> 
     table = table.assign(image_index=f"{source}/" + table["image_index"].astype(str))
     if folder is None:
         return table
-    paths = [str(folder / path) if path else "" for path in table["path"]]
+    paths = [f"{folder.resolve()}/{path}" if path else "" for path in table["path"]]
     return table.assign(
         source=source, patient_id=f"{source}/" + table["patient_id"].astype(str), path=paths
     )

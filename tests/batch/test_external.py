@@ -1,6 +1,7 @@
 """A finished run's models on films of another folder: other findings, patients and formats."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedutils.evidence.calibration import operating_points
 from fedutils.evidence.external import lay_beside, read_external
 from fedutils.evidence.metrics import evaluate_models
 from fedutils.evidence.predict import (
+    list_films,
     predict_files,
     predict_films,
     read_predictions,
@@ -146,6 +148,9 @@ def test_what_cannot_be_tested_is_said_in_one_line(run, tmp_path, capsys):
         err = told(capsys)
         assert "\n" not in err
         assert pd.Series(err).str.contains(message).all(), err
+    (other / "films.toml").write_text(f'{head}[findings]\nMass = "Lump"\neffusion = "Effusion"\n')
+    assert main(["test", str(settings.run), "--data", str(other)]) == 2
+    assert "'effusion' is the 'Effusion' of run" in told(capsys)
     copy = tmp_path / "work/runs/run"
     shutil.copytree(settings.run, copy)
     (copy / "models/federated-s0.safetensors").unlink()
@@ -186,7 +191,7 @@ def test_the_interval_of_the_difference_is_that_of_independent_draws_subtracted(
 
 
 def test_predict_gives_a_row_a_film_of_the_main_model_with_cuts_of_validation(
-    run, tmp_path, capsys
+    run, tmp_path, capsys, monkeypatch
 ):
     settings, films = run
     folder, index = settings.run / "evaluation", films.index
@@ -221,9 +226,38 @@ def test_predict_gives_a_row_a_film_of_the_main_model_with_cuts_of_validation(
     capsys.readouterr()
     assert main([*command, str(tmp_path / "films/broken.png")]) == 0
     assert capsys.readouterr().out.splitlines()[0] == ",".join(["path", "problem", *films.findings])
-    for path, message in (("none.png", "no film is there"), ("films/broken.png", "can be read")):
-        assert main(["predict", str(settings.run), str(tmp_path / path)]) == 2
+    (tmp_path / "no").mkdir()
+    (tmp_path / "no/notes.txt").touch()
+    for path, message in (
+        ("none.png", "/none.png: is not there; give films (.png, .jpg"),
+        ("no", "/no: none of its 1 files is a film; give films (.png, .jpg"),
+        ("films/broken.png", "none of 1 films can be read, such as films/broken.png: Unidentified"),
+    ):
+        monkeypatch.chdir(tmp_path)
+        assert main(["predict", str(settings.run), path]) == 2
         assert message in told(capsys)
+    monkeypatch.chdir(tmp_path / "no")
+    assert main(["predict", str(settings.run), "."]) == 2
+    assert f"{tmp_path}/no: none of its 1 files is a film" in told(capsys)
+
+
+def test_films_are_found_as_archives_and_hospitals_name_them(tmp_path):
+    """DICOM without an ending, behind links too; no index of a disk, and nothing that macOS adds."""
+    dicom = bytes(128) + b"DICM"
+    films = {"a.PNG": b"", "disk/IM0001": dicom, "disk/1.2.840.113619.2.5": dicom,
+             "disk/old": b"\x08\0\x05\0"}  # fmt: skip
+    others = {"._a.png": b"", "__MACOSX/._a.png": b"", "__MACOSX/b.png": b"", ".Trash/c.png": b"",
+              "DICOMDIR": dicom, "README": b"no film", "notes.txt": b"", "disk/empty": b""}  # fmt: skip
+    for name, content in (films | others).items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(content)
+    os.mkfifo(tmp_path / "in/pipe")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/link").symlink_to(tmp_path / "in")
+    for folder in (tmp_path / "in", tmp_path / "out/link", tmp_path / "out"):
+        here = folder if folder.name != "out" else folder / "link"
+        assert set(list_films([folder, folder])) == {f"{here}/{name}" for name in films}
+    assert list_films([tmp_path / "in/README"]) == [f"{tmp_path}/in/README"]  # as it was asked for
 
 
 def test_a_film_has_the_pixels_of_the_store_whatever_its_format(run, tmp_path):

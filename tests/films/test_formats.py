@@ -108,6 +108,80 @@ def test_signed_values_are_shown_from_the_lowest_on(tmp_path):
         assert np.abs(grey(path) - RAMP * 255).max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["MONOCHROME2", "MONOCHROME1"])
+@pytest.mark.parametrize(("bits", "dtype", "tags"), [
+    (16, np.uint16, {"PixelPaddingValue": 65535}),
+    (16, np.uint16, {"PixelPaddingValue": 60000, "PixelPaddingRangeLimit": 65535}),
+    (16, np.uint16, {"PixelPaddingValue": 65535, "PixelPaddingRangeLimit": 60000}),
+    (16, np.int16, {"PixelPaddingValue": -2000}),
+])  # fmt: skip
+def test_what_only_fills_a_picture_up_does_not_set_its_window_and_is_black(
+    tmp_path, bits, dtype, tags, kind
+):
+    values = ramp(10).astype(dtype) - (512 if dtype == np.int16 else 0)
+    bare = grey(write_dicom(tmp_path / "a.dcm", values, bits, PhotometricInterpretation=kind))
+    values[:5, :7] = tags["PixelPaddingValue"]
+    path = write_dicom(tmp_path / "b.dcm", values, bits, PhotometricInterpretation=kind, **tags)
+    seen, mode = read_grey(path)
+    assert mode.endswith(" of 10 bits") and not np.asarray(seen)[:5, :7].any()
+    assert np.array_equal(np.asarray(seen)[5:], bare[5:])
+
+
+def test_padding_of_8_bits_and_a_film_of_nothing_else(tmp_path):
+    values = ramp(8, np.uint8)
+    values[:3] = 255
+    path = write_dicom(tmp_path / "a.dcm", values, 8, PixelPaddingValue=255)
+    assert not grey(path)[values == 255].any() and np.array_equal(grey(path)[3:-1], values[3:-1])
+    values[:] = 255
+    assert not grey(write_dicom(tmp_path / "b.dcm", values, 8, PixelPaddingValue=255)).any()
+    empty = write_dicom(tmp_path / "c.dcm", ramp(8, np.uint8), 8, PixelPaddingValue=None)
+    assert np.array_equal(grey(empty), ramp(8, np.uint8))
+
+
+@pytest.mark.parametrize("tags", [
+    {"WindowWidth": 0}, {"WindowWidth": 1}, {"WindowWidth": [1, 1]}, {"WindowWidth": -5},
+    {"WindowWidth": 0, "VOILUTFunction": "SIGMOID"}, {"WindowWidth": ""},
+    {"WindowWidth": 0, "VOILUTFunction": "LINEAR_EXACT"}, {"WindowWidth": 1, "VOILUTFunction": ""},
+    {"RescaleSlope": 0, "RescaleIntercept": 0}, {"RescaleSlope": "", "RescaleIntercept": ""},
+])  # fmt: skip
+def test_a_window_or_slope_that_was_never_filled_in_leaves_the_film_as_without(tmp_path, tags):
+    bare = grey(write_dicom(tmp_path / "a.dcm", ramp(12), 12))
+    if "WindowWidth" in tags:
+        tags = {"WindowCenter": [0] * np.size(tags["WindowWidth"])} | tags
+    assert np.array_equal(grey(write_dicom(tmp_path / "b.dcm", ramp(12), 12, **tags)), bare)
+
+
+@pytest.mark.parametrize("left", ["preamble", "preamble and file meta", "file meta"])
+@pytest.mark.parametrize("syntax", [uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian])
+def test_a_film_without_the_preamble_or_its_meta_information_is_read(tmp_path, left, syntax):
+    path = write_dicom(tmp_path / "a.dcm", ramp(12), 12, PatientAge="061Y", **WINDOW)
+    whole, film = grey(path), pydicom.dcmread(path)
+    film.file_meta.TransferSyntaxUID = syntax
+    film.save_as(path, implicit_vr=syntax == uid.ImplicitVRLittleEndian)
+    raw = path.read_bytes()
+    body = raw.index(b"\x08\0\x16\0")  # SOPClassUID, which the data set begins with
+    rest = {"preamble": raw[132:], "file meta": raw[:132] + raw[body:]}.get(left, raw[body:])
+    for name in ("b.dcm", "IM0001", "1.2.840.10008.7"):
+        (tmp_path / name).write_bytes(rest)
+        assert np.array_equal(grey(tmp_path / name), whole)
+        assert dicom_header(tmp_path / name, ["PatientAge"]) == {"PatientAge": "061Y"}
+
+
+def test_films_without_an_ending_are_those_of_a_table(tmp_path):
+    path = write_dicom(tmp_path / "in.dcm", ramp(8, np.uint8), 8, PatientID="7", PatientSex="F")
+    path.rename(tmp_path / "IM0001")
+    for name in ("README", "DICOMDIR", "._IM0001"):
+        (tmp_path / name).write_bytes(
+            b"no film" if name == "README" else (tmp_path / "IM0001").read_bytes()
+        )
+    (tmp_path / "t.csv").write_text("film,x\nIM0001,1\n")
+    (tmp_path / "films.toml").write_text(HEADERS)
+    data = read_folder(tmp_path)
+    row = data.table.iloc[0]
+    assert (row["path"], row["patient_id"], row["sex"]) == ("IM0001", "7", "F")
+    assert data.found["orphaned films"] == []
+
+
 @pytest.mark.parametrize(
     "syntax", [uid.RLELossless, uid.JPEG2000Lossless, uid.DeflatedExplicitVRLittleEndian]
 )
@@ -208,7 +282,7 @@ def test_a_mapping_takes_columns_from_the_headers(tmp_path):
     with pytest.raises(InputError, match="dicom:PatientsSex: DICOM has no such keyword"):
         read_folder(tmp_path)
     (tmp_path / "films.toml").write_text(HEADERS.replace('"film"', '"dicom:SOPInstanceUID"'))
-    with pytest.raises(InputError, match=r"image names the films; no header does \(line 3\)"):
+    with pytest.raises(InputError, match=r"image = 'dicom:.*; no header names films \(line 3\)"):
         read_folder(tmp_path)
 
 

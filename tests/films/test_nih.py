@@ -322,9 +322,8 @@ def test_a_missing_column_is_named_beside_those_found(tmp_path, column):
     header, row = (
         ",".join(text.split(",")[:at] + text.split(",")[at + 1 :]) for text in (UNQUOTED, FIRST)
     )
-    with pytest.raises(
-        InputError, match=rf"v2020.csv: no columns '{column}', which nih.toml names; found Image"
-    ):
+    said = rf"nih.toml: \w+ = '{column}', but .*v2020.csv has no such column; it has Image .*\(line"
+    with pytest.raises(InputError, match=said):
         read_folder(write(tmp_path, header, [row]))
 
 
@@ -355,7 +354,7 @@ def test_a_row_without_a_patient_is_an_error(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n\xff\x00", UNQUOTED.encode() + b"\n"])
 def test_a_file_that_is_no_table_is_named(tmp_path, content):
     (tmp_path / "Data_Entry_2017.csv").write_bytes(content)
-    with pytest.raises(InputError, match=r"Data_Entry_2017.csv: ") as caught:
+    with pytest.raises(InputError, match=r"Data_Entry_2017.csv") as caught:
         read_folder(tmp_path)
     assert "\n" not in str(caught.value)
 

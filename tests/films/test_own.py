@@ -156,7 +156,7 @@ def test_a_phantom_under_a_mapping_stays_a_phantom(tmp_path):
 
 def test_equal_names_in_different_folders_are_different_films_when_named_by_path(tmp_path):
     table = MARKS_TABLE.replace("pictures/A-17/first.png", "pictures\\A-17\\film.jpg")
-    films = ["pictures/A-17/film.jpg", "pictures/B-02/film.jpg", "pictures/A-17/second.JPG"]
+    films = ["pictures/A-17/film.jpg", "pictures/B-02/film.jpg", "pictures/A-17/other.jpg"]
     data = read_folder(write(tmp_path, table=table, films=films))
     counts = check_table(data).set_index("check")["count"]
     assert data.table["path"].tolist() == ["pictures/A-17/film.jpg", "", films[1]]
@@ -230,6 +230,27 @@ def test_a_film_is_found_however_unicode_composes_its_name(tmp_path):
     assert data.films_present == 1 and data.table["path"].tolist() == ["\u00e9.png"]
 
 
+@pytest.mark.parametrize(("named", "file"), [
+    ("a.png", "a.PNG"), ("b.JPG", "b.jpg"), ("in/c.jpeg", "in/c.JPG"), ("d.jpg", "d.jpeg"),
+    ("e.TIF", "e.tiff"), ("f.dcm", "f.DICOM"),
+])  # fmt: skip
+def test_a_film_is_found_however_its_ending_is_written(tmp_path, named, file):
+    """In the table and in the split lists; the table's spelling is the film's name."""
+    table = rows_of((named, "1"), ("in/z.png" if "/" in named else "z.png", "2"))
+    folder = write(tmp_path, table=table, films=[file, f"deep/._{file.rpartition('/')[2]}"])
+    (folder / "train_list.txt").write_text("z.png\nin/z.png")
+    (folder / "test_list.txt").write_text(file)
+    data = read_folder(folder)
+    film = data.table.set_index("image_index").loc[named]
+    assert film["path"] == file and film["official_split"] == "test"
+    assert data.found["orphaned films"] == []
+
+
+def test_of_two_endings_the_one_that_the_table_names_is_read(tmp_path):
+    data = read_folder(write(tmp_path, table=rows_of(("a.jpg", "1")), films=["a.jpg", "a.png"]))
+    assert data.table["path"].tolist() == ["a.jpg"] and data.found["orphaned films"] == ["a.png"]
+
+
 # --- splits of one's own
 
 
@@ -291,8 +312,7 @@ def test_unusable_own_splits_are_named(tmp_path, splits, message):
         (";0;0;0;0;0;0", ";0;0;0;0;0", "table.csv, line 4: 12 cells, but the header has 13"),
         (";0;0;0;0;0;0", ";0;0;0;0;0;0;0", "table.csv, line 4: 14 cells, but the header has 13"),
         ("film.jpg;B-02", "film.jpg;", "table.csv, line 4: no image index or no patient id"),
-        ("Big heart", "Heart", "table.csv: no columns 'Big heart', which films.toml names; found F"),
-        ("Lump", "File", "table.csv: 2 columns 'File'"),
+        ("Lump", "File", "table.csv has 2 columns 'File'; rename all but one there (line 4)"),
         ("61;F", '61;"F', "table.csv, line 2: is no CSV"),
     ],
 )  # fmt: skip
@@ -333,6 +353,10 @@ def test_films_that_are_named_otherwise_than_the_files_are_an_error_that_shows_b
     [
         (MARKS, "Edema =", "split =", "[findings] 'split': no name for a finding"),
         (MARKS, "Edema =", '"<b>" =', "[findings] '<b>': no name for a finding"),
+        *((MARKS, "Edema =", f'"{odd}" =', "no name for a finding; choose another, of at most 60")
+          for odd in (" Edema", "Edema ", "Ede\\nma", "Ede|ma", "Ede,ma", "E" * 61, "&amp;", "")),
+        *((MARKS, "Edema =", f'"{odd}" =', f"'Effusion' and '{odd}' are one finding; name it once")
+          for odd in ("effusion", "Eff_usion", "Eff-usion")),
         (MARKS, "sex =", "gender =", "unknown 'gender' in [columns]; known: image, patient, view"),
         (MARKS, "[findings]", "[finding]", "unknown 'finding'; known: table, columns, findings"),
         (MARKS, 'table = "table.csv"', "", 'no table; add table = "..."'),
@@ -374,12 +398,17 @@ ROWS = "f,p,x\na.png,1,1\nb.png,2,0\n"
     [
         (SMALL + '[extract]\npatinet = "(p)"', "'patinet' in [extract] is none of those in"),
         (SMALL + '[values]\nview = {{ a = "PA" }}', "'view' in [values] is none of those in"),
-        (SMALL + '[extract]\npatient = "p"', "patient = 'p'; put brackets round what is wanted"),
+        (SMALL + '[extract]\npatient = "p"', "patient = 'p'; give an expression with brackets round"),
+        (SMALL + "[extract]\npatient = '(?:p)'", "patient = '(?:p)'; give an expression with brackets"),
+        (SMALL + "[extract]\npatient = '\\(p'", "patient = '\\\\(p'; give an expression with brackets"),
+        (SMALL + "[paths]\n'(' = 'p'", "paths = '('; give expressions, such as"),
+        (SMALL + "[paths]\n'p' = 1", "p = 1; give a text"),
+        (SMALL + "[tables]\n'../t.csv' = ''", "tables = '../t.csv'; give tables in the data's folder"),
         (SMALL + '[marks]\nspared = "Zed"', "spared = 'Zed', which is none of [findings]"),
         (SMALL + '[marks]\npresent = "1"\nabsent = ["0", "1"]', "'1' is present and absent; give"),
         (SMALL + '[aliases]\nxx = "Y"', "xx = 'Y', which is none of [findings]"),
         (SMALL + '[tables]\n"t.csv" = ""', "table and [tables]; give one of them"),
-        (SMALL + '[join]\n"/l.csv" = "p"', "'/l.csv' in [join]; name a table in the data's folder"),
+        (SMALL + '[join]\n"/l.csv" = "p"', "join = '/l.csv'; give tables in the data's folder"),
         ("readers = \"any\"\n" + SMALL, "readers wants the column of the reader"),
         (SMALL.replace("{columns}", 'reader = "r"'), "reader wants several = true"),
         (SMALL.replace("{columns}", 'born = "b"'), "born gives no age without date"),
@@ -396,6 +425,53 @@ def test_what_a_mapping_says_that_nothing_would_heed_is_an_error_with_its_line(
     with pytest.raises(InputError, match=re.escape(message)) as caught:
         read_folder(tmp_path)
     assert re.search(r"films\.toml: .* \(line \d+\)$", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("mapping", "told"),
+    [
+        (MARKS.replace('"Big heart"', '"Heart"'), "Cardiomegaly = 'Heart', but "),
+        (SMALL.replace("{columns}", 'view = ["v", "w"]'), "view = 'v', but "),
+        (SMALL.replace("{columns}", 'age = "{b}-{p}"'), "age = 'b', but "),
+        (SMALL.replace('"f"', '"g"').replace("{columns}", ""), "image = 'g', but "),
+        (SMALL.replace("{columns}", "") + '[keep]\nView = "PA"', "View = 'View', but "),
+        (SMALL.replace("{columns}", "") + '[marks]\nnone = "n"', "none = 'n', but "),
+        (SMALL.replace("{columns}", "") + '[labels]\nseparator = "|"\ncolumn = "l"', "column = 'l'"),
+        ('table = "t.csv"\nfindings = ["X", "Y"]\ncolumns = { image = "f", patient = "p" }', "X = 'X', but "),
+    ],
+)  # fmt: skip
+def test_a_column_that_the_table_lacks_is_named_with_the_mappings_line_and_key(
+    tmp_path, mapping, told
+):
+    write(tmp_path, mapping, MARKS_TABLE if "table.csv" in mapping else ROWS)
+    with pytest.raises(InputError, match=re.escape(told)) as caught:
+        read_folder(tmp_path)
+    found = re.search(r"films\.toml: (\w+) = .* has no such column; it has .*\(line (\d+)\)$",
+                      str(caught.value))  # fmt: skip
+    line = mapping.splitlines()[int(found[2]) - 1]
+    assert found[1] in line or line.startswith("findings = ")
+
+
+def test_a_key_that_stands_in_the_preset_is_named_there(tmp_path):
+    (tmp_path / "stage_2_train_labels.csv").write_text("patientId,target\na,1\n")
+    (tmp_path / "films.toml").write_text('preset = "rsna"\n[findings]\n')
+    with pytest.raises(InputError, match=r"rsna\.toml: Pneumonia = 'Target', but .* \(line 19\)$"):
+        read_folder(tmp_path)
+    (tmp_path / "films.toml").write_text('preset = "rsna"\n[columns]\npatient = "person"\n')
+    with pytest.raises(InputError, match=r"films\.toml: patient = 'person', but .* \(line 3\)$"):
+        read_folder(tmp_path)
+
+
+def test_each_of_stacked_tables_has_the_columns(tmp_path):
+    tables = '[tables]\n"a.csv" = "train"\n"b.csv" = "test"'
+    mapping = SMALL.replace('table = "t.csv"', tables).replace("{columns}", "")
+    write(tmp_path, mapping)
+    (tmp_path / "a.csv").write_text(ROWS)
+    (tmp_path / "b.csv").write_text("f,p\nc.png,3\n")
+    with pytest.raises(
+        InputError, match=r"X = 'x', but .*b\.csv has no .* has f, p: .* \(line 9\)"
+    ):
+        read_folder(tmp_path)
 
 
 JOINED = (
@@ -420,10 +496,12 @@ def test_tables_are_joined_by_ids_in_one_spelling(tmp_path, written):
     with pytest.raises(InputError, match=r"l.csv, line 3: a second row of 1.0; remove one"):
         read_folder(tmp_path)
     (tmp_path / "l.csv").write_text("p,x\n8,1\n9,0\n")
-    with pytest.raises(InputError, match=r"l.csv: none of its rows has the p of a film"):
+    with pytest.raises(InputError, match=r"no row of .*l.csv has the p of a film; .* \(line \d+\)"):
         read_folder(tmp_path)
     (tmp_path / "l.csv").write_text("q,x\n1,1\n")
-    with pytest.raises(InputError, match=r"l.csv: no column 'p' to join by; found x"):
+    with pytest.raises(
+        InputError, match=r"l.csv = 'p', but .*l.csv has no such column; it has x: "
+    ):
         read_folder(tmp_path)
     (tmp_path / "t.csv").unlink()
     with pytest.raises(InputError, match=r"no table t.csv, which own has"):

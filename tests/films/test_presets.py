@@ -16,6 +16,7 @@ import pytest
 from fedutils.base.errors import InputError
 from fedutils.base.findings import findings_of
 from fedutils.films.check import check_table
+from fedutils.films.find import find_data
 from fedutils.films.mapping import PRESETS, presets
 from fedutils.films.read import read_folder
 from fedutils.films.split import split_patients
@@ -250,6 +251,84 @@ def test_folders_are_classes(tmp_path):
     assert sorted(table["patient_id"]) == ["IM-0115", "NORMAL2-IM-0115", "person12", "person12"]
 
 
+def touch(folder, *films):
+    for film in films:
+        (folder / film).parent.mkdir(parents=True, exist_ok=True)
+        (folder / film).touch()
+
+
+KERMANY = {
+    "train/NORMAL/NORMAL-1003233-0001.jpeg": "1003233", "train/NORMAL/IM-0115-0001.jpeg": "IM-0115",
+    "train/PNEUMONIA/BACTERIA-1008087-0001.jpeg": "1008087",
+    "train/PNEUMONIA/BACTERIA-1008087-0002.jpeg": "1008087",
+    "test/PNEUMONIA/VIRUS-4567-0001.jpeg": "4567", "test/PNEUMONIA/person1_virus_6.jpeg": "person1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("places", [
+    [""], ["chest_xray/"], ["", "chest_xray/"], ["chest_xray/", "chest_xray/chest_xray/"],
+    ["CellData/chest_xray/"],
+])  # fmt: skip
+def test_folders_as_classes_are_read_as_their_archives_unpack_and_each_film_once(tmp_path, places):
+    touch(tmp_path, *(place + film for place in places for film in KERMANY))
+    touch(tmp_path, *(f"__MACOSX/{place}train/NORMAL/._IM-0115-0001.jpeg" for place in places),
+          f"{places[0]}train/NORMAL/._IM-0115-0001.jpeg", f"{places[0]}train/NORMAL/.DS_Store",
+          "CellData/OCT/train/NORMAL/NORMAL-12494-1.jpeg")  # fmt: skip
+    data = read_folder(tmp_path)
+    table = data.table.set_index("image_index")
+    assert data.release == "kermany" and table["patient_id"].to_dict() == KERMANY
+    assert table["Pneumonia"].to_dict() == {name: float("PNEUMONIA" in name) for name in KERMANY}
+    for name, path in table["path"].items():
+        assert path.removesuffix(name) in places
+    orphans = check_table(data).set_index("check").loc["orphaned films"]
+    assert orphans["count"] == 1 + (len(places) - 1) * len(KERMANY)
+
+
+CHEXPERT = "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding," + ",".join(
+    "Pleural Effusion" if name == "Effusion" else name for name in presets()["chexpert"].findings
+)
+
+
+def chexpert_rows(*films):
+    rows = [f"CheXpert-v1.0/{film},Female,68,Frontal,AP{',' * 14}" for film in films]
+    return "\n".join([CHEXPERT, *rows, ""])
+
+
+@pytest.mark.parametrize("there", [[2, 3, 4], [3], []])
+def test_chexpert_is_read_in_the_batches_that_stanford_hands_out(tmp_path, there):
+    train = [f"patient{k:05d}/study1/view1_frontal.jpg" for k in (1, 30_000, 60_000)]
+    valid = "valid/patient64541/study1/view1_frontal.jpg"
+    first = "CheXpert-v1.0 batch 1 (validate & csv)"
+    touch(tmp_path, f"{first}/{valid}")
+    names = {
+        k: f"CheXpert-v1.0 batch {k} (train {k - 1})/{film}" for k, film in enumerate(train, 2)
+    }
+    touch(tmp_path, *(names[k] for k in there))
+    table = chexpert_rows(*(f"train/{film}" for film in train))
+    (tmp_path / first / "train.csv").write_text(table)
+    (tmp_path / first / "valid.csv").write_text(chexpert_rows(valid))
+    assert find_data(str(tmp_path)) == tmp_path == find_data(kaggle=tmp_path)
+    data = read_folder(tmp_path)
+    found = {k: names[k] if k in there else "" for k in names}
+    assert data.release == "chexpert"
+    assert data.table["path"].tolist() == [*found.values(), f"{first}/{valid}"]
+    assert data.table["official_split"].tolist() == ["train_val"] * 3 + ["test"]
+    checks = check_table(data).set_index("check")["count"]
+    assert checks["missing films"] == 3 - len(there) and checks["orphaned films"] == 0
+
+
+@pytest.mark.parametrize("ending", [".DICOM", ".dcm", ".PNG", ".Jpg", ".JPEG"])
+def test_a_template_finds_films_however_their_endings_are_written(tmp_path, ending):
+    folder = write_vindr(tmp_path)
+    for film in folder.rglob("*.dicom"):
+        film.rename(film.with_suffix(ending))
+    data = read_folder(folder)
+    assert data.table["path"].tolist() == [
+        f"{name}{ending}" for name in ("train/a", "train/b", "test/c")
+    ]
+    assert check_table(data).set_index("check")["count"]["orphaned films"] == 0
+
+
 # --- which data set a folder is
 
 
@@ -317,7 +396,15 @@ def test_what_is_wrong_in_a_mapping_is_named_with_its_line(tmp_path, text, told)
 
 
 def test_presets_are_short_and_each_has_its_page():
+    """Which says where to get it, its terms, layout and traps, and one command."""
     page = (Path(__file__).parents[2] / "data/README.md").read_text()
+    nih, rest = page.partition("\n## Data sets")[::2]
+    pages = {part.partition("\n")[0]: part for part in rest.split("\n### ")}
+    for preset in presets().values():
+        text = pages.get(preset.given["title"], nih)
+        assert (preset.name == "nih") == (text is nih), preset.name
+        words = ["https://", "Terms", "Layout", "raps", "python -m fedutils"]
+        assert all(word in text for word in words), (preset.name, text)
     for path in PRESETS.glob("*.toml"):
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         assert len(lines) <= 40, path

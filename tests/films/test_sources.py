@@ -9,10 +9,11 @@ from ownfilms import write_films
 
 from fedutils.__main__ import build_parser, read_values
 from fedutils.base.errors import InputError
-from fedutils.base.findings import findings_of
+from fedutils.base.findings import findings_of, spelled_twice
 from fedutils.batch.run import identify
 from fedutils.films.check import check_table
 from fedutils.films.decode import decode_films, write_index
+from fedutils.films.mapping import presets
 from fedutils.films.partition import partition_patients
 from fedutils.films.sources import compare_sources, open_data
 from fedutils.films.split import split_patients
@@ -111,6 +112,44 @@ def test_data_may_be_given_several_times(folders, tmp_path, monkeypatch):
     before = identify(folders, tmp_path)
     (folders[1] / "more.txt").write_text("")
     assert identify(folders, tmp_path) != before
+
+
+def test_a_folder_that_is_given_again_by_a_link_is_refused(folders, tmp_path, monkeypatch):
+    monkeypatch.delenv("NIH_DATA_DIR", raising=False)
+    link, inner = tmp_path / "link", tmp_path / "inner"
+    link.symlink_to(folders[0])
+    said = r"the film .*0\.PNG is in both north and link, maybe by a link; give each folder once"
+    with pytest.raises(InputError, match=said):
+        open_data(both((folders[0], link)), tmp_path)
+    with pytest.raises(InputError, match="names a folder twice, maybe by a link"):
+        read_parameters({"data_dir": both((folders[0], link)), "work_dir": str(tmp_path)})
+    shutil.copytree(folders[1], inner / "below")  # one whose table names the films of another
+    shutil.copy(inner / "below/films.toml", inner)
+    table = (inner / "below/table.csv").read_text().replace("pictures/", "below/pictures/")
+    (inner / "table.csv").write_text(table)
+    mapping = (inner / "films.toml").read_text()
+    (inner / "films.toml").write_text(f"depth = 4\n{mapping}")
+    with pytest.raises(InputError, match=r"0\.PNG is in both inner and below"):
+        open_data(both((inner, inner / "below")), tmp_path)
+
+
+@pytest.mark.parametrize("other", ["edema", "EDEMA", "E_dema", "E-dema"])
+def test_a_finding_of_two_sources_in_two_spellings_is_named(folders, tmp_path, other):
+    south = tmp_path / "south"
+    shutil.copytree(folders[1], south)
+    mapping = (south / "films.toml").read_text().replace("Fracture =", f'"{other}" =')
+    (south / "films.toml").write_text(mapping)
+    said = (
+        f"'Edema' of .*north and '{other}' of .*south are one finding; write it alike in films.toml"
+    )
+    with pytest.raises(InputError, match=said):
+        open_data(both((folders[0], south)), tmp_path)
+
+
+def test_presets_spell_a_finding_alike():
+    names = [name for preset in presets().values() for name in preset.findings]
+    assert spelled_twice(names) == []
+    assert spelled_twice(["Mass", "Pleural Effusion", "pleural_effusion"])[0] == "Pleural Effusion"
 
 
 def test_a_source_without_films_is_refused(folders, tmp_path):
