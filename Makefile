@@ -6,7 +6,7 @@ NEEDS := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-fast evidence flower flower-test gpu hospitals kaggle-test privacy render lint
+.PHONY: help demo test bench bench-fast evidence flower flower-test gpu hospitals kaggle-test oracle-test privacy render lint
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 19
@@ -32,6 +32,9 @@ flower: .venv/.flower  ## train the phantom's scanners over a real network, and 
 
 flower-test: .venv/.flower
 	@$(VENV) -m pytest -m 'not slow' tests/network tests/privacy/test_masks.py
+
+oracle-test: .venv/.oracle  ## compare labels with TorchXRayVision's readers, cell by cell
+	@$(VENV) -m pytest tests/films/test_presets.py
 
 gpu: .venv/.installed  ## measure what only a GPU can show; writes work/gpu.json
 	@$(VENV) tests/bench/gpu.py
@@ -59,6 +62,10 @@ lint: .venv/.installed  ## check style
 
 .venv/.flower: .venv/.installed
 	@$(VENV) -m pip install -q -e '.[flower]'
+	@touch $@
+
+.venv/.oracle: .venv/.installed
+	@$(VENV) -m pip install -q -e '.[oracle]'
 	@touch $@
 
 .venv/.installed: requirements.txt pyproject.toml

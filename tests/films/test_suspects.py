@@ -154,8 +154,11 @@ def test_of_untouched_real_films_at_most_one_in_a_hundred_is_named(real, nih_tes
 
 
 @pytest.mark.slow
-def test_5000_films_take_two_seconds_of_one_core(drawn):
-    films = drawn.repeat(25, axis=0)
-    begun = time.process_time()
-    words(films)
-    assert time.process_time() - begun < 3  # both cores together, on a busy machine
+def test_looking_at_films_takes_a_few_times_what_transforming_them_does(drawn):
+    """About twice that: three seconds of a core for 5,000, nothing beside decoding them."""
+    films, took = drawn.repeat(25, axis=0), []
+    for work in (words, lambda films: np.fft.rfft2(films.astype(np.float32))):
+        begun = time.process_time()
+        work(films)
+        took.append(time.process_time() - begun)
+    assert took[0] < 5 * took[1], took
