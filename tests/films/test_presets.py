@@ -344,6 +344,12 @@ def test_two_data_sets_in_one_folder_are_said_and_a_line_chooses(tmp_path):
     table = read_folder(tmp_path).table
     assert findings_of(table) == ["Fracture", "Pneumothorax", "Lung Opacity", "Nodule/Mass"]
     assert table[findings_of(table)].iloc[0].tolist() == [0, 1, 0, 1]
+    (tmp_path / "google2019_labels.csv").unlink()  # the two tables as Google has them
+    (tmp_path / "four_findings_expert_labels").mkdir()
+    for number, part in enumerate(("test", "validation"), 13):
+        text = "\n".join(lines).replace("13", str(number))
+        (tmp_path / f"four_findings_expert_labels/{part}_labels.csv").write_text(text)
+    assert read_folder(tmp_path).table["patient_id"].tolist() == ["13", "14"]
     (tmp_path / "films.toml").write_text('preset = "googel"')
     with pytest.raises(InputError, match=r"preset = 'googel'; known: chexpert, .* \(line 1\)"):
         read_folder(tmp_path)
