@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..base.findings import findings_of
+from .cells import one_spelling
 from .read import DataSet
 
 CHECKS = tomllib.loads(Path(__file__).with_name("checks.toml").read_text())  # with their meanings
@@ -24,10 +25,14 @@ def check_table(data: DataSet) -> pd.DataFrame:
     for column in ("sex", "official_split"):
         values = table[table[column] != ""].groupby("patient_id")[column].nunique()
         several[column] = values.index[values > 1]
+    ids = one_spelling(table["patient_id"].str.partition("/")[2]) if data.parts else table["source"]
+    places = table["source"].groupby(ids).nunique()
     hits = {
         "missing films": table["image_index"][table["path"] == ""],
         "ages out of range": table["image_index"][(table["age"] > 100) | (table["age"] <= 0)],
         "ages unreadable": table["image_index"][table["age"].isna()],
+        "views neither PA nor AP": table["image_index"][~table["view"].isin(["", "PA", "AP"])],
+        "ids in two sources": places.index[places > 1],
         "patients with two sexes": several["sex"],
         "rows without pixel spacing": table["image_index"][table["scanner"] == ""],
         "rows in no list": table["image_index"][unlisted],

@@ -8,7 +8,7 @@ import pandas as pd
 from ..base.errors import InputError
 from . import cells
 from .mapping import Mapping, texts
-from .rows import place
+from .rows import NO_ROW, place
 
 MEANT = {"absent": "0", "present": "1", "uncertain": []}  # where the mapping names no marks
 ZEROS = ("", *(sign + "0" * n for sign in ".," for n in (1, 2, 3)))  # as spreadsheets add them
@@ -35,8 +35,8 @@ def _fault(rows: pd.DataFrame, at: int, told: str) -> InputError:
 
 def _read_marks(mapping: Mapping, raw: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
     """Read a column a finding; see `read_labels`. A "*" stands for any mark that has no meaning."""
-    about, columns = mapping.section("marks"), {}
-    marks = {"": VALUES[about.get("blank_is", "unknown")]}
+    about, columns, blank = mapping.section("marks"), {}, {}
+    marks = {"": VALUES[about.get("blank_is", "unknown")], NO_ROW: np.nan}
     for name, default in MEANT.items():
         value = VALUES[about.get("uncertain_is", "unknown") if name == "uncertain" else name]
         for mark in texts(about.get(name, default)):
@@ -52,11 +52,12 @@ def _read_marks(mapping: Mapping, raw: pd.DataFrame, rows: pd.DataFrame) -> np.n
             told = f"column {column!r} ({finding}) holds {raw[column].iloc[at]!r}; {todo}"
             raise _fault(rows, at, told)
         columns[finding] = raw[column].map(marks).where(known, marks.get("*"))
+        blank[finding] = raw[column].eq("")
     labels = pd.DataFrame(columns)[mapping.findings]
     if none:
         others = [name for name in labels if name not in texts(about.get("spared", []))]
-        clear, known = raw[none].map(marks).eq(1).to_numpy(), labels[others].to_numpy(float)
-        labels[others] = np.where(np.isnan(known) & clear[:, None], 0, known)
+        clear = raw[none].map(marks).eq(1).to_numpy()[:, None]
+        labels[others] = labels[others].mask(pd.DataFrame(blank)[others] & clear, 0)
     return labels.to_numpy(np.float32)
 
 

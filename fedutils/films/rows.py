@@ -14,6 +14,10 @@ from . import cells
 from .formats import check_tags, dicom_header, is_dicom
 from .mapping import COLUMNS, MAPPING_NAME, Mapping, texts
 
+SEXES = {"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}
+SEXES |= dict.fromkeys(["", "NA", "N/A", "NAN", "NONE", "O", "OTHER", "U", "UNKNOWN", "X"], "")
+NO_ROW = "no row"  # in the columns of labels, where a joined table says nothing of a film
+
 
 def place(rows: pd.DataFrame, position: int) -> str:
     """Name the file and the line of a row."""
@@ -103,9 +107,11 @@ def _join(mapping: Mapping, named: str, rows: pd.DataFrame, other: pd.DataFrame)
     new = [column for column in other if column not in rows]
     right = other[new].set_axis(range(len(other))).join(theirs.reset_index(drop=True))
     joined = rows.join(ours).merge(right.assign(joined=True), how="left", on=keys)
-    if not joined.pop("joined").any():
+    lonely = joined.pop("joined").isna()
+    if lonely.all():
         what = f"no row of {other['file'].iloc[0]} has the {', '.join(on)} of a film"
         raise mapping.fault("join", named, f"{what}; correct the columns to join by")
+    joined.loc[lonely, [name for name in new if name in mapping.words]] = NO_ROW
     return joined.drop(columns=keys)
 
 
@@ -166,7 +172,10 @@ def _our_columns(
     for position in np.flatnonzero(~rows["split"].isin(["", *SPLITS])):
         what, todo = rows["split"].iloc[position], "write train, val or test, or leave it empty"
         raise InputError(f"{place(rows, position)}: split {what!r}; {todo}")
-    sex, view = cells.upper(rows["sex"]).str[:1], cells.upper(rows["view"])
+    sex, view = cells.upper(rows["sex"]).map(SEXES), cells.upper(rows["view"])
+    for position in np.flatnonzero(sex.isna()):
+        what, todo = rows["sex"].iloc[position], "write M or F, leave it empty, or name it in"
+        raise InputError(f"{place(rows, position)}: sex {what!r}; {todo} [values] of films.toml")
     return rows.assign(sex=sex, view=view, scanner=_scanners(rows))
 
 

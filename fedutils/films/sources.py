@@ -1,8 +1,9 @@
 """Several data folders as one: each is a source, and no patient or film is in two."""
 
 import dataclasses
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -55,7 +56,9 @@ def join_sources(parts: list[DataSet]) -> DataSet:
         found = " and ".join(f"{name!r} of {place[name]}" for name in pair)
         raise InputError(f"{found} are one finding; write it alike in films.toml")
     table = pd.concat([_of_source(one.table, n, one.folder) for n, one in named.items()])
-    again = table["path"].ne("") & table["path"].duplicated(keep=False)
+    folder = functools.cache(Path.resolve)
+    there = table["path"].map(lambda path: _real(Path(path), folder) if path else None)
+    again = there.notna() & there.duplicated(keep=False)
     if again.any():
         found = " and ".join(table["source"][again].unique())
         what = f"the film {table['path'][again].iloc[0]} is in both {found}, maybe by a link"
@@ -71,6 +74,11 @@ def join_sources(parts: list[DataSet]) -> DataSet:
         found=_join_found(named),
         parts=named,
     )
+
+
+def _real(film: Path, folder: Callable[[Path], Path]) -> Path:
+    """Follow the links of a film, and of its folder."""
+    return film.resolve() if film.is_symlink() else folder(film.parent) / film.name
 
 
 def _release_of(part: DataSet) -> str:

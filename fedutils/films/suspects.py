@@ -46,9 +46,15 @@ WAYS = {UPRIGHT: "", (0, -1): "inverted"} | {
 def find_suspects(store: np.ndarray, index: pd.DataFrame) -> pd.DataFrame:
     """Name films, uint8 (N, S, S), that look wrong: `film, suspect`, in the order of the index.
 
-    `index` has `row, image_index, patient_id`. A film is compared with the mean of the others that
-    are not suspect themselves, upright and in each of the `WAYS`; quarter turns are anticlockwise.
+    `index` has `row, image_index, patient_id`. A film is compared with the mean of the others of
+    its `source`, if there are several, that are not suspect themselves, upright and in each of the
+    `WAYS`; quarter turns are anticlockwise.
     """
+    if "source" in index and index["source"].nunique() > 1:
+        alone = [part.drop(columns="source") for _, part in index.groupby("source", sort=False)]
+        found = pd.concat([find_suspects(store, part) for part in alone])
+        order = index["image_index"].reset_index(drop=True)
+        return order.rename("film").to_frame().merge(found)
     chunks = np.array_split(index["row"].to_numpy(), max(1, len(index) // 256))
     with ThreadPoolExecutor(count_cores()) as pool:
         parts = list(pool.map(lambda rows: _describe(store[rows]), chunks))

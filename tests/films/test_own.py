@@ -521,6 +521,76 @@ def test_marks_may_have_the_zeros_that_spreadsheets_add(tmp_path):
         read_folder(tmp_path)
 
 
+def test_only_what_is_blank_beside_no_finding_is_absent(tmp_path):
+    """What is marked uncertain stays unknown."""
+    folder = write(tmp_path, films=["a.png", "b.png"])
+    lines = ["Film,Patient,Effusion,Mass,Normal", "a.png,1,-1,,1", "b.png,2,,1,0"]
+    (folder / "table.csv").write_text("\n".join(lines))
+    (folder / "films.toml").write_text("""
+        table = "table.csv"
+        [columns]
+        image = "Film"
+        patient = "Patient"
+        [marks]
+        uncertain = "-1"
+        none = "Normal"
+        [findings]
+        Effusion = "Effusion"
+        Mass = "Mass"
+    """)
+    found = read_folder(folder).table[["Effusion", "Mass"]]
+    np.testing.assert_array_equal(found, [[np.nan, 0], [np.nan, 1]])
+
+
+def test_a_film_without_a_row_in_the_table_of_labels_is_unknown(tmp_path):
+    """Also where what is blank is absent."""
+    folder = write(tmp_path, films=["a.png", "b.png"])
+    (folder / "table.csv").write_text("Film,Patient\na.png,1\nb.png,2")
+    (folder / "labels.csv").write_text("Film,Effusion,Mass\na.png,1,")
+    (folder / "films.toml").write_text("""
+        [tables]
+        "table.csv" = ""
+        [join]
+        "labels.csv" = "Film"
+        [columns]
+        image = "Film"
+        patient = "Patient"
+        [marks]
+        blank_is = "absent"
+        [findings]
+        Effusion = "Effusion"
+        Mass = "Mass"
+    """)
+    found = read_folder(folder).table[["Effusion", "Mass"]]
+    np.testing.assert_array_equal(found, [[1, 0], [np.nan, np.nan]])
+
+
+@pytest.mark.parametrize(
+    ("word", "sex"),
+    [("M", "M"), ("female", "F"), ("Male", "M"), ("O", ""), ("nan", ""), ("Mujer", None)],
+)
+def test_a_sex_is_told_by_its_word_not_its_first_letter(tmp_path, word, sex):
+    folder = write(tmp_path, films=["a.png"])
+    (folder / "table.csv").write_text(f"Film,Patient,Sex,View,Mass\na.png,1,{word},Lateral,1")
+    (folder / "films.toml").write_text("""
+        table = "table.csv"
+        [columns]
+        image = "Film"
+        patient = "Patient"
+        sex = "Sex"
+        view = "View"
+        [findings]
+        Mass = "Mass"
+    """)
+    if sex is None:
+        with pytest.raises(InputError, match=r"line 2: sex 'Mujer'; write M or F.*\[values\]"):
+            read_folder(folder)
+        return
+    data = read_folder(folder)
+    assert data.table["sex"].tolist() == [sex]
+    assert check_table(data).set_index("check")["count"]["views neither PA nor AP"] == 1
+
+
 @pytest.mark.parametrize("born", ["1950", "19501231", "1950-12-31", "31.12.1950", "1950.0"])
 @pytest.mark.parametrize("date", ["20150301", "2015-03-01", "01/03/2015", "2015"])
 def test_an_age_is_told_from_the_years_of_birth_and_film(tmp_path, born, date):

@@ -15,6 +15,7 @@ from fedutils.films.check import check_table
 from fedutils.films.decode import decode_films, write_index
 from fedutils.films.mapping import presets
 from fedutils.films.partition import partition_patients
+from fedutils.films.read import read_folder
 from fedutils.films.sources import compare_sources, open_data
 from fedutils.films.split import split_patients
 from fedutils.run import read_films
@@ -131,6 +132,33 @@ def test_a_folder_that_is_given_again_by_a_link_is_refused(folders, tmp_path, mo
     (inner / "films.toml").write_text(f"depth = 4\n{mapping}")
     with pytest.raises(InputError, match=r"0\.PNG is in both inner and below"):
         open_data(both((inner, inner / "below")), tmp_path)
+
+
+def test_a_folder_that_lies_in_another_by_a_link_is_refused(folders, tmp_path):
+    """As the page on adjudicated labels has it: a link to the films beside another table."""
+    around = tmp_path / "around"
+    around.mkdir()
+    (around / "north").symlink_to(folders[0])
+    table = (folders[0] / "table.csv").read_text().replace("pictures/", "north/pictures/")
+    (around / "table.csv").write_text(table)
+    mapping = (folders[0] / "films.toml").read_text()
+    (around / "films.toml").write_text(f"depth = 4\n{mapping}")
+    with pytest.raises(InputError, match=r"0\.PNG is in both north and around, maybe by a link"):
+        open_data(both((folders[0], around)), tmp_path)
+
+
+def test_ids_that_two_sources_have_are_counted(folders, tmp_path):
+    """Read as two patients: nobody knows whether they are one."""
+    south = tmp_path / "other"
+    shutil.copytree(folders[1], south)
+    table = (south / "table.csv").read_text()
+    ids = open_data(str(folders[0]), tmp_path).table["patient_id"]
+    theirs = read_folder(south).table["patient_id"]
+    (south / "table.csv").write_text(table.replace(theirs[0], ids[0].lower()))
+    data = open_data(both((folders[0], south)), tmp_path)
+    counted = check_table(data).set_index("check").loc["ids in two sources"]
+    expected = {*ids.str.lower()} & {*read_folder(south).table["patient_id"].str.lower()}
+    assert counted["count"] == len(expected) and ids[0].lower() in expected
 
 
 @pytest.mark.parametrize("other", ["edema", "EDEMA", "E_dema", "E-dema"])

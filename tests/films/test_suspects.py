@@ -153,6 +153,16 @@ def test_of_untouched_real_films_at_most_one_in_a_hundred_is_named(real, nih_tes
     assert len(large) == 80 and np.sum(words(np.stack(large)) != "") <= 1
 
 
+def test_each_source_is_judged_by_its_own_films(real):
+    """Most films of one hospital are inverted: the other one's are not thereby odd."""
+    films, patients = real
+    where = np.where(pd.factorize(patients)[0] % 2, "north", "south")
+    films = np.where((where == "north")[:, None, None], 255 - films, films)
+    found = find_suspects(films, about(patients).assign(source=where))["film"]
+    assert np.mean(np.isin(np.flatnonzero(where == "south"), found)) < 0.02
+    assert np.mean(np.isin(np.flatnonzero(where == "north"), found)) > 0.95
+
+
 @pytest.mark.slow
 def test_looking_at_films_takes_a_few_times_what_transforming_them_does(drawn):
     """About twice that: three seconds of a core for 5,000, nothing beside decoding them."""
