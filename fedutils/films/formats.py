@@ -164,8 +164,9 @@ def _shown(film: Any, depth: int, signed: bool) -> np.ndarray:
     if bits > DEPTHS[-1]:
         raise ValueError(f"BitsStored {bits}; films have at most 16 bits")
     low = -(1 << bits - 1) if signed else 0
-    stored = np.arange(low, low + (1 << bits))
-    shown = pixels.apply_voi_lut(pixels.apply_modality_lut(stored, film), film).astype(float)
+    values = pixels.apply_modality_lut(np.arange(low, low + (1 << bits)), film)
+    film.pop("RescaleSlope", None)  # pydicom would turn a window's greys where the slope falls
+    shown = pixels.apply_voi_lut(values, film).astype(float)
     dark, bright = shown.min(), shown.max()
     grey = (shown - dark) * (255 / max(bright - dark, 1e-9))
     grey = 255 - grey if film.PhotometricInterpretation == "MONOCHROME1" else grey

@@ -95,6 +95,19 @@ def test_a_header_is_heeded_as_pydicom_does(tmp_path, tags, inverted):
     assert np.abs(grey(path) - (255 - expected if inverted else expected)).max() <= 0.51
 
 
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_under_a_window_greys_rise_with_what_a_falling_slope_makes_of_values(
+    tmp_path, function, inverted
+):
+    kind = {"PhotometricInterpretation": f"MONOCHROME{1 if inverted else 2}"}
+    window = {"WindowCenter": 2048, "WindowWidth": 4096, "VOILUTFunction": function} | kind
+    falling = {"RescaleSlope": -1, "RescaleIntercept": 4095}
+    plain = grey(write_dicom(tmp_path / "a.dcm", ramp(12)[::-1, ::-1], 12, **window))
+    turned = grey(write_dicom(tmp_path / "b.dcm", ramp(12), 12, **window | falling))
+    assert np.array_equal(turned, plain) and (plain[0, 0] > plain[-1, -1]) != inverted
+
+
 def test_a_window_holds_for_a_film_that_is_too_dark_for_it(tmp_path):
     path = write_dicom(tmp_path / "a.dcm", ramp(10), 12, WindowCenter=2048, WindowWidth=4096)
     assert grey(path).max() == 64
