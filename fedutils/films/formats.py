@@ -102,9 +102,10 @@ def find_depth(least: int, most: int, signed: bool = False) -> int:
 
 def _read_dicom(path: Path) -> tuple[Image.Image, str]:
     """Read a DICOM film as `read_grey` does."""
-    pydicom, film = _pydicom(), _open(path)
+    pydicom, film, options = _pydicom(), _open(path), {"correct_unused_bits": False}
     if film.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit:
-        film.pixel_array_options(decoding_plugin="pillow")  # three times as fast as pylibjpeg
+        options["decoding_plugin"] = "pillow"  # three times as fast as pylibjpeg
+    film.pixel_array_options(**options)
     pixels, mode = film.pixel_array, str(film.PhotometricInterpretation)
     if (frames := int(film.get("NumberOfFrames") or 1)) > 1:
         raise ValueError(f"has {frames} pictures; give each film a file of its own")
@@ -112,6 +113,7 @@ def _read_dicom(path: Path) -> tuple[Image.Image, str]:
         return Image.fromarray(pixels).convert("L"), "RGB"
     if mode not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"{mode} of {pixels.dtype}; films are grey, or RGB of 8 bits")
+    pixels = _within(film, pixels)
     signed, padded = bool(film.PixelRepresentation), _padding(film, pixels)
     if padded.any() and not padded.all():
         pixels = np.where(padded, pixels[~padded].min(), pixels)
@@ -125,6 +127,26 @@ def _read_dicom(path: Path) -> tuple[Image.Image, str]:
     if padded.any():
         grey.paste(0, mask=Image.fromarray(padded))
     return grey, mode
+
+
+def _within(film: Any, pixels: np.ndarray) -> np.ndarray:
+    """Return what the stored bits of pixels say; ValueError where there are values beyond them.
+
+    The bits above may hold an overlay, too: without it a film is the smoother, while values that
+    are cut off wrap around. An overlay over the whole film cannot be told, and is refused.
+    """
+    stored, last = int(film.BitsStored), film.get("HighBit")
+    if last not in (None, "", stored - 1):
+        raise ValueError(f"HighBit {last} with BitsStored {stored}; films have them side by side")
+    unused = 8 * pixels.dtype.itemsize - stored
+    within = pixels << unused >> unused if unused else pixels
+    low = -(1 << stored - 1) if film.PixelRepresentation else 0
+    if unused and (pixels.min() < low or pixels.max() >= 1 << stored):
+        rough = [sum(np.abs(np.diff(seen.astype(float), axis=axis)).sum() for axis in (0, 1))
+                 for seen in (within, pixels)]  # fmt: skip
+        if rough[0] >= rough[1]:
+            raise ValueError(f"values beyond its BitsStored of {stored}; correct its header")
+    return within
 
 
 def _open(path: Path, **limits: object) -> Any:

@@ -108,6 +108,30 @@ def test_under_a_window_greys_rise_with_what_a_falling_slope_makes_of_values(
     assert np.array_equal(turned, plain) and (plain[0, 0] > plain[-1, -1]) != inverted
 
 
+@pytest.mark.parametrize("tags", [{}, {"WindowCenter": 2048, "WindowWidth": 4096}])
+def test_values_beyond_bits_stored_leave_a_film_out_and_an_overlay_above_them_does_not(
+    tmp_path, tags
+):
+    plain = grey(write_dicom(tmp_path / "a.dcm", ramp(12), 12, **tags))
+    over = ramp(12)
+    over[10:20, 5:30:3] |= 1 << 12
+    over[30:, 40:] |= 1 << 15
+    assert np.array_equal(grey(write_dicom(tmp_path / "b.dcm", over, 12, **tags)), plain)
+    signed = (ramp(12).astype(int) - 2048).astype(np.int16)
+    bare = grey(write_dicom(tmp_path / "c.dcm", signed, 12, **tags))
+    unextended = write_dicom(tmp_path / "d.dcm", signed & 0xFFF, 12, **tags)
+    assert np.array_equal(grey(unextended), bare)
+    noise = np.random.default_rng(0).normal(0, 60, RAMP.shape)
+    for values, more in (
+        (ramp(12) * 4, {}), (np.full((9, 9), 5000, np.uint16), {}), (signed * 2, {}),
+        ((RAMP * 4500 + noise).clip(0).astype(np.uint16), {}), (ramp(12) << 4, {"HighBit": 15}),
+    ):  # fmt: skip
+        path = write_dicom(tmp_path / "e.dcm", values, 12, **tags | more)
+        none, about = decode_film(path, 16)
+        said = "HighBit 15 with BitsStored 12" if more else "values beyond its BitsStored of 12"
+        assert none is None and said in about["problem"]
+
+
 def test_a_window_holds_for_a_film_that_is_too_dark_for_it(tmp_path):
     path = write_dicom(tmp_path / "a.dcm", ramp(10), 12, WindowCenter=2048, WindowWidth=4096)
     assert grey(path).max() == 64
