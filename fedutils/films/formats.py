@@ -54,8 +54,9 @@ def read_grey(path: Path) -> tuple[Image.Image, str]:
     if is_dicom(path):
         return _read_dicom(path)
     with Image.open(path) as film:
-        if film.format == "TIFF" and film.n_frames > 1:
-            raise ValueError(f"has {film.n_frames} pictures; give each film a file of its own")
+        # Pillow calls a phone's JPEG with a gain map one picture; its index of pictures tells.
+        if (frames := getattr(film, "n_frames", 1 + ("mp" in film.info))) > 1:
+            raise ValueError(f"has {frames} pictures; give each film a file of its own")
         raw = str([tile[3] for tile in film.tile])
         ImageOps.exif_transpose(film, in_place=True)
         # Of 16 bits a channel Pillow keeps the upper 8 and calls it RGB; only the tile tells.

@@ -75,6 +75,23 @@ def test_a_tiff_whose_white_is_zero_and_one_of_several_pictures(tmp_path):
         assert none is None and re.search(said, about["problem"])
 
 
+@pytest.mark.parametrize("kind", ["PNG", "MPO", "GIF", "WEBP", "gain map"])
+def test_a_file_of_several_pictures_is_left_out_by_name(tmp_path, kind):
+    film, path = Image.fromarray(ramp(8, np.uint8)), tmp_path / "a.png"
+    several = {"save_all": True, "append_images": [film.rotate(180)]}
+    film.save(path, "MPO" if kind == "gain map" else kind, **several)
+    if kind == "gain map":  # as phones say it, in a segment behind the first two bytes
+        said = b'http://ns.adobe.com/xap/1.0/\0 hdrgm:Version="1.0"'
+        raw = path.read_bytes()
+        path.write_bytes(raw[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2) + said + raw[2:])
+        with Image.open(path) as opened:
+            assert opened.format == "JPEG"
+    none, about = decode_film(path, 16)
+    assert none is None and "has 2 pictures; give each" in about["problem"]
+    film.save(path, "JPEG")
+    assert decode_film(path, 16)[1]["problem"] == ""
+
+
 WINDOW = {"WindowCenter": 1500, "WindowWidth": 1000}
 RESCALED = {"RescaleSlope": 2, "RescaleIntercept": -1000}
 LUT = Dataset()
