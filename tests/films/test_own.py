@@ -192,6 +192,12 @@ def test_a_name_that_two_patients_share_is_refused_and_paths_are_right(tmp_path,
     assert table["path"].tolist() == files and table["patient_id"].tolist() == ["P1", "P2"]
 
 
+def test_a_film_of_several_rows_is_of_one_patient(tmp_path):
+    folder = write(tmp_path, "several = true\n" + MARKS, rows_of(("1.png", "P1"), ("1.png", "P2")))
+    with pytest.raises(InputError, match="line 3: '1.png' is a film of patient 'P2', and above"):
+        read_folder(folder)
+
+
 @pytest.mark.parametrize("patient", ["P1", "P2"])
 def test_a_name_that_lies_in_two_folders_is_refused_even_if_one_row_has_it(tmp_path, patient):
     films = ["visit 1/00000001_000.png", "visit 2/00000001_000.png"]
@@ -268,6 +274,25 @@ def test_a_column_of_splits_is_followed(tmp_path):
     assert set(split_patients(table, 0)) <= {"train", "val", "test"}
     table = table.assign(official_split=["train", "val", "test"], patient_id=list("abc"))
     assert split_patients(table, 0).tolist() == ["train", "val", "test"]
+
+
+@pytest.mark.parametrize("several", ["", "several = true\n"])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_film_for_training_and_test_is_counted_and_tested_also_of_several_rows(
+    tmp_path, several, stacked
+):
+    tables = {"train": "1.png,1,1\n2.png,2,0\n", "test": "2.png,2,1\n3.png,3,0\n"}
+    source = '[tables]\n"train.csv" = "train"\n"test.csv" = "test"\n'
+    if not stacked:
+        lines = [f"{row},{name}" for name, rows in tables.items() for row in rows.split()]
+        tables, source = {"t": "\n".join(lines)}, 'table = "t.csv"\n'
+    columns = '[columns]\nimage = "film"\npatient = "who"\n' + 'split = "for"\n' * (not stacked)
+    folder = write(tmp_path, f'{several}{source}{columns}[findings]\nMass = "m"\n')
+    for name, rows in tables.items():
+        (folder / f"{name}.csv").write_text("film,who,m" + ",for" * (not stacked) + "\n" + rows)
+    data = read_folder(folder)
+    assert data.table["official_split"].tolist() == ["train_val", "test", "test"]
+    assert data.found["rows in both lists"] == ["2.png"]
 
 
 def test_own_lists_are_followed_and_a_film_in_none_is_left_out(tmp_path):
