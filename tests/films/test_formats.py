@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fedutils.base.errors import InputError
-from fedutils.films.decode import decode_film
+from fedutils.films.decode import decode_film, decode_films
 from fedutils.films.formats import dicom_header, find_depth, read_grey
 from fedutils.films.read import read_folder
 
@@ -221,6 +221,22 @@ def test_a_film_without_the_preamble_or_its_meta_information_is_read(tmp_path, l
         assert dicom_header(tmp_path / name, ["PatientAge"]) == {"PatientAge": "061Y"}
 
 
+def test_a_film_whose_header_cannot_name_its_patient_is_named_and_the_others_are_read(tmp_path):
+    whole = write_dicom(tmp_path / "a.dcm", ramp(12), 12, PatientID="7", PatientSex="F")
+    (tmp_path / "short.dcm").write_bytes(whole.read_bytes()[:200])
+    (tmp_path / "text.dcm").write_text("no film")
+    films = ["a.dcm", "gone.dcm", "short.dcm", "text.dcm"]
+    (tmp_path / "t.csv").write_text("film,x\n" + "".join(f"{film},1\n" for film in films))
+    (tmp_path / "films.toml").write_text(HEADERS)
+    table = read_folder(tmp_path).table
+    assert table["image_index"].tolist() == films and table["patient_id"].nunique() == 4
+    seen = decode_films(table, tmp_path, tmp_path / "prepared", 32)
+    assert (seen["problem"] == "").tolist() == [True, False, False, False]
+    write_dicom(tmp_path / "text.dcm", ramp(12), 12)  # a film that can be read has a patient
+    with pytest.raises(InputError, match="line 5: no image index or no patient id"):
+        read_folder(tmp_path)
+
+
 def test_films_without_an_ending_are_those_of_a_table(tmp_path):
     path = write_dicom(tmp_path / "in.dcm", ramp(8, np.uint8), 8, PatientID="7", PatientSex="F")
     path.rename(tmp_path / "IM0001")
@@ -328,9 +344,6 @@ def test_a_mapping_takes_columns_from_the_headers(tmp_path):
     assert set(table["sex"]) == {"F"} and set(table["view"]) == {"AP"}
     assert set(table["spacing"]) == {0.2} and set(table["scanner"]) == {"0.200"}
     (tmp_path / "b.DCM").write_bytes(b"hello")
-    with pytest.raises(InputError, match="line 3: no image index or no patient id"):
-        read_folder(tmp_path)
-    (tmp_path / "films.toml").write_text(HEADERS.replace('"dicom:PatientID"', '"x"'))
     assert read_folder(tmp_path).table["sex"].tolist() == ["F", ""]
     (tmp_path / "films.toml").write_text(HEADERS.replace("PatientSex", "PatientsSex"))
     with pytest.raises(InputError, match="dicom:PatientsSex: DICOM has no such keyword"):

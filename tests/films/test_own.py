@@ -194,7 +194,7 @@ def test_a_name_that_two_patients_share_is_refused_and_paths_are_right(tmp_path,
 
 def test_a_film_of_several_rows_is_of_one_patient(tmp_path):
     folder = write(tmp_path, "several = true\n" + MARKS, rows_of(("1.png", "P1"), ("1.png", "P2")))
-    with pytest.raises(InputError, match="line 3: '1.png' is a film of patient 'P2', and above"):
+    with pytest.raises(InputError, match=r"line 3: '1\.png' is a film of patient 'P2'"):
         read_folder(folder)
 
 
@@ -229,6 +229,13 @@ def test_two_spellings_of_a_patient_are_one_patient_and_are_counted(tmp_path, on
         assert data.table["patient_id"].tolist() == [id, id, "120"]
         check = check_table(data).set_index("check").loc["patients in several spellings"]
         assert check["count"] == 1 and " = " in check["examples"]
+
+
+@pytest.mark.parametrize("id", ["1,23E+11", "1.23e+11", "2E+12"])
+def test_a_patients_id_that_a_spreadsheet_rounded_is_refused(tmp_path, id):
+    said = f"table.csv, line 3: a spreadsheet has rounded the patient's id to {id!r}; export"
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_folder(write(tmp_path, table=rows_of(("1.png", "1E5"), ("2.png", id))))
 
 
 def test_a_film_is_found_however_unicode_composes_its_name(tmp_path):
