@@ -494,6 +494,18 @@ def test_a_key_that_stands_in_the_preset_is_named_there(tmp_path):
         read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("preset", ["", 'preset = "google2019"\n'])
+def test_a_table_of_an_own_mapping_that_is_not_there_is_named(tmp_path, preset):
+    named = '[tables]\n"train.csv" = "train"\n"tests.csv" = "test"\n'
+    columns = '[columns]\nimage = "film"\npatient = "film"\n[findings]\nMass = "m"\n'
+    folder = write(tmp_path, preset + named + columns)
+    for name in ("train", "test"):
+        (folder / f"{name}.csv").write_text("film,m\n1.png,1\n")
+    said = rf"'tests\.csv' is not there; .* test\.csv, train\.csv \(line {4 if preset else 3}\)"
+    with pytest.raises(InputError, match=said):
+        read_folder(folder)
+
+
 def test_each_of_stacked_tables_has_the_columns(tmp_path):
     tables = '[tables]\n"a.csv" = "train"\n"b.csv" = "test"'
     mapping = SMALL.replace('table = "t.csv"', tables).replace("{columns}", "")
@@ -536,7 +548,7 @@ def test_tables_are_joined_by_ids_in_one_spelling(tmp_path, written):
     ):
         read_folder(tmp_path)
     (tmp_path / "t.csv").unlink()
-    with pytest.raises(InputError, match=r"no table t.csv, which own has"):
+    with pytest.raises(InputError, match=r"table 't\.csv' is not there; tables beside it: l\.csv"):
         read_folder(tmp_path)
 
 
