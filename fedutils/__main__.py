@@ -188,7 +188,7 @@ def predict_paths(options: argparse.Namespace) -> None:
     """Give the probability of each finding by a run's model, a row a film."""
     from .evidence.predict import predict_files
 
-    table = predict_files(settings_of(options.folder), options.paths, options.cut)
+    table = predict_files(settings_of(options.folder), options.paths, options.cut, options.out)
     text = table.to_csv(index=False, float_format="%.9g")
     if options.out:
         write_atomic(options.out, text.encode("utf-8", "surrogateescape"))

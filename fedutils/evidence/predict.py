@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -76,14 +77,18 @@ def predict_films(
     return pd.concat(tables, ignore_index=True)
 
 
-def predict_files(settings: Parameters, paths: Sequence[Path], rule: str = "") -> pd.DataFrame:
+def predict_files(
+    settings: Parameters, paths: Sequence[Path], rule: str = "", out: Path | None = None
+) -> pd.DataFrame:
     """Predict films by file, or of folders, with the main model of an evaluated run: a row a film.
 
     Columns: `path`, `problem` (empty where it was read), and a probability a finding; with a
     `rule`, youden or sensitivity, another a finding: 1 at or above the cut that notebook 04 chose
     on validation films, else 0, NaN without a cut. Raises InputError without a model, an
-    evaluation, or any film that can be read.
+    evaluation, or any film that can be read, and where the table could not be written to `out`.
     """
+    if out and (out.is_dir() or not os.access(out.absolute().parent, os.W_OK)):
+        raise InputError(f"{out}: cannot be written; give a file in a folder that is there")
     clients, folder = check_models(settings), settings.run / "evaluation"
     tested = read_predictions(folder / "predictions.csv.gz")
     findings = findings_of(tested)
@@ -121,7 +126,10 @@ def list_films(paths: Sequence[Path]) -> list[str]:
             kinds = f"{', '.join(FILM_ENDINGS)}, or DICOM without an ending"
             raise InputError(f"{path.absolute()}: {told}; give films ({kinds}), or their folders")
         found += films
-    return list(dict.fromkeys(found))
+    paths = [Path(film) for film in found]
+    real = {here: here.resolve() for here in {path.parent for path in paths}}
+    films = pd.Series(found, [real[path.parent] / path.name for path in paths])
+    return films[~films.index.duplicated()].tolist()
 
 
 def _untaught(index: pd.DataFrame, findings: Sequence[str], owner: str) -> list[str]:

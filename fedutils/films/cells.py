@@ -75,21 +75,24 @@ def read_cells(file: Path, loose: bool, wanted: Callable[[list[str]], dict[str, 
     """Read some columns of a CSV as text; return them, with the line as index, and the header.
 
     `wanted` is told the header and returns their names by ours. Where the table is `loose`, quotes
-    mean nothing, and a row may be shorter than the header, or longer. Raises InputError that names
-    the line of a row that is not as long as the header.
+    mean nothing, and a row may be shorter than the header, or longer by blanks. Raises InputError
+    that names the line of a row that is not as long as the header.
     """
     rows = _rows(read_text(file), file, loose)
     _, header = next(rows, (0, []))
     places = {ours: header.index(theirs) for ours, theirs in wanted(header).items()}
     pick = itemgetter(0, *places.values())  # the first one, too: of one place there is no tuple
+    # A name such as Image[Width,Height] may stand for two cells, and the last for none.
+    most = len(",".join(header).rstrip(",").split(",")) if loose else len(header)
     lines, flat = [], []  # one flat list: to look after a list a row costs more than to read them
     for line, cells in rows:
-        if len(cells) != len(header):
-            if not loose:
-                found = f"{len(cells)} cells, but the header has {len(header)}"
-                todo = "mend the row (quote a cell that holds the separator)"
-                raise InputError(f"{file}, line {line}: {found}; {todo}")
-            cells += [""] * (len(header) - len(cells))
+        if (len(cells) != len(header) and not loose) or any(map(str.strip, cells[most:])):
+            found = f"{len(cells)} cells, but the header has {most}"
+            todo = "take the separator out of" if loose else "quote"
+            raise InputError(
+                f"{file}, line {line}: {found}; mend the row ({todo} a cell that holds it)"
+            )
+        cells += [""] * (len(header) - len(cells))
         lines.append(line)
         flat.extend(pick(cells))
     if not lines:

@@ -54,8 +54,9 @@ def read_grey(path: Path) -> tuple[Image.Image, str]:
     if is_dicom(path):
         return _read_dicom(path)
     with Image.open(path) as film:
-        if film.format == "TIFF" and film.n_frames > 1:
-            raise ValueError(f"has {film.n_frames} pictures; give each film a file of its own")
+        # Pillow calls a phone's JPEG with a gain map one picture; its index of pictures tells.
+        if (frames := getattr(film, "n_frames", 1 + ("mp" in film.info))) > 1:
+            raise ValueError(f"has {frames} pictures; give each film a file of its own")
         raw = str([tile[3] for tile in film.tile])
         ImageOps.exif_transpose(film, in_place=True)
         # Of 16 bits a channel Pillow keeps the upper 8 and calls it RGB; only the tile tells.
@@ -102,9 +103,10 @@ def find_depth(least: int, most: int, signed: bool = False) -> int:
 
 def _read_dicom(path: Path) -> tuple[Image.Image, str]:
     """Read a DICOM film as `read_grey` does."""
-    pydicom, film = _pydicom(), _open(path)
+    pydicom, film, options = _pydicom(), _open(path), {"correct_unused_bits": False}
     if film.file_meta.TransferSyntaxUID == pydicom.uid.JPEGBaseline8Bit:
-        film.pixel_array_options(decoding_plugin="pillow")  # three times as fast as pylibjpeg
+        options["decoding_plugin"] = "pillow"  # three times as fast as pylibjpeg
+    film.pixel_array_options(**options)
     pixels, mode = film.pixel_array, str(film.PhotometricInterpretation)
     if (frames := int(film.get("NumberOfFrames") or 1)) > 1:
         raise ValueError(f"has {frames} pictures; give each film a file of its own")
@@ -112,6 +114,7 @@ def _read_dicom(path: Path) -> tuple[Image.Image, str]:
         return Image.fromarray(pixels).convert("L"), "RGB"
     if mode not in ("MONOCHROME1", "MONOCHROME2"):
         raise ValueError(f"{mode} of {pixels.dtype}; films are grey, or RGB of 8 bits")
+    pixels = _within(film, pixels)
     signed, padded = bool(film.PixelRepresentation), _padding(film, pixels)
     if padded.any() and not padded.all():
         pixels = np.where(padded, pixels[~padded].min(), pixels)
@@ -125,6 +128,26 @@ def _read_dicom(path: Path) -> tuple[Image.Image, str]:
     if padded.any():
         grey.paste(0, mask=Image.fromarray(padded))
     return grey, mode
+
+
+def _within(film: Any, pixels: np.ndarray) -> np.ndarray:
+    """Return what the stored bits of pixels say; ValueError where there are values beyond them.
+
+    The bits above may hold an overlay, too: without it a film is the smoother, while values that
+    are cut off wrap around. An overlay over the whole film cannot be told, and is refused.
+    """
+    stored, last = int(film.BitsStored), film.get("HighBit")
+    if last not in (None, "", stored - 1):
+        raise ValueError(f"HighBit {last} with BitsStored {stored}; films have them side by side")
+    unused = 8 * pixels.dtype.itemsize - stored
+    within = pixels << unused >> unused if unused else pixels
+    low = -(1 << stored - 1) if film.PixelRepresentation else 0
+    if unused and (pixels.min() < low or pixels.max() >= 1 << stored):
+        rough = [sum(np.abs(np.diff(seen.astype(float), axis=axis)).sum() for axis in (0, 1))
+                 for seen in (within, pixels)]  # fmt: skip
+        if rough[0] >= rough[1]:
+            raise ValueError(f"values beyond its BitsStored of {stored}; correct its header")
+    return within
 
 
 def _open(path: Path, **limits: object) -> Any:
@@ -164,8 +187,9 @@ def _shown(film: Any, depth: int, signed: bool) -> np.ndarray:
     if bits > DEPTHS[-1]:
         raise ValueError(f"BitsStored {bits}; films have at most 16 bits")
     low = -(1 << bits - 1) if signed else 0
-    stored = np.arange(low, low + (1 << bits))
-    shown = pixels.apply_voi_lut(pixels.apply_modality_lut(stored, film), film).astype(float)
+    values = pixels.apply_modality_lut(np.arange(low, low + (1 << bits)), film)
+    film.pop("RescaleSlope", None)  # pydicom would turn a window's greys where the slope falls
+    shown = pixels.apply_voi_lut(values, film).astype(float)
     dark, bright = shown.min(), shown.max()
     grey = (shown - dark) * (255 / max(bright - dark, 1e-9))
     grey = 255 - grey if film.PhotometricInterpretation == "MONOCHROME1" else grey

@@ -7,7 +7,7 @@ user's own, and may build on a preset: see data/README.md, and `mapping.schema.t
 import functools
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,12 +155,13 @@ def _mapping(path: Path, name: str) -> Mapping:
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); see data/README.md") from None
     try:
+        named = given.get("tables", {}) if path.name == MAPPING_NAME else {}
         if "preset" in given:
             given = _upon_preset(given)
             name = given["preset"]
         _check_keys(given)
         mapping = Mapping(name, path, given, _words(given))
-        _check_table(mapping)
+        _check_tables(mapping, named)
     except Wrong as error:
         raise _located(error, path) from None
     return mapping
@@ -283,14 +284,16 @@ def _check_findings(given: dict[str, Any]) -> None:
         raise Wrong("findings", pair[1], told)
 
 
-def _check_table(mapping: Mapping) -> None:
-    """Raise Wrong where the table that an own mapping names is not there."""
-    if "table" not in mapping.given:
-        return
-    table, folder = mapping.given["table"], mapping.file.parent
-    if not (folder / table).exists():
-        there = ", ".join(sorted(p.name for p in folder.glob("*.csv*"))) or "none"
-        raise Wrong("", "table", f"table {table!r} is not there; tables beside it: {there}")
+def _check_tables(mapping: Mapping, named: Iterable[str]) -> None:
+    """Raise Wrong where a table that an own mapping names itself is not there."""
+    folder = mapping.file.parent
+    for key, files in mapping.tables(folder).items():
+        if key in ("", *named) and not any(file.exists() for file in files):
+            there = ", ".join(sorted(p.name for p in folder.glob("*.csv*"))) or "none"
+            told = (
+                f"table {key or mapping.given['table']!r} is not there; tables beside it: {there}"
+            )
+            raise Wrong("tables" if key else "", key or "table", told)
 
 
 def _words(given: dict[str, Any]) -> dict[str, str]:

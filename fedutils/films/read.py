@@ -34,6 +34,7 @@ OWN = (
     "Labels are those of the table as it was given: how they came about is not known here.",
 )
 NIH_FILM = r"\d{8}_\d{3}\.png"  # the number of the patient is in it
+BY_PATH = "name films by their path below the folder"
 MOST_VISITS = 100_000
 
 
@@ -105,13 +106,14 @@ def read_folder(folder: Path, work: Path | None = None, mapping: Mapping | None 
     raw, files, header = read_tables(mapping, folder, paths)
     raw, rows, left_out = our_rows(mapping, raw, folder, paths)
     labels, spelled = read_labels(mapping, raw, rows)
+    lists = _split_lists(mapping, folder, rows, files)
+    _check_patients(rows)
     if mapping.given.get("several"):
         rule = mapping.given.get("readers", "any")
         labels, first = unite(labels, rows["image_index"], rows["reader"], rule)
         rows = rows.iloc[first]
     films, twice = _name_films(paths, rows, mapping.name == "nih")
     unnamed = films.keys() - {*rows["image_index"], *left_out}
-    lists = _split_lists(mapping, folder, rows, files)
     _check_names(rows, labels, lists, twice, mapping.name == "nih")
     found = _row_problems(rows, labels, lists) | {
         "rows left out": left_out,
@@ -171,25 +173,29 @@ def _split_lists(
     return lists
 
 
-def _check_names(
-    rows: pd.DataFrame, labels: np.ndarray, lists: dict[str, set[str]], twice: list[str], nih: bool
-) -> None:
-    """Raise InputError where a name may stand for several films, or no listed name for any."""
+def _check_patients(rows: pd.DataFrame) -> None:
+    """Raise InputError where rows of one film name two patients."""
     names, patients = rows["image_index"], rows["patient_id"]
-    todo = "name films by their path below the folder"
     first = rows.drop_duplicates("image_index").set_index("image_index")["patient_id"]
     for k in np.flatnonzero(patients.to_numpy() != first[names].to_numpy()):
         name, who = names.iloc[k], patients.iloc[k]
         told = f"{name!r} is a film of patient {who!r}, and above one of {first[name]!r}"
-        raise InputError(f"{place(rows, k)}: {told}; {todo}")
+        raise InputError(f"{place(rows, k)}: {told}; {BY_PATH}")
+
+
+def _check_names(
+    rows: pd.DataFrame, labels: np.ndarray, lists: dict[str, set[str]], twice: list[str], nih: bool
+) -> None:
+    """Raise InputError where a name may stand for several films, or no listed name for any."""
+    names = rows["image_index"]
     unclear = names.isin(twice).to_numpy()
     for k in np.flatnonzero(unclear & _disagree(names, labels)):
         told = f"{names.iloc[k]!r} lies in more than one folder, and its rows disagree"
-        raise InputError(f"{place(rows, k)}: {told}; {todo}")
+        raise InputError(f"{place(rows, k)}: {told}; {BY_PATH}")
     # A mirror of NIH's films beside them is harmless: the name alone says whose film it is.
     mirror = names.str.fullmatch(NIH_FILM).to_numpy() & nih
     for k in np.flatnonzero(unclear & ~mirror):
-        told = f"{names.iloc[k]!r} lies in more than one folder; {todo}"
+        told = f"{names.iloc[k]!r} lies in more than one folder; {BY_PATH}"
         raise InputError(f"{place(rows, k)}: {told}")
     listed = set().union(*lists.values())
     if listed and not names.isin(listed).any():

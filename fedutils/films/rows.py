@@ -11,12 +11,13 @@ import pandas as pd
 from ..base.errors import InputError
 from ..base.findings import SPLITS
 from . import cells
-from .formats import check_tags, dicom_header, is_dicom
+from .formats import check_tags, dicom_header, is_dicom, read_grey
 from .mapping import COLUMNS, MAPPING_NAME, Mapping, texts
 
 SEXES = {"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}
 SEXES |= dict.fromkeys(["", "NA", "N/A", "NAN", "NONE", "O", "OTHER", "U", "UNKNOWN", "X"], "")
 NO_ROW = "no row"  # in the columns of labels, where a joined table says nothing of a film
+ROUNDED = r"\d(?:[.,]\d+)?[eE]\+\d+"  # as spreadsheets write long numbers
 
 
 def place(rows: pd.DataFrame, position: int) -> str:
@@ -164,9 +165,7 @@ def _our_columns(
     rows["image_index"] = cells.film_name(rows["image_index"])
     rows["written"] = rows["patient_id"]
     rows["patient_id"] = cells.one_spelling(rows["patient_id"])
-    for position in np.flatnonzero((rows["image_index"] == "") | (rows["patient_id"] == "")):
-        what = "no image index or no patient id; mend the row"
-        raise InputError(f"{place(rows, position)}: {what}")
+    _check_ids(mapping, rows, folder, places)
     if "of table" in raw:
         rows["split"] = rows["split"].where(rows["split"] != "", raw["of table"])
     for position in np.flatnonzero(~rows["split"].isin(["", *SPLITS])):
@@ -177,6 +176,27 @@ def _our_columns(
         what, todo = rows["sex"].iloc[position], "write M or F, leave it empty, or name it in"
         raise InputError(f"{place(rows, position)}: sex {what!r}; {todo} [values] of films.toml")
     return rows.assign(sex=sex, view=view, scanner=_scanners(rows))
+
+
+def _check_ids(mapping: Mapping, rows: pd.DataFrame, folder: Path, places: dict[str, str]) -> None:
+    """Raise InputError for a row without a film or a patient, or with a patient's id rounded.
+
+    Where headers name patients, a film that is not there or cannot be read, which notebook 02
+    names, gets one of its own.
+    """
+    films, patients = rows["image_index"], rows["patient_id"]
+    for k in np.flatnonzero((films == "") | patients.str.fullmatch(f"|{ROUNDED}")):
+        film, what = films.iloc[k], "no image index or no patient id; mend the row"
+        if patients.iloc[k]:
+            todo = "export the table again, with that column as text or as whole numbers"
+            what = f"a spreadsheet has rounded the patient's id to {patients.iloc[k]!r}; {todo}"
+        elif film and "patient" in mapping.tags():
+            try:
+                read_grey(folder / places.get(cells.plain_ending(film), ""))
+            except Exception:  # whatever is raised here is this film's fault
+                rows.loc[rows.index[k], "patient_id"] = f"unknown, of {film}"
+                continue
+        raise InputError(f"{place(rows, k)}: {what}")
 
 
 def _images(raw: pd.DataFrame, ways: list[str], places: dict[str, str]) -> pd.Series:

@@ -81,7 +81,7 @@ def test_a_run_is_tested_on_another_folder_and_laid_beside_its_own_films(run, tm
     summary = json.loads((place / "summary.json").read_text())
     assert sorted(summary["shared"]) == sorted(SHARED)
     assert [one["image_index"], "pictures/P-03/0.PNG"] in summary["near_equal"]
-    assert "6 findings are shared" in said and "do not know Atelectasis" in said
+    assert "6 findings are shared" in said and "); its data do not know Atelectasis" in said
     assert "near-equal films" in said
 
     metrics = read_table(place / "metrics.csv")
@@ -229,6 +229,11 @@ def test_predict_gives_a_row_a_film_of_the_main_model_with_cuts_of_validation(
     capsys.readouterr()
     assert main([*command, str(tmp_path / "films/broken.png")]) == 0
     assert capsys.readouterr().out.splitlines()[0] == ",".join(["path", "problem", *films.findings])
+    with monkeypatch.context() as early:  # before any film is looked at
+        early.setattr("fedutils.evidence.predict.decode_films", None)
+        for place in (tmp_path / "none/out.csv", tmp_path):
+            assert main([*command, "--out", str(place)]) == 2
+            assert f"{place}: cannot be written; give a file in a folder" in told(capsys)
     (tmp_path / "no").mkdir()
     (tmp_path / "no/notes.txt").touch()
     for path, message in (
@@ -260,6 +265,9 @@ def test_films_are_found_as_archives_and_hospitals_name_them(tmp_path):
     for folder in (tmp_path / "in", tmp_path / "out/link", tmp_path / "out"):
         here = folder if folder.name != "out" else folder / "link"
         assert set(list_films([folder, folder])) == {f"{here}/{name}" for name in films}
+    film, around = tmp_path / "in/a.PNG", tmp_path / "in/../in"
+    same = [film, around / "a.PNG", tmp_path / "out/link/a.PNG", around]
+    assert set(list_films(same)) == {f"{film}", *(f"{around}/{n}" for n in films if n != "a.PNG")}
     assert list_films([tmp_path / "in/README"]) == [f"{tmp_path}/in/README"]  # as it was asked for
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fedutils.base.errors import InputError
-from fedutils.films.decode import decode_film
+from fedutils.films.decode import decode_film, decode_films
 from fedutils.films.formats import dicom_header, find_depth, read_grey
 from fedutils.films.read import read_folder
 
@@ -75,6 +75,23 @@ def test_a_tiff_whose_white_is_zero_and_one_of_several_pictures(tmp_path):
         assert none is None and re.search(said, about["problem"])
 
 
+@pytest.mark.parametrize("kind", ["PNG", "MPO", "GIF", "WEBP", "gain map"])
+def test_a_file_of_several_pictures_is_left_out_by_name(tmp_path, kind):
+    film, path = Image.fromarray(ramp(8, np.uint8)), tmp_path / "a.png"
+    several = {"save_all": True, "append_images": [film.rotate(180)]}
+    film.save(path, "MPO" if kind == "gain map" else kind, **several)
+    if kind == "gain map":  # as phones say it, in a segment behind the first two bytes
+        said = b'http://ns.adobe.com/xap/1.0/\0 hdrgm:Version="1.0"'
+        raw = path.read_bytes()
+        path.write_bytes(raw[:2] + b"\xff\xe1" + (len(said) + 2).to_bytes(2) + said + raw[2:])
+        with Image.open(path) as opened:
+            assert opened.format == "JPEG"
+    none, about = decode_film(path, 16)
+    assert none is None and "has 2 pictures; give each" in about["problem"]
+    film.save(path, "JPEG")
+    assert decode_film(path, 16)[1]["problem"] == ""
+
+
 WINDOW = {"WindowCenter": 1500, "WindowWidth": 1000}
 RESCALED = {"RescaleSlope": 2, "RescaleIntercept": -1000}
 LUT = Dataset()
@@ -93,6 +110,43 @@ def test_a_header_is_heeded_as_pydicom_does(tmp_path, tags, inverted):
     shown = by_pydicom(path)  # the ramp has each of the darkest and the brightest values
     expected = (shown - shown.min()) / (shown.max() - shown.min()) * 255
     assert np.abs(grey(path) - (255 - expected if inverted else expected)).max() <= 0.51
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+def test_under_a_window_greys_rise_with_what_a_falling_slope_makes_of_values(
+    tmp_path, function, inverted
+):
+    kind = {"PhotometricInterpretation": f"MONOCHROME{1 if inverted else 2}"}
+    window = {"WindowCenter": 2048, "WindowWidth": 4096, "VOILUTFunction": function} | kind
+    falling = {"RescaleSlope": -1, "RescaleIntercept": 4095}
+    plain = grey(write_dicom(tmp_path / "a.dcm", ramp(12)[::-1, ::-1], 12, **window))
+    turned = grey(write_dicom(tmp_path / "b.dcm", ramp(12), 12, **window | falling))
+    assert np.array_equal(turned, plain) and (plain[0, 0] > plain[-1, -1]) != inverted
+
+
+@pytest.mark.parametrize("tags", [{}, {"WindowCenter": 2048, "WindowWidth": 4096}])
+def test_values_beyond_bits_stored_leave_a_film_out_and_an_overlay_above_them_does_not(
+    tmp_path, tags
+):
+    plain = grey(write_dicom(tmp_path / "a.dcm", ramp(12), 12, **tags))
+    over = ramp(12)
+    over[10:20, 5:30:3] |= 1 << 12
+    over[30:, 40:] |= 1 << 15
+    assert np.array_equal(grey(write_dicom(tmp_path / "b.dcm", over, 12, **tags)), plain)
+    signed = (ramp(12).astype(int) - 2048).astype(np.int16)
+    bare = grey(write_dicom(tmp_path / "c.dcm", signed, 12, **tags))
+    unextended = write_dicom(tmp_path / "d.dcm", signed & 0xFFF, 12, **tags)
+    assert np.array_equal(grey(unextended), bare)
+    noise = np.random.default_rng(0).normal(0, 60, RAMP.shape)
+    for values, more in (
+        (ramp(12) * 4, {}), (np.full((9, 9), 5000, np.uint16), {}), (signed * 2, {}),
+        ((RAMP * 4500 + noise).clip(0).astype(np.uint16), {}), (ramp(12) << 4, {"HighBit": 15}),
+    ):  # fmt: skip
+        path = write_dicom(tmp_path / "e.dcm", values, 12, **tags | more)
+        none, about = decode_film(path, 16)
+        said = "HighBit 15 with BitsStored 12" if more else "values beyond its BitsStored of 12"
+        assert none is None and said in about["problem"]
 
 
 def test_a_window_holds_for_a_film_that_is_too_dark_for_it(tmp_path):
@@ -165,6 +219,22 @@ def test_a_film_without_the_preamble_or_its_meta_information_is_read(tmp_path, l
         (tmp_path / name).write_bytes(rest)
         assert np.array_equal(grey(tmp_path / name), whole)
         assert dicom_header(tmp_path / name, ["PatientAge"]) == {"PatientAge": "061Y"}
+
+
+def test_a_film_whose_header_cannot_name_its_patient_is_named_and_the_others_are_read(tmp_path):
+    whole = write_dicom(tmp_path / "a.dcm", ramp(12), 12, PatientID="7", PatientSex="F")
+    (tmp_path / "short.dcm").write_bytes(whole.read_bytes()[:200])
+    (tmp_path / "text.dcm").write_text("no film")
+    films = ["a.dcm", "gone.dcm", "short.dcm", "text.dcm"]
+    (tmp_path / "t.csv").write_text("film,x\n" + "".join(f"{film},1\n" for film in films))
+    (tmp_path / "films.toml").write_text(HEADERS)
+    table = read_folder(tmp_path).table
+    assert table["image_index"].tolist() == films and table["patient_id"].nunique() == 4
+    seen = decode_films(table, tmp_path, tmp_path / "prepared", 32)
+    assert (seen["problem"] == "").tolist() == [True, False, False, False]
+    write_dicom(tmp_path / "text.dcm", ramp(12), 12)  # a film that can be read has a patient
+    with pytest.raises(InputError, match="line 5: no image index or no patient id"):
+        read_folder(tmp_path)
 
 
 def test_films_without_an_ending_are_those_of_a_table(tmp_path):
@@ -274,9 +344,6 @@ def test_a_mapping_takes_columns_from_the_headers(tmp_path):
     assert set(table["sex"]) == {"F"} and set(table["view"]) == {"AP"}
     assert set(table["spacing"]) == {0.2} and set(table["scanner"]) == {"0.200"}
     (tmp_path / "b.DCM").write_bytes(b"hello")
-    with pytest.raises(InputError, match="line 3: no image index or no patient id"):
-        read_folder(tmp_path)
-    (tmp_path / "films.toml").write_text(HEADERS.replace('"dicom:PatientID"', '"x"'))
     assert read_folder(tmp_path).table["sex"].tolist() == ["F", ""]
     (tmp_path / "films.toml").write_text(HEADERS.replace("PatientSex", "PatientsSex"))
     with pytest.raises(InputError, match="dicom:PatientsSex: DICOM has no such keyword"):

@@ -84,6 +84,18 @@ def test_a_comma_at_the_end_of_a_line_moves_no_column(tmp_path, comma, header_co
     assert list(table["scanner"]) == ["0.194", "0.143"]
 
 
+@pytest.mark.parametrize("header_comma", ["", ","])
+@pytest.mark.parametrize(("old", "new"), [
+    ("Effusion|Mass", '"Effusion, Mass"'), (",0.143", ',"0,143"'), ("M,PA", "M,x,PA"),
+])  # fmt: skip
+def test_a_cell_too_many_is_named_with_its_line_and_shifts_nothing(
+    tmp_path, old, new, header_comma
+):
+    folder = write(tmp_path, UNQUOTED + header_comma, (SECOND, FIRST.replace(old, new)))
+    with pytest.raises(InputError, match=r"v2020\.csv, line 3: 1[23] cells, but the header has 11"):
+        read_folder(folder)
+
+
 def test_windows_line_ends_a_byte_order_mark_and_blank_lines_are_read(tmp_path):
     text = "\r\n".join(["\ufeff" + UNQUOTED, FIRST, "", SECOND, "", ""])
     (tmp_path / "Data_Entry_2017.csv").write_text(text, newline="")

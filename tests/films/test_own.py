@@ -192,6 +192,12 @@ def test_a_name_that_two_patients_share_is_refused_and_paths_are_right(tmp_path,
     assert table["path"].tolist() == files and table["patient_id"].tolist() == ["P1", "P2"]
 
 
+def test_a_film_of_several_rows_is_of_one_patient(tmp_path):
+    folder = write(tmp_path, "several = true\n" + MARKS, rows_of(("1.png", "P1"), ("1.png", "P2")))
+    with pytest.raises(InputError, match=r"line 3: '1\.png' is a film of patient 'P2'"):
+        read_folder(folder)
+
+
 @pytest.mark.parametrize("patient", ["P1", "P2"])
 def test_a_name_that_lies_in_two_folders_is_refused_even_if_one_row_has_it(tmp_path, patient):
     films = ["visit 1/00000001_000.png", "visit 2/00000001_000.png"]
@@ -223,6 +229,13 @@ def test_two_spellings_of_a_patient_are_one_patient_and_are_counted(tmp_path, on
         assert data.table["patient_id"].tolist() == [id, id, "120"]
         check = check_table(data).set_index("check").loc["patients in several spellings"]
         assert check["count"] == 1 and " = " in check["examples"]
+
+
+@pytest.mark.parametrize("id", ["1,23E+11", "1.23e+11", "2E+12"])
+def test_a_patients_id_that_a_spreadsheet_rounded_is_refused(tmp_path, id):
+    said = f"table.csv, line 3: a spreadsheet has rounded the patient's id to {id!r}; export"
+    with pytest.raises(InputError, match=re.escape(said)):
+        read_folder(write(tmp_path, table=rows_of(("1.png", "1E5"), ("2.png", id))))
 
 
 def test_a_film_is_found_however_unicode_composes_its_name(tmp_path):
@@ -268,6 +281,25 @@ def test_a_column_of_splits_is_followed(tmp_path):
     assert set(split_patients(table, 0)) <= {"train", "val", "test"}
     table = table.assign(official_split=["train", "val", "test"], patient_id=list("abc"))
     assert split_patients(table, 0).tolist() == ["train", "val", "test"]
+
+
+@pytest.mark.parametrize("several", ["", "several = true\n"])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_film_for_training_and_test_is_counted_and_tested_also_of_several_rows(
+    tmp_path, several, stacked
+):
+    tables = {"train": "1.png,1,1\n2.png,2,0\n", "test": "2.png,2,1\n3.png,3,0\n"}
+    source = '[tables]\n"train.csv" = "train"\n"test.csv" = "test"\n'
+    if not stacked:
+        lines = [f"{row},{name}" for name, rows in tables.items() for row in rows.split()]
+        tables, source = {"t": "\n".join(lines)}, 'table = "t.csv"\n'
+    columns = '[columns]\nimage = "film"\npatient = "who"\n' + 'split = "for"\n' * (not stacked)
+    folder = write(tmp_path, f'{several}{source}{columns}[findings]\nMass = "m"\n')
+    for name, rows in tables.items():
+        (folder / f"{name}.csv").write_text("film,who,m" + ",for" * (not stacked) + "\n" + rows)
+    data = read_folder(folder)
+    assert data.table["official_split"].tolist() == ["train_val", "test", "test"]
+    assert data.found["rows in both lists"] == ["2.png"]
 
 
 def test_own_lists_are_followed_and_a_film_in_none_is_left_out(tmp_path):
@@ -462,6 +494,18 @@ def test_a_key_that_stands_in_the_preset_is_named_there(tmp_path):
         read_folder(tmp_path)
 
 
+@pytest.mark.parametrize("preset", ["", 'preset = "google2019"\n'])
+def test_a_table_of_an_own_mapping_that_is_not_there_is_named(tmp_path, preset):
+    named = '[tables]\n"train.csv" = "train"\n"tests.csv" = "test"\n'
+    columns = '[columns]\nimage = "film"\npatient = "film"\n[findings]\nMass = "m"\n'
+    folder = write(tmp_path, preset + named + columns)
+    for name in ("train", "test"):
+        (folder / f"{name}.csv").write_text("film,m\n1.png,1\n")
+    said = rf"'tests\.csv' is not there; .* test\.csv, train\.csv \(line {4 if preset else 3}\)"
+    with pytest.raises(InputError, match=said):
+        read_folder(folder)
+
+
 def test_each_of_stacked_tables_has_the_columns(tmp_path):
     tables = '[tables]\n"a.csv" = "train"\n"b.csv" = "test"'
     mapping = SMALL.replace('table = "t.csv"', tables).replace("{columns}", "")
@@ -504,7 +548,7 @@ def test_tables_are_joined_by_ids_in_one_spelling(tmp_path, written):
     ):
         read_folder(tmp_path)
     (tmp_path / "t.csv").unlink()
-    with pytest.raises(InputError, match=r"no table t.csv, which own has"):
+    with pytest.raises(InputError, match=r"table 't\.csv' is not there; tables beside it: l\.csv"):
         read_folder(tmp_path)
 
 
