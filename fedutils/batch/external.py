@@ -118,13 +118,13 @@ def _evaluate(
     calibration.to_csv(place / "calibration.csv", index=False)
     main, truth = tables.main_model(predictions), films.index[films.findings]
     scores, title = predictions.merge(main)[films.findings], f"external test, {place.name}"
-    own = calibration.merge(main)
+    rows = calibration.merge(main)
     figures = {
         "auroc": plots.auroc_forest(metrics, title=title, controls=controls),
         "subgroups": plots.subgroup_forest(metrics, title),
         "roc": plots.roc_curves(truth, scores, title),
         "precision_recall": plots.pr_curves(truth, scores, title),
-        "calibration": plots.reliability_diagram(truth.to_numpy(), scores.to_numpy(), own, title),
+        "calibration": plots.reliability_diagram(truth.to_numpy(), scores.to_numpy(), rows, title),
     }
     for name, figure in figures.items():
         plots.save(figure, place / f"{name}.png")
