@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 LOSS_PARTS = 1 << 24  # parts of a loss, which is added up as a whole number
+STEPS, REACH = 1 << 16, 16.0  # cells of the grid of probabilities, which spans logits of +-16
 
 
 def labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -21,6 +22,23 @@ def labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarr
     if not np.isfinite(score[known]).all() or not np.isin(truth[known], (0, 1)).all():
         raise ValueError("labels must be 0, 1 or NaN, and scores finite")
     return truth[known], score[known]
+
+
+def cell_of(chance: np.ndarray) -> np.ndarray:
+    """Return on which cell of a grid probabilities lie, 0 the lowest: even steps of the logit.
+
+    Where probabilities must not leave, films are counted on it: those of one cell are then ties.
+    """
+    with np.errstate(divide="ignore"):
+        logit = np.log(chance) - np.log1p(-np.asarray(chance, dtype=float))
+    inside = np.nan_to_num(logit, posinf=REACH, neginf=-REACH)
+    return np.floor((inside + REACH) * (STEPS / 2 / REACH)).clip(0, STEPS - 1).astype(np.int64)
+
+
+def edge_of(cell: Any, middle: float = 0.0) -> Any:
+    """Return the lowest probability on a cell, 0 of the first; or with 0.5 one in its middle."""
+    edge = 1 / (1 + np.exp(REACH - (np.asarray(cell) + middle) * (2 * REACH / STEPS)))
+    return np.where((np.asarray(cell) == 0) & (middle == 0), 0.0, edge)
 
 
 def both_classes(truth: np.ndarray) -> bool:

@@ -13,8 +13,9 @@ from ..base.files import run_lock, write_atomic
 from ..base.findings import findings_of, spelled_twice
 from ..dataset import ChestXrayDataset, read_index, read_report
 from ..evidence import external, predict, tables, words
-from ..evidence.calibration import calibrate, operating_points
+from ..evidence.calibration import calibrate
 from ..evidence.controls import control_scores
+from ..evidence.cuts import operating_points
 from ..evidence.metrics import evaluate_models
 from ..films.decode import decode_films, write_index
 from ..films.find import check_films

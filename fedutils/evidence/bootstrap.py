@@ -1,6 +1,6 @@
 """The bootstrap over patients: AUROC and average precision in every resample."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +11,14 @@ from .tables import METRICS
 
 # Resamples handled at once: bounds memory, whatever their number, and suits the cache.
 RESAMPLES_AT_ONCE = 100
+SEGMENTS = 256  # of scores, at most, in which resamples are counted
 
 
 class Resamples(NamedTuple):
-    """Patients drawn with replacement, the same for all models, findings and subgroups.
+    """How often each patient counts in each resample, the same for all models and subgroups.
 
     `owner` (n,) numbers the patient of each film; `times` (patients, 1 + repeats) says how often
-    each patient was drawn. Column 0 is the test set as it is: every patient once.
+    each patient counts. Column 0 is the test set as it is: every patient once.
     """
 
     owner: np.ndarray
@@ -25,47 +26,76 @@ class Resamples(NamedTuple):
 
 
 def patient_resamples(patients: np.ndarray, repeats: int, seed: int) -> Resamples:
-    """Draw the patients of each bootstrap resample.
+    """Draw how often each patient counts in each bootstrap resample.
 
-    `patients` (n,) holds one id a film. Whole patients are drawn with replacement, as many as
-    there are, and all films of a drawn patient come along: films of one patient are not
-    independent (Field and Welsh 2007, "Bootstrapping clustered data"). No film: ValueError.
+    `patients` (n,) holds one id a film. Whole patients are drawn, and all films of a patient come
+    along: films of one patient are not independent (Field and Welsh 2007, "Bootstrapping clustered
+    data"). Each counts as often as a Poisson variable of mean 1 says, drawn from the seed and the
+    patient's id alone (Chamandy et al. 2012, "Estimating uncertainty for massive data streams"), so
+    that hospitals which share nothing draw as one place with all films does. No film: ValueError.
     """
     ids, owner = np.unique(np.asarray(patients), return_inverse=True)
     if not len(ids):
         raise ValueError("no patients to resample: the test set holds no film")
-    draw = generator(seed, "bootstrap").multinomial
-    times = draw(len(ids), np.full(len(ids), 1 / len(ids)), size=repeats)
     # Counts of films stay far below 2**24, so that sums of them are exact in float32.
-    return Resamples(owner, np.vstack([np.ones_like(times[:1]), times]).T.astype(np.float32))
+    times = np.ones((len(ids), 1 + repeats), np.float32)
+    for row, patient in zip(times, ids, strict=True):
+        row[1:] = generator(seed, "bootstrap", client=str(patient)).poisson(1, repeats)
+    return Resamples(owner, times)
 
 
-def _segments(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Films by falling score, and the number (n,) of each one's segment, so that areas stay exact.
+def join_scores(positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """Number the segments that scores are counted in, from the films at each: (scores,) all three.
 
-    A segment ends only between different scores, so ties stay whole; stretches without any
-    positive are one segment, since nothing changes within them.
+    Scores fall. Stretches without any positive are one segment, since nothing changes within them;
+    so are those without a film. Where more than SEGMENTS are left, neighbours are joined that hold
+    together at most 2 / SEGMENTS of the positives and of the negatives.
     """
-    order = np.argsort(-score, kind="stable")
-    first = np.r_[True, np.diff(score[order]) != 0]
-    mixed = np.bincount(np.cumsum(first) - 1, weights=truth[order]) > 0
+    first = positive + negative > 0
+    mixed = positive[first] > 0
     first[first] = mixed | np.r_[True, mixed[:-1]]
-    return order, np.cumsum(first) - 1
+    segment = (np.cumsum(first) - 1).clip(0)
+    if segment[-1] >= SEGMENTS:
+        whole = sum(part / max(part.sum(), 1) for part in (positive, negative))
+        share = np.bincount(segment, whole)
+        middle = share.cumsum() - share / 2
+        segment = np.unique(middle * (SEGMENTS / 2) // 1, return_inverse=True)[1][segment]
+    return segment
 
 
-def _areas(positive: np.ndarray, negative: np.ndarray, wanted: Sequence[str]) -> np.ndarray:
+def count_segments(
+    segment: np.ndarray, owner: np.ndarray, positive: np.ndarray, resamples: Resamples
+) -> Iterator[list[np.ndarray]]:
+    """Count films (n,) with and without a finding by segment: (segments, some resamples) each.
+
+    `segment` (n,) and `owner` (n,) number each film's segment and patient. Resamples come some at a
+    time, in their order; the last segment is the highest that any film has.
+    """
+    from scipy.sparse import csr_matrix  # only here: it takes a third of a second
+
+    shape = (segment.max(initial=-1) + 1, len(resamples.times))
+    classes = [positive.astype(np.float32), (1 - positive).astype(np.float32)]
+    counts = [csr_matrix((weight, (segment, owner)), shape) for weight in classes]
+    for count in counts:
+        count.eliminate_zeros()
+    for start in range(0, resamples.times.shape[1], RESAMPLES_AT_ONCE):
+        times = resamples.times[:, start : start + RESAMPLES_AT_ONCE]
+        yield [count @ times for count in counts]
+
+
+def areas(positive: np.ndarray, negative: np.ndarray, wanted: Sequence[str]) -> np.ndarray:
     """AUROC, and average precision if wanted, of films by segment (segments, repeats)."""
     above, false = positive.cumsum(axis=0), negative.cumsum(axis=0)
     pairs = above[-1].astype(float) * false[-1]
     with np.errstate(invalid="ignore", divide="ignore"):
         below = np.einsum("sr,sr->r", above - positive / 2, negative, dtype=float)
-        areas = [below / pairs]
+        found = [below / pairs]
         if "average_precision" in wanted:
             mixed = positive.any(axis=1)
             share = above[mixed] / np.maximum(above[mixed] + false[mixed], 1, dtype=float)
             total = np.where(pairs > 0, above[-1], np.nan)
-            areas.append(np.einsum("sr,sr->r", share, positive[mixed], dtype=float) / total)
-    return np.array(areas)
+            found.append(np.einsum("sr,sr->r", share, positive[mixed], dtype=float) / total)
+    return np.array(found)
 
 
 def bootstrap(
@@ -78,31 +108,28 @@ def bootstrap(
     """AUROC and average precision of one finding in every resample: (len(wanted), 1 + repeats).
 
     `truth` and `score` (n,) as in `auroc`. Column 0 is the value on the films themselves. Equal to
-    scikit-learn's with the number of draws as sample weights, but films are sorted only once, and
-    counted by a sparse product. NaN in a resample that lacks a positive or a negative. Two models
+    scikit-learn's with the number of draws as sample weights, but scores are sorted only once, and
+    films counted by a sparse product; of more than SEGMENTS segments, deviations from the value
+    are those of joined ones. NaN in a resample that lacks a positive or a negative. Two models
     given the same resamples are compared on the same patients; `films` (n,) is a mask that keeps
     a part of the test set. Raises ValueError as `auroc` does.
     """
-    from scipy.sparse import csr_matrix  # only here: it takes a third of a second
-
     films = np.ones(len(truth), dtype=bool) if films is None else films
     films = np.flatnonzero(films & ~np.isnan(np.asarray(truth, dtype=float)))
     truth, score = labelled(np.asarray(truth)[films], np.asarray(score)[films])
-    repeats = resamples.times.shape[1]
     if not both_classes(truth):
-        return np.full((len(wanted), repeats), np.nan)
-    order, segment = _segments(truth, score)
-    owner, truth = resamples.owner[films[order]], truth[order]
-    shape = (segment[-1] + 1, len(resamples.times))
-    classes = [truth.astype(np.float32), (1 - truth).astype(np.float32)]
-    counts = [csr_matrix((weight, (segment, owner)), shape) for weight in classes]
-    for count in counts:
-        count.eliminate_zeros()
-    areas = []
-    for start in range(0, repeats, RESAMPLES_AT_ONCE):
-        times = resamples.times[:, start : start + RESAMPLES_AT_ONCE]
-        areas.append(_areas(*(count @ times for count in counts), wanted))
-    return np.concatenate(areas, axis=1)
+        return np.full((len(wanted), resamples.times.shape[1]), np.nan)
+    place = np.unique(-score, return_inverse=True)[1]
+    whole = [np.bincount(place, weight) for weight in (truth, 1 - truth)]
+    segment = join_scores(*whole)[place]
+    counted = count_segments(segment, resamples.owner[films], truth, resamples)
+    draws = np.concatenate([areas(*part, wanted) for part in counted], axis=1)
+    return around(areas(*(part[:, None] for part in whole), wanted), draws)
+
+
+def around(value: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Move draws (metrics, 1 + repeats) so that the first, of joined scores, is the value."""
+    return draws + (value - draws[:, :1])
 
 
 def interval(resampled: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -1,30 +1,29 @@
-"""What a probability is worth, and where to cut it: calibration and operating points.
+"""What a probability is worth: calibration, on test films.
 
-Cuts come from validation films, all figures from test films. A label may be missing (NaN): the film
-is then left out for that finding. Probabilities are those of the model that leaves: rescaling them
-by what validation films say brings little (RESULTS, "Statistics"), and the file holds no factors.
+A label may be missing (NaN): the film is then left out for that finding. Probabilities are those of
+the model that leaves: rescaling them by what validation films say brings little (RESULTS,
+"Statistics"), and the file holds no factors.
 """
 
 from collections.abc import Sequence
-from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ..base.findings import findings_of
-from ..base.scores import both_classes, labelled
+from ..base.scores import labelled
 from .bootstrap import Resamples, interval, patient_resamples
-from .intervals import Z, share_interval
+from .intervals import Z
 from .metrics import REPEATS, count_patients
 from .tables import LEAST_PATIENTS, MEAN, OWNER, check_once, name_model, truth_of
 
 BINS = 15
-YOUDEN, SENSITIVE = "Youden", "sensitivity 0.9"
 ENDS = ("", "_low", "_high")
+Fit = tuple[np.ndarray, np.ndarray]  # weights, and the inverse of the slopes at them
 
 
-def _known(truth: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def known_films(truth: np.ndarray, probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Keep the known labels, flat; raise ValueError on other shapes, labels or probabilities."""
     shapes = np.shape(truth), np.shape(probability)
     if shapes[0] != shapes[1]:
@@ -41,7 +40,7 @@ def brier(truth: np.ndarray, probability: np.ndarray) -> float:
     Both of one shape; `truth` holds 0, 1 or NaN. Defined with one class alone, too. Raises
     ValueError on unequal shapes, other labels, or probabilities outside of 0 to 1.
     """
-    truth, probability = _known(truth, probability)
+    truth, probability = known_films(truth, probability)
     return float(np.mean((probability - truth) ** 2)) if len(truth) else np.nan
 
 
@@ -51,7 +50,7 @@ def reliability(truth: np.ndarray, probability: np.ndarray) -> pd.DataFrame:
     Returns the bins that hold films: `films`, `predicted` (mean probability) and `observed` (share
     with the finding). Bin k holds (k - 1)/15 < p <= k/15, the first one 0 as well.
     """
-    truth, probability = _known(truth, probability)
+    truth, probability = known_films(truth, probability)
     films = {"bin": _bin(probability), "predicted": probability, "observed": truth}
     table = pd.DataFrame(films).groupby("bin")
     return table.mean().assign(films=table.size()).reset_index(drop=True)
@@ -67,22 +66,17 @@ def calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
     Naeini et al. (AAAI 2015), with the 15 bins of equal width of Guo et al. (ICML 2017), for the
     probability of the finding. Of a rare finding nearly all films are in the first bin, so that
     it mostly compares the mean probability with the prevalence. It is never 0, however right the
-    probabilities are: see `chance_error`. NaN without any label.
+    probabilities are: see `tabulate_errors`. NaN without any label.
     """
     table = reliability(truth, probability)
     gap = (table["predicted"] - table["observed"]).abs()
     return float(np.average(gap, weights=table["films"])) if len(table) else np.nan
 
 
-def chance_error(probability: np.ndarray) -> float:
-    """Return the calibration error to expect if these probabilities (n,) were right.
-
-    Then the gap of a bin has the variance of its films' draws, which is taken to be normal; films
-    of one patient that go together make it larger. NaN without any film.
-    """
-    variances = np.bincount(_bin(probability), probability * (1 - probability), BINS)
-    expected = np.sqrt(2 / np.pi * variances).sum()
-    return float(expected / len(probability)) if len(probability) else np.nan
+def logit_of(probability: np.ndarray) -> np.ndarray:
+    """Return the logits of probabilities, those of 0 and 1 bounded."""
+    p = np.clip(probability, 1e-9, 1 - 1e-9)
+    return np.log(p / (1 - p))
 
 
 def recalibrate(truth: np.ndarray, probability: np.ndarray, owners: np.ndarray) -> dict[str, float]:
@@ -92,39 +86,69 @@ def recalibrate(truth: np.ndarray, probability: np.ndarray, owners: np.ndarray) 
     it says too little (Van Calster et al., BMC Medicine 2019). Standard errors are over patients,
     `owners` (n,). NaN with too few of them, or where all positives lie above all negatives.
     """
-    p = np.clip(probability, 1e-9, 1 - 1e-9)
-    logit = np.log(p / (1 - p))
-    ones, found = np.ones((len(p), 1)), {}
-    for name, design, offset in (
-        ("slope", np.c_[logit, ones], 0.0), ("intercept", ones, logit),
-    ):  # fmt: skip
-        value, error = _logistic(design, offset, truth, owners)
+    logit = logit_of(probability)
+    fits = fit_recalibration(logit, np.ones(len(logit)), truth)
+    return recalibration_ends(fits, spreads(logit, truth, owners, [w for w, _ in fits]))
+
+
+def recalibration_ends(fits: Sequence[Fit], spread: Sequence[np.ndarray]) -> dict[str, float]:
+    """Return slope and intercept of both `fit_recalibration` and their intervals, by `spreads`.
+
+    The error is a sandwich over patients (Liang and Zeger 1986).
+    """
+    found = {}
+    for name, (weights, inverse), inside in zip(("slope", "intercept"), fits, spread, strict=True):
+        error = np.sqrt(np.diag(inverse @ inside @ inverse))[0]
+        value = float(weights[0])
         found |= {name: value, f"{name}_low": value - Z * error, f"{name}_high": value + Z * error}
     return found
 
 
-def _logistic(
-    design: np.ndarray, offset: np.ndarray | float, truth: np.ndarray, owners: np.ndarray
-) -> tuple[float, float]:
-    """Fit a logistic regression by Newton's steps; return its first coefficient and that's error.
+def fit_recalibration(logit: np.ndarray, films: np.ndarray, positive: np.ndarray) -> list[Fit]:
+    """Fit slope and intercept to films and those with the finding, (k,) each, at logits (k,).
 
-    The error is a sandwich over patients (Liang and Zeger 1986). NaN where it does not converge.
+    Returns the weights of each fit and the inverse of its slopes, NaN where it does not converge.
     """
+    designs = _designs(logit)
+    return [_logistic(design, offset, films, positive) for design, offset in designs]
+
+
+def spreads(
+    logit: np.ndarray, truth: np.ndarray, owners: np.ndarray, weights: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Return of each fit the sum over patients of their scores' products: what errors are made of.
+
+    Of films (n,) with their patients' names (n,). Sums over hospitals add up.
+    """
+    place, found = np.unique(owners, return_inverse=True)[1], []
+    for (design, offset), fitted in zip(_designs(logit), weights, strict=True):
+        p = 1 / (1 + np.exp(-np.clip(offset + design @ fitted, -30, 30)))
+        scores = np.stack([np.bincount(place, c * (truth - p)) for c in design.T])
+        found.append(scores @ scores.T)
+    return found
+
+
+def _designs(logit: np.ndarray) -> list[tuple[np.ndarray, np.ndarray | float]]:
+    """Return what slope and intercept multiply, and what stands beside it."""
+    ones = np.ones((len(logit), 1))
+    return [(np.c_[logit, ones], 0.0), (ones, logit)]
+
+
+def _logistic(
+    design: np.ndarray, offset: np.ndarray | float, films: np.ndarray, positive: np.ndarray
+) -> Fit:
+    """Fit a logistic regression by Newton's steps; NaN where it does not converge."""
     weights = np.zeros(design.shape[1])
     for _ in range(30):
         p = 1 / (1 + np.exp(-np.clip(offset + design @ weights, -30, 30)))
-        slopes = design.T @ (design * (p * (1 - p))[:, None])
+        slopes = design.T @ (design * (films * p * (1 - p))[:, None])
         if np.linalg.cond(slopes) > 1e12:
             break
-        step = np.linalg.solve(slopes, design.T @ (truth - p))
+        step = np.linalg.solve(slopes, design.T @ (positive - films * p))
         weights += step
         if np.abs(step).max() < 1e-9:
-            place = np.unique(owners, return_inverse=True)[1]
-            scores = np.stack([np.bincount(place, c * (truth - p)) for c in design.T])
-            inverse = np.linalg.inv(slopes)
-            errors = np.sqrt(np.diag(inverse @ scores @ scores.T @ inverse))
-            return float(weights[0]), float(errors[0])
-    return np.nan, np.nan
+            return weights, np.linalg.inv(slopes)
+    return weights * np.nan, slopes * np.nan
 
 
 def calibrate(
@@ -164,21 +188,43 @@ def _calibrate(
 ) -> pd.DataFrame:
     """Tabulate the calibration of one model on some films: a row a finding, then their mean."""
     truth = np.where(np.isnan(probability), np.nan, truth)  # what it was not taught, nobody judges
-    owners, rows, draws = resamples.owner[films], [], {"brier": [], "ece": []}
+    owners, rows = resamples.owner[films], []
     enough = np.minimum(*count_patients(truth, owners)) >= LEAST_PATIENTS
     for finding, y, p, judged in zip(findings, truth.T, probability.T, enough, strict=True):
         known = ~np.isnan(y)
         y, p, who = y[known], p[known], owners[known]
-        row = {"finding": finding, "n": len(y), "positives": int(y.sum())}
-        row |= {"prevalence": y.mean() if len(y) else np.nan}
-        row |= {"brier": brier(y, p), "ece": calibration_error(y, p), "ece_chance": chance_error(p)}
-        if judged:
-            for name, values in zip(draws, _draw_errors(y, p, who, resamples), strict=True):
+        found = recalibrate(y, p, who) if judged else {}
+        sums = error_sums(y, p, who, resamples)
+        rows.append({"finding": finding, "positives": int(y.sum())} | sums | found)
+    return tabulate_errors(rows, enough, len(truth))
+
+
+def tabulate_errors(
+    found: Sequence[dict[str, Any]], enough: np.ndarray, films: int
+) -> pd.DataFrame:
+    """Tabulate calibration: a row a finding, then the mean of those that have patients enough.
+
+    `found` holds of each finding its name, `positives`, its `error_sums` and, of those that have
+    `enough` patients, its recalibration; `films` counts all. `ece_chance` is the error to expect if
+    probabilities were right: then the gap of a bin has the variance of its films' draws, which is
+    taken to be normal; films of one patient that go together make it larger.
+    """
+    rows, draws = [], {"brier": [], "ece": []}
+    for row, judged in zip(found, enough, strict=True):
+        sums = {name: row[name] for name in ("drawn", "squares", "gaps", "chance")}
+        rest = {name: value for name, value in row.items() if name not in sums}
+        n, drawn = sums["drawn"][0], np.maximum(sums["drawn"], 1)
+        errors = sums["squares"] / drawn, np.abs(sums["gaps"]).sum(axis=0) / drawn
+        chance = np.sqrt(2 / np.pi * sums["chance"]).sum() / drawn[0]
+        row = rest | {"n": int(n), "prevalence": row["positives"] / n if n else np.nan}
+        row |= {"ece_chance": chance if n else np.nan}
+        for name, values in zip(draws, errors, strict=True):
+            row[name] = values[0] if n else np.nan
+            if judged:
                 draws[name].append(values)
                 row |= _ends(name, values)
-            row |= recalibrate(y, p, who)
         rows.append(row)
-    mean = {"finding": MEAN, "n": len(truth), "positives": len(draws["brier"])}
+    mean = {"finding": MEAN, "n": films, "positives": len(draws["brier"])}
     for name, values in draws.items():
         if values:
             of_all = np.mean(values, axis=0)
@@ -192,95 +238,28 @@ def _calibrate(
     )
 
 
-def _draw_errors(
+def error_sums(
     truth: np.ndarray, probability: np.ndarray, owners: np.ndarray, resamples: Resamples
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return Brier score and calibration error in every resample of patients, (1 + repeats,)."""
-    count, gap = len(resamples.times), probability - truth
+) -> dict[str, np.ndarray]:
+    """Return what Brier score and calibration error in every resample are made of, as sums.
+
+    Of films (n,) whose patients `resamples` number in `owners` (n,): `drawn` (1 + repeats,) films,
+    `squares` (1 + repeats,) of what a probability misses, `gaps` (BINS, 1 + repeats), and `chance`
+    (BINS,), the variance of a bin if probabilities are right. Sums over hospitals add up.
+    """
+    count, gap, bins = len(resamples.times), probability - truth, _bin(probability)
     sums = np.zeros((BINS, count))
-    np.add.at(sums, (_bin(probability), owners), gap)
+    np.add.at(sums, (bins, owners), gap)
     films, squares = (np.bincount(owners, w, count) for w in (np.ones(len(gap)), gap**2))
-    drawn = np.maximum(films @ resamples.times, 1)
-    return squares @ resamples.times / drawn, np.abs(sums @ resamples.times).sum(axis=0) / drawn
+    return {
+        "drawn": films @ resamples.times,
+        "squares": squares @ resamples.times,
+        "gaps": sums @ resamples.times,
+        "chance": np.bincount(bins, probability * (1 - probability), BINS),
+    }
 
 
 def _ends(name: str, draws: np.ndarray) -> dict[str, float]:
     """Return the percentile interval, moved by the draws' bias: resampled, a gap is larger."""
     low, high = interval(draws[1:] - draws[1:].mean() + draws[0])
     return {f"{name}_low": max(0.0, low), f"{name}_high": high}
-
-
-def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> float:
-    """Choose where to cut, from validation films (n,): at or above it a film is called positive.
-
-    "Youden" maximises sensitivity + specificity (Youden 1950), "sensitivity 0.9" is the highest
-    cut that still finds 90 % of the positives; of equal cuts the highest. NaN where there is no
-    positive or no negative film.
-    """
-    from sklearn.metrics import roc_curve
-
-    truth, probability = _known(truth, probability)
-    if not both_classes(truth):
-        return np.nan
-    false, true, cuts = roc_curve(truth, probability, drop_intermediate=False)
-    # The first cut is infinity, which calls nothing positive.
-    gain = np.round(true - false, 12)  # so that equal cuts are equal
-    best = np.argmax(gain[1:] if rule == YOUDEN else true[1:] >= 0.9)
-    return float(cuts[1:][best])
-
-
-def rates_at(
-    truth: np.ndarray, probability: np.ndarray, threshold: float, owners: np.ndarray
-) -> dict[str, Any]:
-    """Sensitivity, specificity, PPV, NPV of films (n,) at a cut, and the prevalence they hold at.
-
-    Each with `_low` and `_high`, its 95 % interval over patients, `owners` (n,); none with fewer
-    than LEAST_PATIENTS with the finding, or without. NaN where there is nothing to divide by, and
-    everywhere if there is no cut. With another prevalence PPV and NPV are others.
-    """
-    owners = np.asarray(owners)[~np.isnan(np.asarray(truth, dtype=float))]
-    truth, probability = _known(truth, probability)
-    judged = min(*count_patients(truth[:, None], owners)) >= LEAST_PATIENTS
-    called, positive = probability >= threshold, truth == 1
-    parts = {
-        "sensitivity": (called, positive), "specificity": (~called, ~positive),
-        "ppv": (positive, called), "npv": (~positive, ~called),
-    }  # fmt: skip
-    found = {}
-    for name, (hits, films) in parts.items():
-        hits = hits[films] if not np.isnan(threshold) else hits[:0]
-        ends = (np.nan, np.nan)
-        if judged:
-            ends = share_interval(hits, owners[films][: len(hits)])
-        found |= {name: hits.mean() if len(hits) else np.nan}
-        found |= {f"{name}_low": ends[0], f"{name}_high": ends[1]}
-    share = positive.mean() if len(positive) else np.nan
-    return found | {"prevalence": share, "n": len(truth), "positives": int(positive.sum())}
-
-
-def operating_points(
-    validation: pd.DataFrame, test: pd.DataFrame, index: pd.DataFrame
-) -> pd.DataFrame:
-    """Choose cuts on validation, and tabulate what they do on test: operating_points.csv.
-
-    `validation` and `test` are predictions, `index` as in `calibrate`. A local model is cut by its
-    own hospital's validation films alone: it has no others. Returns a row for each model, finding
-    and rule: `arm, seed, client, finding, rule, threshold, val_positives`, then as `rates_at`.
-    """
-    index, rows = index.set_index("image_index"), []
-    validation, test = (check_once(part).fillna({"client": ""}) for part in (validation, test))
-    for owner, tested in test.groupby(OWNER, sort=False):
-        seen = validation[(validation[OWNER] == list(owner)).all(axis=1)]
-        if owner[2]:
-            seen = seen[(index.loc[seen["image_index"], "client"] == owner[2]).to_numpy()]
-        known, films = (index.loc[part["image_index"]] for part in (seen, tested))
-        for finding, rule in product(findings_of(index), (YOUDEN, SENSITIVE)):
-            truth = known[finding].to_numpy(float)
-            cut = choose_threshold(truth, seen[finding].to_numpy(), rule)
-            row = {"finding": finding, "rule": rule, "threshold": cut}
-            row |= {"val_positives": int((truth == 1).sum())}
-            scores = tested[finding].to_numpy()
-            labels = np.where(np.isnan(scores), np.nan, films[finding].to_numpy(float))
-            row |= rates_at(labels, scores, cut, films["patient_id"].to_numpy())
-            rows.append(dict(zip(OWNER, owner, strict=True)) | row)
-    return pd.DataFrame(rows)

@@ -19,7 +19,7 @@ from ..base.rng import generator
 from ..dataset import ChestXrayDataset
 from ..model import ChestResNet, build_resnet34
 from ..run import TRUNK, Model, list_models, read_model
-from .calibration import YOUDEN
+from .cuts import YOUDEN
 from .intervals import share_interval
 from .tables import OWNER
 

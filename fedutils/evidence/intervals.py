@@ -58,28 +58,44 @@ def hanley_mcneil(auroc: ArrayLike, positive: int, negative: int) -> np.ndarray:
     return area * (1 - area) * pairs / (positive * negative)
 
 
-def cluster_mean(values: np.ndarray, owners: np.ndarray) -> tuple[float, float, int]:
-    """Return the mean of values (n,) by film, its variance over patients, and their number.
+def cluster_sums(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
+    """Return what intervals over patients want of values (n,) by film: sums, of 6 numbers.
 
-    `owners` (n,) names each film's patient. The variance is that of a ratio of sums over patients,
-    linearised (Liang and Zeger 1986); NaN with fewer than two.
+    Patients, films, values, and over patients the squares of their values, of their films, and the
+    products of both; `owners` (n,) names each film's patient. Sums over hospitals add up.
     """
     patients, place = np.unique(owners, return_inverse=True)
-    if len(patients) < 2:
-        return float(np.mean(values)) if len(values) else np.nan, np.nan, len(patients)
-    mean = float(np.mean(values))
-    sums = np.bincount(place, values - mean)
-    variance = (sums**2).sum() / len(values) ** 2 * len(patients) / (len(patients) - 1)
-    return mean, float(variance), len(patients)
+    own, films = np.bincount(place, values, len(patients)), np.bincount(place)
+    return np.array([len(patients), len(values), own.sum(), own @ own, films @ films, own @ films])
+
+
+def cluster_mean(sums: np.ndarray) -> tuple[float, float, int]:
+    """Return of `cluster_sums` the mean by film, its variance over patients, and their number.
+
+    The variance is that of a ratio of sums over patients, linearised (Liang and Zeger 1986); NaN
+    with fewer than two.
+    """
+    patients, films, total, values, squares, products = map(float, sums)
+    mean = total / films if films else np.nan
+    if patients < 2:
+        return mean, np.nan, int(patients)
+    apart = max(values - 2 * mean * products + mean**2 * squares, 0.0)
+    return mean, apart / films**2 * patients / (patients - 1), int(patients)
 
 
 def share_interval(hits: np.ndarray, owners: np.ndarray) -> tuple[float, float]:
-    """Wilson's interval (95 %, 1927) of the share of hits (n,), over patients; NaN with few.
+    """Return `share_ends` of hits (n,), 0 or 1 by film; `owners` (n,) names each film's patient."""
+    return share_ends(cluster_sums(np.asarray(hits, dtype=float), owners))
 
-    It counts patients, times how much their variance (`cluster_mean`) is below that of one film a
-    patient, shrunk as in `auroc_interval`: a share of 1 gets an interval, too.
+
+def share_ends(sums: np.ndarray) -> tuple[float, float]:
+    """Wilson's interval (95 %, 1927) of a share, over patients; NaN with few.
+
+    `sums` are `cluster_sums` of hits, 0 or 1 by film. It counts patients, times how much their
+    variance (`cluster_mean`) is below that of one film a patient, shrunk as in `auroc_interval`:
+    a share of 1 gets an interval, too.
     """
-    share, variance, patients = cluster_mean(np.asarray(hits, dtype=float), owners)
+    share, variance, patients = cluster_mean(sums)
     if patients < LEAST_PATIENTS:
         return np.nan, np.nan
     alone = share * (1 - share) / patients

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -47,25 +48,32 @@ def evaluate_parts(
     """
     masks = {name: mask for family in groups.values() for name, mask in family.items()}
     truth, patients = tables.truth_of(index), index["patient_id"].to_numpy()
-    counts = {name: count_patients(truth[mask], patients[mask]) for name, mask in masks.items()}
+    counts = {name: Counts.of(truth[mask], patients[mask]) for name, mask in masks.items()}
     names = findings_of(index)
-    enough = {
-        name: pd.Series(np.minimum(*count) >= LEAST_PATIENTS, names)
-        for name, count in counts.items()
-    }
+    enough = {name: pd.Series(count.enough, names) for name, count in counts.items()}
     chosen = _findings_of_means(truth, patients, groups, enough)
     resamples = patient_resamples(patients, repeats, seed)
     draws = add_means(resample_models(predictions, index, resamples, masks, chosen), chosen)
+    mean_over = [names[k] for k in chosen[ALL_FILMS]]
+    return draws, tabulate_models(names, draws, counts, chosen), enough, mean_over
+
+
+def tabulate_models(
+    names: Sequence[str],
+    draws: Mapping[Owner, Draws],
+    counts: Mapping[str, "Counts"],
+    chosen: Mapping[str, list[int]],
+) -> pd.DataFrame:
+    """Tabulate the draws of all models on each part of the films: the rows of metrics.csv."""
     parts = []
     for owner, by_part in draws.items():
         for name, values in by_part.items():
-            mine, labels = chosen[name], truth[masks[name]]
-            rows = tabulate_draws(names, values, labels, *counts[name], mine)
+            rows = tabulate_draws(names, values, counts[name], chosen[name])
+            mine = chosen[name]
             whole = by_part[ALL_FILMS][0, mine, 0].mean() if mine else np.nan
             rows["on_all_films"] = np.where(rows["finding"] == MEAN, whole, np.nan)
             parts.append(tables.name_model(tables.name_rows(rows, {"test_set": name}), owner))
-    mean_over = [names[k] for k in chosen[ALL_FILMS]]
-    return draws, pd.concat(parts, ignore_index=True), enough, mean_over
+    return pd.concat(parts, ignore_index=True)
 
 
 def _findings_of_means(
@@ -221,33 +229,24 @@ def with_mean(values: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
 
 
 def tabulate_draws(
-    names: Sequence[str],
-    draws: np.ndarray,
-    truth: np.ndarray,
-    positive: np.ndarray,
-    negative: np.ndarray,
-    chosen: Sequence[int],
+    names: Sequence[str], draws: np.ndarray, counts: "Counts", chosen: Sequence[int]
 ) -> pd.DataFrame:
     """Tabulate the values of a model with 95 % intervals: each metric's findings, then `mean`.
 
     `draws` (metrics, findings + 1, 1 + repeats) is `bootstrap` by finding, of these `names`, and
-    `with_mean` over those `chosen`; `truth` (n, findings) are the labels it was taken on,
-    `positive` and `negative` as `count_patients` has them. An AUROC has a score interval
-    (`auroc_interval`), their mean one on the logit's scale (`mean_auroc_interval`), all else the
-    percentile interval; with fewer patients than LEAST_PATIENTS of either kind there is none.
-    Columns: `finding, metric, value, ci_low, ci_high, n, positives`. `n` is the number of labelled
-    films, `positives` that of positive films; in the row `mean` the number of films, and of
-    findings in the mean.
+    `with_mean` over those `chosen`; `counts` are of the films it was taken on. An AUROC has a score
+    interval (`auroc_interval`), their mean one on the logit's scale (`mean_auroc_interval`), all
+    else the percentile interval; with fewer patients than LEAST_PATIENTS of either kind there is
+    none. Columns: `finding, metric, value, ci_low, ci_high, n, positives`. `n` is the number of
+    labelled films, `positives` that of positive films; in the row `mean` the number of films, and
+    of findings in the mean.
     """
-    count = {
-        "n": [*(~np.isnan(truth)).sum(axis=0), len(truth)],
-        "positives": [*(truth == 1).sum(axis=0), len(chosen)],
-    }
-    few = np.minimum(positive, negative) < LEAST_PATIENTS
+    count = {"n": [*counts.known, counts.films], "positives": [*counts.positives, len(chosen)]}
+    positive, negative = counts.patients
     parts = []
     for metric, values in zip(METRICS, draws, strict=False):
         ends, spread = np.full((len(values), 2), np.nan), variance(values)
-        for k in np.flatnonzero(~few):
+        for k in np.flatnonzero(counts.enough):
             ends[k] = interval(values[k, 1:])
             if metric == "auroc":
                 ends[k] = auroc_interval(values[k, 0], spread[k], positive[k], negative[k])
@@ -257,3 +256,23 @@ def tabulate_draws(
         about = {"finding": [*names, MEAN], "metric": metric, "value": values[:, 0]}
         parts.append(pd.DataFrame(about | {"ci_low": ends[:, 0], "ci_high": ends[:, 1]} | count))
     return pd.concat(parts, ignore_index=True)
+
+
+class Counts(NamedTuple):
+    """Of some test films: how many there are, and of each finding (findings,) what is known."""
+
+    films: int
+    known: np.ndarray  # films with a label
+    positives: np.ndarray  # films
+    patients: np.ndarray  # (2, findings): with a positive film, and with a negative one
+
+    @classmethod
+    def of(cls, truth: np.ndarray, patients: np.ndarray) -> "Counts":
+        """Count labels (n, findings) of 0, 1 or NaN, of films whose patients are given (n,)."""
+        whole = (~np.isnan(truth)).sum(axis=0), (truth == 1).sum(axis=0)
+        return cls(len(truth), *whole, np.array(count_patients(truth, patients)))
+
+    @property
+    def enough(self) -> np.ndarray:
+        """Which findings have patients enough of both kinds to be judged."""
+        return self.patients.min(axis=0) >= LEAST_PATIENTS

@@ -15,7 +15,7 @@ from tiny import tiny_films, tiny_settings
 from fedutils.__main__ import main
 from fedutils.dataset import read_index
 from fedutils.evidence.bootstrap import bootstrap, patient_resamples
-from fedutils.evidence.calibration import operating_points
+from fedutils.evidence.cuts import operating_points
 from fedutils.evidence.external import lay_beside, read_external
 from fedutils.evidence.metrics import evaluate_models
 from fedutils.evidence.predict import (

@@ -5,18 +5,23 @@ import pandas as pd
 import pytest
 from sklearn.metrics import brier_score_loss
 
+from fedutils.base.scores import cell_of
+from fedutils.evidence.bootstrap import patient_resamples
 from fedutils.evidence.calibration import (
-    SENSITIVE,
-    YOUDEN,
     brier,
     calibrate,
     calibration_error,
-    chance_error,
+    error_sums,
+    recalibrate,
+    reliability,
+    tabulate_errors,
+)
+from fedutils.evidence.cuts import (
+    SENSITIVE,
+    YOUDEN,
     choose_threshold,
     operating_points,
     rates_at,
-    recalibrate,
-    reliability,
 )
 from fedutils.evidence.intervals import share_interval
 from fedutils.evidence.tables import main_model, tabulate_calibration, tabulate_points
@@ -107,9 +112,11 @@ def test_thresholds_keep_their_promise_on_validation():
         youden = {c: sum(_two(truth, p, c)) for c in np.unique(p)}
         cut = choose_threshold(truth, p, YOUDEN)
         best = max(youden.values())
-        assert cut == max(c for c, value in youden.items() if value == pytest.approx(best))
+        expected = max(c for c, value in youden.items() if value == pytest.approx(best))
+        assert cell_of(cut + 1e-9) == cell_of(expected) and ((p >= cut) == (p >= expected)).all()
         cut = choose_threshold(truth, p, SENSITIVE)
-        assert cut == max(c for c in np.unique(p) if _two(truth, p, c)[0] >= 0.9)
+        expected = max(c for c in np.unique(p) if _two(truth, p, c)[0] >= 0.9)
+        assert ((p >= cut) == (p >= expected)).all()
 
 
 def _two(truth, p, cut):
@@ -281,4 +288,7 @@ def test_the_chance_error_is_the_calibration_error_of_right_probabilities(films,
     rng = np.random.default_rng(1)
     p = 1 / (1 + np.exp(-(shift + 1.2 * rng.standard_normal(films))))
     drawn = [calibration_error((rng.random(films) < p).astype(float), p) for _ in range(300)]
-    assert chance_error(p) == pytest.approx(np.mean(drawn), rel=0.06)
+    who = np.arange(films)
+    sums = error_sums(np.zeros(films), p, who, patient_resamples(who, 1, 0))
+    table = tabulate_errors([{"finding": "Mass", "positives": 0} | sums], np.array([False]), films)
+    assert table["ece_chance"][0] == pytest.approx(np.mean(drawn), rel=0.06)

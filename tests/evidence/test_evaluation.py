@@ -17,8 +17,9 @@ from fedutils.__main__ import main
 from fedutils.base.errors import InputError
 from fedutils.batch.trained import read_run
 from fedutils.dataset import read_report
-from fedutils.evidence.calibration import calibrate, operating_points
+from fedutils.evidence.calibration import calibrate
 from fedutils.evidence.compare import compare_runs
+from fedutils.evidence.cuts import operating_points
 from fedutils.evidence.metrics import evaluate_models, test_groups
 from fedutils.evidence.predict import (
     check_fingerprint,

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedutils.dataset import normalise
 from fedutils.evidence import explain
-from fedutils.evidence.calibration import YOUDEN
+from fedutils.evidence.cuts import YOUDEN
 from fedutils.evidence.explain import (
     ALL_BOXES,
     BY_MODEL,
