@@ -26,7 +26,7 @@ MAY = {
     "training": {"films", "privacy"},
     "evidence": {"films"},
     "plots": {"evidence"},
-    "network": {"films", "privacy", "training", "settings"},
+    "network": {"films", "privacy", "training", "evidence", "settings"},
     "batch": {"films", "training", "evidence", "plots", "settings"},
 }
 

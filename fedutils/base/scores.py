@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 LOSS_PARTS = 1 << 24  # parts of a loss, which is added up as a whole number
-STEPS, REACH = 1 << 16, 16.0  # cells of the grid of probabilities, which spans logits of +-16
+STEPS, COARSE = 1 << 16, 1 << 9  # cells of a grid of probabilities, and of the one before
+REACH = 16.0  # logits, either way
+TINY = 1e-9  # the lowest probability that has a logit
 
 
 def labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -24,21 +26,45 @@ def labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return truth[known], score[known]
 
 
-def cell_of(chance: np.ndarray) -> np.ndarray:
+def logit_of(chance: np.ndarray) -> np.ndarray:
+    """Return the logits of probabilities, those of 0 and 1 bounded."""
+    p = np.clip(chance, TINY, 1 - TINY)
+    return np.log(p / (1 - p))
+
+
+def count_coarse(chance: np.ndarray) -> np.ndarray:
+    """Count probabilities (n,) on COARSE even steps of the logit: what tells their span."""
+    steps = (logit_of(chance) + REACH) * (COARSE / 2 / REACH)
+    return np.bincount(steps.clip(0, COARSE - 1).astype(int), minlength=COARSE)
+
+
+def span_of(coarse: np.ndarray) -> tuple[float, float]:
+    """Return between which logits a grid of probabilities is to lie, by `count_coarse` of some.
+
+    As wide again as those that were counted, for others may lie beside; all where there is none.
+    """
+    filled = np.flatnonzero(coarse)
+    if not len(filled):
+        return -REACH, REACH
+    low, high = (np.array([filled[0], filled[-1] + 1]) * (2 * REACH / COARSE) - REACH).tolist()
+    beside = (high - low) / 2
+    return low - beside, high + beside
+
+
+def cell_of(chance: np.ndarray, span: tuple[float, float]) -> np.ndarray:
     """Return on which cell of a grid probabilities lie, 0 the lowest: even steps of the logit.
 
     Where probabilities must not leave, films are counted on it: those of one cell are then ties.
     """
-    with np.errstate(divide="ignore"):
-        logit = np.log(chance) - np.log1p(-np.asarray(chance, dtype=float))
-    inside = np.nan_to_num(logit, posinf=REACH, neginf=-REACH)
-    return np.floor((inside + REACH) * (STEPS / 2 / REACH)).clip(0, STEPS - 1).astype(np.int64)
+    steps = (logit_of(chance) - span[0]) / (span[1] - span[0]) * STEPS
+    return np.nan_to_num(steps).clip(0, STEPS - 1).astype(np.int64)
 
 
-def edge_of(cell: Any, middle: float = 0.0) -> Any:
-    """Return the lowest probability on a cell, 0 of the first; or with 0.5 one in its middle."""
-    edge = 1 / (1 + np.exp(REACH - (np.asarray(cell) + middle) * (2 * REACH / STEPS)))
-    return np.where((np.asarray(cell) == 0) & (middle == 0), 0.0, edge)
+def edge_of(cell: Any, span: tuple[float, float], middle: float = 0.0) -> Any:
+    """Return the lowest probability on a cell; or with 0.5 one in its middle."""
+    logit = span[0] + (np.asarray(cell) + middle) * ((span[1] - span[0]) / STEPS)
+    chance = 1 / (1 + np.exp(-logit))
+    return np.where((np.asarray(cell) == 0) | (chance <= TINY), middle * TINY, chance)
 
 
 def both_classes(truth: np.ndarray) -> bool:

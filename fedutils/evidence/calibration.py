@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.findings import findings_of
-from ..base.scores import labelled
+from ..base.scores import labelled, logit_of
 from .bootstrap import Resamples, interval, patient_resamples
 from .intervals import Z
 from .metrics import REPEATS, count_patients
@@ -71,12 +71,6 @@ def calibration_error(truth: np.ndarray, probability: np.ndarray) -> float:
     table = reliability(truth, probability)
     gap = (table["predicted"] - table["observed"]).abs()
     return float(np.average(gap, weights=table["films"])) if len(table) else np.nan
-
-
-def logit_of(probability: np.ndarray) -> np.ndarray:
-    """Return the logits of probabilities, those of 0 and 1 bounded."""
-    p = np.clip(probability, 1e-9, 1 - 1e-9)
-    return np.log(p / (1 - p))
 
 
 def recalibrate(truth: np.ndarray, probability: np.ndarray, owners: np.ndarray) -> dict[str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.findings import findings_of
-from ..base.scores import STEPS, cell_of, edge_of
+from ..base.scores import STEPS, cell_of, count_coarse, edge_of, span_of
 from .calibration import known_films
 from .intervals import cluster_sums, share_ends
 from .metrics import count_patients
@@ -28,9 +28,10 @@ def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> f
     NaN where there is no positive or no negative film.
     """
     truth, probability = known_films(truth, probability)
-    cells = cell_of(probability)
+    span = span_of(count_coarse(probability))
+    cells = cell_of(probability, span)
     counts = (np.bincount(cells, weight, STEPS) for weight in (truth, 1 - truth))
-    return threshold_of(choose_cut(*counts, rule))
+    return threshold_of(choose_cut(*counts, rule), span)
 
 
 def choose_cut(positive: np.ndarray, negative: np.ndarray, rule: str) -> int:
@@ -49,9 +50,9 @@ def choose_cut(positive: np.ndarray, negative: np.ndarray, rule: str) -> int:
     return int(filled[np.argmax(gain if rule == YOUDEN else true >= 0.9)])
 
 
-def threshold_of(cut: int) -> float:
-    """Return the probability at which a chosen cell begins; NaN of none."""
-    return float(edge_of(cut)) if cut >= 0 else np.nan
+def threshold_of(cut: int, span: tuple[float, float]) -> float:
+    """Return the probability at which a chosen cell of a grid begins; NaN of none."""
+    return float(edge_of(cut, span)) if cut >= 0 else np.nan
 
 
 def rate_sums(truth: np.ndarray, called: np.ndarray, owners: np.ndarray) -> dict[str, np.ndarray]:

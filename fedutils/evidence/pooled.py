@@ -1,10 +1,11 @@
 """A test over hospitals: what each counts of its own films, and all tables from their sums.
 
-In two steps, since what is counted in the second depends on the first. `grid_sums` counts films on
-a grid of scores: of them come values, cuts, and what scores are joined for the bootstrap (`Plan`).
-`draw_sums` counts resamples, errors and rates by that plan. All are whole numbers (int64), which
-add up in any order and under masks. Resamples are drawn from each patient's id, so that the tables
-are those of notebook 04 from the same films in one place, but for ties on the grid and roundings.
+In three steps, since what is counted in one depends on the one before. `span_sums` tell between
+which logits scores lie, `grid_sums` count films on a grid of them: of these come values, cuts, and
+what scores are joined for the bootstrap (`Plan`). `draw_sums` count resamples, errors and rates by
+that plan. All are whole numbers (int64), which add up in any order and under masks. Resamples are
+drawn from each patient's id, so that the tables are those of notebook 04 from the same films in one
+place, but for ties on the grid and roundings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..base.scores import STEPS, cell_of, edge_of
+from ..base.scores import COARSE, STEPS, cell_of, count_coarse, edge_of, logit_of, span_of
 from . import tables
 from .bootstrap import SEGMENTS, areas, around, count_segments, join_scores, patient_resamples
 from .calibration import (
     BINS,
     error_sums,
     fit_recalibration,
-    logit_of,
     recalibration_ends,
     spreads,
     tabulate_errors,
@@ -32,17 +32,37 @@ from .metrics import REPEATS, Counts, add_means, count_patients, tabulate_models
 from .tables import ALL_FILMS, METRICS, OWNER, RATES
 
 PARTS = 1 << 20  # of a number that is none of films: squares, gaps, products of scores
-LOGITS = logit_of(edge_of(np.arange(STEPS), 0.5))
 Sums = dict[str, np.ndarray]
+Spans = list[tuple[float, float]]  # of each finding
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is counted in the second step, by finding: plain numbers that a message can hold."""
+    """What is counted in the third step, by finding: plain numbers that a message can hold."""
 
+    spans: Spans  # of the grids of scores
     ends: list[list[int]]  # the first cell of each segment of scores, falling
     cuts: list[list[int]]  # the cell of each rule's cut; -1: none
     weights: list[list[list[float]]]  # of the two fits of the recalibration
+
+
+def span_shapes(findings: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of `span_sums`."""
+    return {"coarse": (findings, COARSE)}
+
+
+def span_sums(truth: np.ndarray, chance: np.ndarray, patients: np.ndarray) -> Sums:
+    """Count films for validation, by finding those with a label, on coarse steps of the score.
+
+    Labels and probabilities are (n, findings), `patients` (n,).
+    """
+    known = [p[~np.isnan(y)] for y, p in zip(truth.T, chance.T, strict=True)]
+    return {"coarse": np.array([count_coarse(p) for p in known], np.int64)}
+
+
+def spans_of(sums: Sums) -> Spans:
+    """Return the spans of each finding's grid, by the sums of the first step."""
+    return [span_of(coarse) for coarse in sums["coarse"]]
 
 
 def grid_shapes(findings: int) -> dict[str, tuple[int, ...]]:
@@ -52,7 +72,7 @@ def grid_shapes(findings: int) -> dict[str, tuple[int, ...]]:
 
 
 def grid_sums(
-    taught: np.ndarray, val: tuple[np.ndarray, ...], test: tuple[np.ndarray, ...]
+    taught: np.ndarray, val: tuple[np.ndarray, ...], test: tuple[np.ndarray, ...], spans: Spans
 ) -> Sums:
     """Count films with and without each finding on the grid of scores: (2, findings, STEPS).
 
@@ -62,7 +82,7 @@ def grid_sums(
     """
     found = {}
     for name, (truth, chance, _) in (("val", val), ("test", test)):
-        cells = cell_of(chance)
+        cells = _cells(chance, spans)
         place = np.arange(truth.shape[1]) * STEPS + cells  # by finding, then cell
         counts = [
             np.bincount(place[truth == mark], minlength=truth.shape[1] * STEPS) for mark in (1, 0)
@@ -73,6 +93,12 @@ def grid_sums(
     counts["films"] = [len(truth), len(np.unique(patients))]
     counts["taught"] = (~np.isnan(taught)).sum(axis=0)
     return found | {name: np.asarray(value, np.int64) for name, value in counts.items()}
+
+
+def _cells(chance: np.ndarray, spans: Spans) -> np.ndarray:
+    """Return on which cell of each finding's grid probabilities (n, findings) lie."""
+    columns = [cell_of(p, span) for p, span in zip(chance.T, spans, strict=True)]
+    return np.stack(columns, axis=1)
 
 
 def counts_of(grid: Sums) -> Counts:
@@ -92,26 +118,26 @@ def _taught_only(sums: Sums, taught: np.ndarray) -> Sums:
     return kept
 
 
-def plan_of(grid: Sums) -> Plan:
+def plan_of(spans: Spans, grid: Sums) -> Plan:
     """Choose cuts by the films for validation, and what resamples and errors are counted by."""
     grid = _taught_only(grid, grid["taught"])
     segments = [join_scores(*pair[:, ::-1]) for pair in grid["test"].transpose(1, 0, 2)]
     ends = [np.flatnonzero(np.diff(segment, prepend=-1)).tolist() for segment in segments]
     cuts = [[choose_cut(*pair, rule) for rule in RULES] for pair in grid["val"].transpose(1, 0, 2)]
-    weights = [[w.tolist() for w, _ in fits] for fits in _fits(grid)]
-    return Plan(ends, cuts, weights)
+    weights = [[w.tolist() for w, _ in fits] for fits in _fits(spans, grid)]
+    return Plan(spans, ends, cuts, weights)
 
 
-def _fits(grid: Sums) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+def _fits(spans: Spans, grid: Sums) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """Fit the recalibration of each finding with patients enough; zeros of the others."""
     none = [(np.zeros(k), np.zeros((k, k))) for k in (2, 1)]
     fits = []
-    for (positive, negative), judged in zip(
-        grid["test"].transpose(1, 0, 2), counts_of(grid).enough, strict=True
+    for span, (positive, negative), judged in zip(
+        spans, grid["test"].transpose(1, 0, 2), counts_of(grid).enough, strict=True
     ):
         filled = np.flatnonzero(positive + negative)
-        films = (positive + negative)[filled]
-        fits.append(fit_recalibration(LOGITS[filled], films, positive[filled]) if judged else none)
+        films, logits = (positive + negative)[filled], logit_of(edge_of(filled, span, 0.5))
+        fits.append(fit_recalibration(logits, films, positive[filled]) if judged else none)
     return fits
 
 
@@ -137,7 +163,8 @@ def draw_sums(
     found = {name: np.zeros(size) for name, size in draw_shapes(truth.shape[1], repeats).items()}
     if not len(truth):
         return {name: value.astype(np.int64) for name, value in found.items()}
-    resamples, cells = patient_resamples(patients, repeats, seed), STEPS - 1 - cell_of(chance)
+    resamples = patient_resamples(patients, repeats, seed)
+    cells = STEPS - 1 - _cells(chance, plan.spans)
     for k, ends in enumerate(plan.ends):
         known = ~np.isnan(truth[:, k])
         y, p, who = truth[known, k], chance[known, k], resamples.owner[known]
@@ -167,30 +194,33 @@ def pooled_draws(grid: Sums, sums: Sums) -> np.ndarray:
 
 
 def pooled_tables(
-    findings: Sequence[str], models: Mapping[tables.Owner, tuple[Sums, Sums]]
+    findings: Sequence[str], models: Mapping[tables.Owner, tuple[Spans, Sums, Sums]]
 ) -> tuple[tables.Evaluation, pd.DataFrame, pd.DataFrame]:
     """Return metrics (and no differences), calibration and operating points of all films together.
 
-    `models` holds of each model the sums over hospitals of both steps.
+    `models` holds of each model the spans of its grids, and the sums over hospitals of the last
+    two steps.
     """
-    grid = next(iter(models.values()))[0]
+    grid = next(iter(models.values()))[1]
     counts = counts_of(grid)
     chosen = {ALL_FILMS: np.flatnonzero(counts.enough).tolist()}
     positives, draws = grid["val"][0].sum(axis=1), {}
     models = {
-        owner: tuple(_taught_only(part, grid["taught"]) for part in sums)
-        for owner, sums in models.items()
+        owner: (spans, *(_taught_only(part, grid["taught"]) for part in sums))
+        for owner, (spans, *sums) in models.items()
     }
-    for owner, sums in models.items():
+    for owner, (_, *sums) in models.items():
         draws[owner] = {ALL_FILMS: with_mean(pooled_draws(*sums), chosen[ALL_FILMS])}
     draws = add_means(draws, chosen)
     metrics = tabulate_models(findings, draws, {ALL_FILMS: counts}, chosen)
     mean_over = [findings[k] for k in chosen[ALL_FILMS]]
     errors, points = [], []
-    for owner, (grid, sums) in models.items():
-        table = tabulate_errors(_errors(findings, grid, sums), counts_of(grid).enough, counts.films)
+    for owner, (spans, grid, sums) in models.items():
+        table = tabulate_errors(
+            _errors(findings, spans, grid, sums), counts_of(grid).enough, counts.films
+        )
         errors.append(tables.name_model(table.assign(hospital=""), owner))
-        rates = pd.DataFrame(_rates(findings, grid, sums, positives))
+        rates = pd.DataFrame(_rates(findings, spans, grid, sums, positives))
         points.append(tables.name_model(rates, owner))
     calibration = pd.concat(errors, ignore_index=True)
     order = [*OWNER, "hospital"]
@@ -199,9 +229,9 @@ def pooled_tables(
     return evaluation, calibration, pd.concat(points, ignore_index=True)
 
 
-def _errors(findings: Sequence[str], grid: Sums, sums: Sums) -> list[dict[str, Any]]:
+def _errors(findings: Sequence[str], spans: Spans, grid: Sums, sums: Sums) -> list[dict[str, Any]]:
     """Return what `tabulate_errors` wants of each finding."""
-    counts, fits, rows = counts_of(grid), _fits(grid), []
+    counts, fits, rows = counts_of(grid), _fits(spans, grid), []
     for k, finding in enumerate(findings):
         row = {"finding": finding, "positives": int(counts.positives[k]), "drawn": sums["drawn"][k]}
         row |= {name: sums[name][k] / PARTS for name in ("squares", "gaps", "chance")}
@@ -213,13 +243,13 @@ def _errors(findings: Sequence[str], grid: Sums, sums: Sums) -> list[dict[str, A
 
 
 def _rates(
-    findings: Sequence[str], grid: Sums, sums: Sums, positives: np.ndarray
+    findings: Sequence[str], spans: Spans, grid: Sums, sums: Sums, positives: np.ndarray
 ) -> list[dict[str, Any]]:
     """Return the operating points, a row a finding and rule; `positives` are on validation."""
-    counts, plan, rows = counts_of(grid), plan_of(grid), []
+    counts, plan, rows = counts_of(grid), plan_of(spans, grid), []
     for k, finding in enumerate(findings):
         for rule, name in enumerate(RULES):
-            threshold = threshold_of(plan.cuts[k][rule])
+            threshold = threshold_of(plan.cuts[k][rule], spans[k])
             row = {"finding": finding, "rule": name, "threshold": threshold}
             row |= {"val_positives": int(positives[k])}
             own = dict(zip(RATES, sums["rates"][k, rule], strict=True))

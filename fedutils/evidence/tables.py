@@ -29,6 +29,7 @@ METRICS = ("auroc", "average_precision")
 TEXT_COLUMNS = "test_set", "hospital", "first", "second", "finding", "verdict"  # columns of text
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
 SUMMARY = "evaluation/summary.json"  # below the run folder
+POOLED = "pooled.json"  # in the evaluation of a run whose films never left their hospitals
 BRACKETS = {"form": " [{}, {}]", "without": ""}  # an interval in a figure, where room is scarce
 
 

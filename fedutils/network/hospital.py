@@ -9,9 +9,11 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord
 from safetensors.torch import load_file, save
@@ -24,6 +26,7 @@ from ..base.scores import validation_sums
 from ..base.state import State, state_hash
 from ..client import Client, predict
 from ..dataset import ChestXrayDataset, read_report
+from ..evidence.pooled import Plan, Sums, draw_sums, grid_sums, span_sums
 from ..model import ChestResNet
 from ..privacy.ledger import note_open
 from ..privacy.masks import MaskFault, MaskParameters
@@ -71,6 +74,13 @@ class Hospital(Site):
         if trunk_hash(model) != self.order["trunk"]:
             raise InputError(f"weights={settings.weights!r}: not the trunk of the server")
         return model.place(find_devices(settings.device)[0])
+
+    def judge(self, sent: State, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return of a split's films labels (n, k), a model's probabilities (n, k), and patients."""
+        films, model = self.split(split), self.model()
+        model.load(sent)
+        chances = 1 / (1 + np.exp(-predict(model, films).astype(np.float64)))
+        return films.labels, chances, films.index["patient_id"].to_numpy()
 
     def client(self) -> Client:
         """Return the client of this hospital, of the class that the settings ask for."""
@@ -238,3 +248,34 @@ def validate(here: Hospital, sent: State) -> Answer:
         numbers = {name: torch.from_numpy(value) for name, value in sums.items()}
         return {}, {}, here.hide("validate", numbers)
     return {}, {name: value.tolist() for name, value in sums.items()}, {}
+
+
+def counts(kind: str, work: Callable[[Hospital, State], Sums]) -> Callable[..., Message]:
+    """Let a function count this hospital's films for a step of a test, and send it under masks."""
+
+    def count(here: Hospital, sent: State) -> Answer:
+        """Answer with whole numbers that add up to what is asked."""
+        sums = {name: torch.from_numpy(value) for name, value in work(here, sent).items()}
+        return {}, {}, here.hide(kind, sums)
+
+    return answers(count)
+
+
+@partial(counts, "span")
+def count_span(here: Hospital, sent: State) -> Sums:
+    """Count films for validation by where a model's scores lie."""
+    return span_sums(*here.judge(sent, "val"))
+
+
+@partial(counts, "grid")
+def count_grid(here: Hospital, sent: State) -> Sums:
+    """Count films for validation and test on a grid of a model's scores."""
+    taught, spans = here.split("train").labels, json.loads(here.order["plan"])
+    return grid_sums(taught, here.judge(sent, "val"), here.judge(sent, "test"), spans)
+
+
+@partial(counts, "draws")
+def count_draws(here: Hospital, sent: State) -> Sums:
+    """Count the resamples of test films, and what a model errs in them."""
+    plan = Plan(**json.loads(here.order["plan"]))
+    return draw_sums(*here.judge(sent, "test"), plan, here.settings.seed)

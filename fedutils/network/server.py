@@ -282,7 +282,7 @@ class NetworkTraining(Training):
             self.network = MaskedNetwork(grid, settings, keys)
         else:
             self.network = Network(grid, settings, keys)
-        self.wait = seconds
+        self.wait, self.keys = seconds, keys
         super().__init__(settings, None)
 
     def _plan(self, films: None) -> list[Job]:
@@ -297,6 +297,15 @@ class NetworkTraining(Training):
 
     def _findings(self) -> list[str]:
         return self.network.findings
+
+    def test(self) -> None:
+        """Let the hospitals judge the kept models on their test films; write what they find."""
+        from .judges import Judges  # which builds on this module
+
+        judges = Judges(self.network.grid, self.settings, self.keys)
+        judges.config, judges.model = self.network.config, self.models.first
+        judges.trunk = messages.trunk_hash(self.models.first)
+        judges.test(self.jobs, self.wait)
 
     def _executor(self, job: Job) -> Network:
         """Return the hospitals, which must have this server's trunk."""
@@ -313,6 +322,7 @@ def serve(grid: Grid, context: Context) -> None:
     settings = read_network({name: value for name, _, value in pairs})
     training = NetworkTraining(settings, grid, float(config["wait-seconds"]), str(config["keys"]))
     training.train(print_round)
+    training.test()
 
 
 def print_round(row: Row, history: pd.DataFrame) -> None:

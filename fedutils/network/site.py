@@ -66,7 +66,7 @@ class Site:
         """
         masks = self.masks
         about = [masks[key] for key in ("whole", "members", "nonce")]
-        return name_sum(kind, [self.run_key, self.asked, *about])
+        return name_sum(kind, [self.run_key, self.asked, self.order.get("plan", ""), *about])
 
 
 def name_sum(kind: str, about: object) -> str:

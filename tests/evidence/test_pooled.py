@@ -18,6 +18,9 @@ from fedutils.evidence.pooled import (
     grid_sums,
     plan_of,
     pooled_tables,
+    span_shapes,
+    span_sums,
+    spans_of,
 )
 from fedutils.evidence.tables import truth_of
 
@@ -71,14 +74,21 @@ def both():
     def add(sums):
         return {key: sum(one[key] for one in sums) for key in sums[0]}
 
-    grid = add([grid_sums(part(m, "train")[0], part(m, "val"), part(m, "test")) for m in masks])
-    plan = Plan(**json.loads(json.dumps(asdict(plan_of(grid)))))
+    coarse = add([span_sums(*part(m, "val")) for m in masks])
+    spans = spans_of(coarse)
+    grid = add(
+        [grid_sums(part(m, "train")[0], part(m, "val"), part(m, "test"), spans) for m in masks]
+    )
+    plan = Plan(**json.loads(json.dumps(asdict(plan_of(spans, grid)))))
     sums = add([draw_sums(*part(m, "test"), plan, 7, REPEATS) for m in masks])
+    assert {name: value.shape for name, value in coarse.items()} == span_shapes(5)
     assert {name: value.shape for name, value in grid.items()} == grid_shapes(5)
     assert {name: value.shape for name, value in sums.items()} == draw_shapes(5, REPEATS)
     for value in (*grid.values(), *sums.values()):
         assert value.dtype == np.int64
-    found, calibration, points = pooled_tables(FINDINGS, {("federated", "0", ""): (grid, sums)})
+    found, calibration, points = pooled_tables(
+        FINDINGS, {("federated", "0", ""): (spans, grid, sums)}
+    )
     return one, (found.mean_over, found.metrics, calibration, points)
 
 
@@ -108,8 +118,9 @@ def test_what_nobody_was_taught_has_no_value(both):
 
 def test_a_hospital_without_test_films_adds_nothing(both):
     none = np.empty((0, 5)), np.empty((0, 5)), np.empty(0)
-    grid = grid_sums(none[0], none, none)
+    spans = spans_of(span_sums(*none))
+    grid = grid_sums(none[0], none, none, spans)
     assert not any(value.any() for value in grid.values())
-    sums = draw_sums(*none, plan_of(grid), 7, REPEATS)
+    sums = draw_sums(*none, plan_of(spans, grid), 7, REPEATS)
     assert {name: value.shape for name, value in sums.items()} == draw_shapes(5, REPEATS)
     assert not any(value.any() for value in sums.values())

@@ -31,6 +31,11 @@ from fedutils import rounds, run
 from fedutils.base.device import precision
 from fedutils.base.errors import InputError
 from fedutils.base.state import state_hash, to_cpu
+from fedutils.evidence.calibration import calibrate
+from fedutils.evidence.cuts import operating_points
+from fedutils.evidence.metrics import REPEATS, evaluate_parts
+from fedutils.evidence.predict import predict_films, write_predictions
+from fedutils.evidence.tables import read_table
 from fedutils.films.phantom.cases import FINDINGS
 from fedutils.model import build_resnet34
 from fedutils.network import hospital, messages, server
@@ -958,3 +963,110 @@ def test_a_hospital_with_other_findings_is_left_out_by_name(tmp_path, capfd):
     network.discover()
     assert network.nodes == {"a": 11} and network.findings == ["A", "B"]
     assert "b is left out: its findings are B, A, not the run's A, B" in capfd.readouterr().out
+
+
+@pytest.fixture(scope="module", params=[{}, MASKED], ids=["plain", "masked"])
+def tested(request, tmp_path_factory):
+    """A run over Flower, tested; the same one simulated and evaluated with all films in one place."""
+    work = tmp_path_factory.mktemp("tested")
+    films = tiny_films(work, films=300)
+    settings = tiny_settings(work, lr=0.003)
+    Training(settings, films).train()
+    seen = {part: predict_films(settings, films, part) for part in ("val", "test")}
+    parts = {
+        part: write_predictions(table, work / f"{part}.csv.gz") for part, table in seen.items()
+    }
+    index = films.index.set_index("image_index").loc[parts["test"]["image_index"].unique()]
+    _, metrics, _, _ = evaluate_parts(
+        parts["test"], index, {"all": {"all": np.full(len(index), True)}}, settings.seed, REPEATS
+    )
+    errors = calibrate(parts["test"], films.index, settings.seed).query("hospital == ''")
+    points = operating_points(parts["val"], parts["test"], films.index)
+    here = {"metrics": metrics, "calibration": errors, "operating_points": points}
+    grid = Grid(tiny_homes(work / SECRET, films))
+    changes = {"lr": 0.003} | request.param
+    training = NetworkTraining(tiny_settings(work / "server", **changes), grid, 1)
+    training.train()
+    trained = len(grid.wire)
+    training.test()
+    return training, here, grid, trained
+
+
+@pytest.mark.parametrize("table", ["metrics", "calibration", "operating_points"])
+def test_a_test_over_flower_has_the_tables_of_the_films_in_one_place(tested, table):
+    """Values and the ends of intervals within a thousandth."""
+    training, here, *_ = tested
+    there = read_table(training.run / f"evaluation/{table}.csv")
+    one = here[table].reset_index(drop=True)
+    assert list(one.columns) == list(there.columns) and len(one) == len(there)
+    for name in one.select_dtypes("number"):
+        if name != "seed":
+            np.testing.assert_allclose(there[name], one[name], atol=1e-3, err_msg=name)
+    assert one["value" if table == "metrics" else "finding"].notna().sum() > 14
+
+
+def test_nothing_but_masked_sums_leaves_a_hospital_in_a_test(tested):
+    """Whether or not the updates were masked."""
+    *_, grid, trained = tested
+    kinds = set()
+    for _, reply, _ in [one for one in grid.wire[trained:] if one[0] != "down"]:
+        words, kind = dict(reply.content["words"]), reply.metadata.message_type
+        kinds.add(kind)
+        if kind.startswith("evaluate."):
+            assert words == {"status": "ok", "reason": ""}
+            assert not dict(reply.content["numbers"])
+            numbers = torch.cat([value.flatten() for value in unpack(reply).values()])
+            assert numbers.dtype == torch.int64
+            counts = np.bincount(numbers.numpy().view(np.uint8), minlength=256)
+            assert stats.chisquare(counts).pvalue > 1e-6
+    assert {"evaluate.grid", "evaluate.draws", "query.offer", "query.reveal"} <= kinds
+
+
+def test_a_model_is_tested_once(tested):
+    training, _, grid, _ = tested
+    sent = len(grid.wire)
+    training.test()
+    assert len(grid.wire) == sent
+
+
+def test_a_test_is_of_all_hospitals_or_of_none(tmp_path):
+    """While one is away nothing is unmasked; once it is back, the same command tests."""
+    films = tiny_films(tmp_path)
+    homes = tiny_homes(tmp_path / SECRET, films)
+    grid = Replies(homes, "evaluate.grid", {"status": "failed", "reason": "lost"})
+    training = NetworkTraining(tiny_settings(tmp_path / "server", rounds=1), grid, 1)
+    training.train()
+    with pytest.raises(MaskFault, match="not tested without client-2: the same command tests"):
+        training.test()
+    kinds = [reply.metadata.message_type for name, reply, _ in grid.wire if name != "down"]
+    assert not {"query.agree", "query.reveal"} & {*kinds[kinds.index("evaluate.grid") :]}
+    assert not (training.run / "evaluation").is_dir()
+    again = NetworkTraining(tiny_settings(tmp_path / "server", rounds=1), Grid(homes), 1)
+    again.test()
+    assert (training.run / "evaluation/metrics.csv").is_file()
+
+
+def test_a_hospital_that_lies_in_a_test_is_noticed(tmp_path, monkeypatch):
+    homes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))
+    training = NetworkTraining(tiny_settings(tmp_path / "server", rounds=1), Grid(homes), 1)
+    training.train()
+    count = hospital.draw_sums
+
+    def lie(*about):
+        sums = count(*about)
+        sums["counts"][0, 0, 0, 0] += 1
+        return sums
+
+    monkeypatch.setattr(hospital, "draw_sums", lie)
+    with pytest.raises(MaskFault, match="none of any films: somebody lies"):
+        training.test()
+
+
+def test_one_hospital_alone_is_not_tested(tmp_path, capsys):
+    films = tiny_films(tmp_path, clients=1)
+    grid = Grid(tiny_homes(tmp_path / SECRET, films))
+    settings = tiny_settings(tmp_path / "server", rounds=1, num_clients=1)
+    training = NetworkTraining(settings, grid, 1)
+    training.train()
+    training.test()
+    assert "not tested: a sum of one hospital is bare" in capsys.readouterr().out
