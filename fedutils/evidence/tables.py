@@ -13,6 +13,7 @@ from ..base.files import read_written
 from ..base.findings import findings_of
 from ..base.parameters import Parameters
 from ..base.scores import undefined
+from ..dataset import read_report
 from ..run import ADOPTED, Model, read_history
 
 OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
@@ -29,7 +30,8 @@ METRICS = ("auroc", "average_precision")
 TEXT_COLUMNS = "test_set", "hospital", "first", "second", "finding", "verdict"  # columns of text
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
 SUMMARY = "evaluation/summary.json"  # below the run folder
-POOLED = "pooled.json"  # in the evaluation of a run whose films never left their hospitals
+POOLED = "evaluation/pooled.json"  # of a run whose films never left their hospitals
+NETWORK = "network"  # the partition of such a run
 BRACKETS = {"form": " [{}, {}]", "without": ""}  # an interval in a figure, where room is scarce
 
 
@@ -107,6 +109,22 @@ def read_summary(settings: Parameters) -> dict[str, Any]:
     path = settings.run / SUMMARY
     if not path.is_file():
         raise InputError(f"{path} is not there: run notebook 04_evaluate on {settings.name} first")
+    return json.loads(path.read_text())
+
+
+def read_data(settings: Parameters) -> dict[str, Any]:
+    """Read what is known of a run's films: notebook 02's report, or what their hospitals counted.
+
+    Raises InputError where hospitals have not tested the run yet.
+    """
+    if settings.partition != NETWORK:
+        return read_report(settings.prepared)
+    path = settings.run / POOLED
+    if not path.is_file():
+        again = "`fedutils flower train` with its parameters tests it"
+        raise InputError(
+            f"{path} is not there: the hospitals have not tested {settings.name}: {again}"
+        )
     return json.loads(path.read_text())
 
 

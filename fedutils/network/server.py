@@ -22,6 +22,7 @@ from ..base.fixed import Pool
 from ..base.scores import judge
 from ..base.state import State, find_misfit, find_odd
 from ..client import Update
+from ..evidence.tables import NETWORK
 from ..fedavg import FedAvg
 from ..model import ChestResNet
 from ..privacy.keys import is_introduced, read_keys
@@ -38,7 +39,6 @@ POLL = 0.5  # seconds between two looks for a reply
 server_app = ServerApp()
 # What means nothing over a network, and why: refused unless it is as it is by default.
 REFUSED = tomllib.loads(Path(__file__).with_name("refused.toml").read_text())
-PARTITION = "network"  # what config.json says of who has which patients
 
 
 class Network:
@@ -275,7 +275,7 @@ class NetworkTraining(Training):
 
     def __init__(self, settings: Settings, grid: Grid, seconds: float, keys: str = "") -> None:
         check_network(settings)
-        settings = dataclasses.replace(settings, partition=PARTITION)
+        settings = dataclasses.replace(settings, partition=NETWORK)
         if settings.secure_aggregation:
             from .masked import MaskedNetwork  # which builds on this module
 
@@ -316,11 +316,20 @@ class NetworkTraining(Training):
 
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
-    """Train as the run's `parameters` say, such as "rounds=6 work_dir=/path"; print each round."""
+    """Train as the run's `parameters` say, such as "rounds=6 work_dir=/path"; print each round.
+
+    Then the hospitals test what came of it; or, as a `survey`, they describe their films alone.
+    """
     config = context.run_config
     pairs = [part.partition("=") for part in shlex.split(config["parameters"])]
     settings = read_network({name: value for name, _, value in pairs})
-    training = NetworkTraining(settings, grid, float(config["wait-seconds"]), str(config["keys"]))
+    about = float(config["wait-seconds"]), str(config["keys"])
+    if config["survey"]:
+        from .survey import survey  # which builds on this module
+
+        survey(grid, settings, *about)
+        return
+    training = NetworkTraining(settings, grid, *about)
     training.train(print_round)
     training.test()
 

@@ -1,5 +1,6 @@
 """Over Flower's messages the run is the simulation's, bit for bit, and no film leaves a hospital."""
 
+import ast
 import dataclasses
 import functools
 import io
@@ -31,12 +32,16 @@ from fedutils import rounds, run
 from fedutils.base.device import precision
 from fedutils.base.errors import InputError
 from fedutils.base.state import state_hash, to_cpu
+from fedutils.batch.absent import LeaveOut
+from fedutils.batch.run import run as batch_run
 from fedutils.evidence.calibration import calibrate
 from fedutils.evidence.cuts import operating_points
 from fedutils.evidence.metrics import REPEATS, evaluate_parts
 from fedutils.evidence.predict import predict_films, write_predictions
+from fedutils.evidence.summary import verify_run
 from fedutils.evidence.tables import read_table
 from fedutils.films.phantom.cases import FINDINGS
+from fedutils.films.survey import HIDDEN
 from fedutils.model import build_resnet34
 from fedutils.network import hospital, messages, server
 from fedutils.network.clientapp import client_app
@@ -51,6 +56,7 @@ from fedutils.network.messages import (
     unpack,
 )
 from fedutils.network.server import REFUSED, NetworkTraining
+from fedutils.network.survey import survey
 from fedutils.privacy.ledger import Ledger
 from fedutils.privacy.masks import Masker, MaskFault
 from fedutils.rounds import FederationError
@@ -1070,3 +1076,67 @@ def test_one_hospital_alone_is_not_tested(tmp_path, capsys):
     training.train()
     training.test()
     assert "not tested: a sum of one hospital is bare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tested", [{}], indirect=True, ids=["plain"])
+def test_notebook_04_shows_what_the_hospitals_counted_and_says_what_is_not_there(tested):
+    """Its tables and figures of all films; no film, no single hospital."""
+    training, *_ = tested
+    values = {"work_dir": training.settings.work_dir, "name": "run"}
+    batch_run(values, only="04")
+    folder = training.run / "evaluation"
+    page = Path(training.settings.work_dir, "notebooks/run/04_evaluate.html").read_text()
+    assert page.count("Not here: it needs the films, which never left") > 10
+    assert "federated reaches a mean AUROC of" in page and (folder / "auroc.png").is_file()
+    for absent in ("roc", "hospitals", "subgroups", "gallery"):
+        assert not (folder / f"{absent}.png").is_file()
+    assert "3 clients, partition network" in (training.run / "MODEL_CARD.md").read_text()
+    assert verify_run(training.settings) == []
+
+
+def test_a_statement_that_needs_what_is_absent_goes_and_all_that_is_made_of_it():
+    cut = LeaveOut({"films"}, {"result"})
+    cells = "index = films.index; title = 'x'", "a, b = f(index)", "result = g(a)", "print(result)"
+    left = [ast.unparse(cut.visit(ast.parse(cell))).split("\n") for cell in cells]
+    assert [line for cell in left for line in cell if "Not here" not in line] == [
+        "title = 'x'", "print(result)",
+    ]  # fmt: skip
+    assert ["Not here" in cell[0] for cell in left] == [True, True, True, False]
+
+
+def test_before_training_hospitals_tell_counts_and_what_differs(tmp_path, signed, capsys):
+    """One was prepared at another size: that shows here, not in round 7. No stranger's word."""
+    homes, keys = signed
+    for name, home in homes.items():
+        path = home / "prepared/report.json"
+        report = json.loads(path.read_text()) | {"release": f"set of {name}"}
+        report["image_size"] = 64 if name == "client-3" else 32
+        path.write_text(json.dumps(report))
+    grid = KeyGrid(homes, keys)
+    path = survey(grid, tiny_settings(tmp_path / "server"), 5, str(keys))
+    found = json.loads(path.read_text())
+    assert list(found) == ["client-1", "client-2", "client-3"]
+    said = capsys.readouterr().out
+    assert "image_size differs: client-1, client-2: 32; client-3: 64" in said
+    assert found["client-1"]["split"] == {"train": 12, "val": HIDDEN, "test": HIDDEN}
+    assert np.array(found["client-1"]["mean film"]).shape == (32, 32)
+    content = b"".join(content for *_, content in grid.wire)
+    assert SECRET.encode() not in content and b"00000000_000.png" not in content
+    grid = KeyGrid(homes, keys, {"client-2": "stranger"})
+    again = survey(grid, tiny_settings(tmp_path / "other"), 1, str(keys))
+    assert "client-2" not in json.loads(again.read_text())
+    assert "calls itself client-2, and has not its key" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no hospital has said anything"):
+        survey(Grid({}), tiny_settings(tmp_path / "other"), 0.1)
+
+
+def test_what_is_no_survey_is_left_out(tmp_path, capsys):
+    homes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))
+    words = {"status": "ok", "reason": "", "said": '{"name": "client-2", "counts": {"split": 3}}'}
+    grid = Replies(homes, "query.survey", words)
+    for home in homes.values():
+        path = home / "prepared/report.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"release": "tiny"}))
+    found = json.loads(survey(grid, tiny_settings(tmp_path / "server"), 1).read_text())
+    assert list(found) == ["client-1", "client-3"]
+    assert "SuperNode 12: says not who it is" in capsys.readouterr().out
