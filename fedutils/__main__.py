@@ -186,9 +186,8 @@ def test_elsewhere(options: argparse.Namespace) -> None:
     """Test a run's models on films that they never saw."""
     from .batch.external import external_test
 
-    settings = settings_of(options.folder)
-    for folder in options.data:
-        print(external_test(settings, folder))
+    for sentence in external_test(settings_of(options.folder), options.data):
+        print(sentence, flush=True)
 
 
 def predict_paths(options: argparse.Namespace) -> None:
