@@ -12,7 +12,7 @@ from ..dataset import ChestXrayDataset, read_report
 from .suspects import mean_films
 
 HIDDEN = -1  # in place of a count
-AGES = range(0, 110, 10)  # years: from; the last one holds all above
+DECADES = range(0, 110, 10)  # years: from; the last one holds all above
 SAME = ("image_size", "seed", "findings")  # what must be alike everywhere
 
 
@@ -26,8 +26,8 @@ def describe_films(prepared: Path, least: int) -> tuple[dict[str, Any], np.ndarr
     """
     report, films = read_report(prepared), ChestXrayDataset(prepared)
     index, names = films.index, films.findings
-    bands = [f"{age}-{age + 9}" for age in AGES[:-1]] + [f"{AGES[-1]}+"]
-    ages = pd.cut(index["age"], [*AGES, np.inf], right=False, labels=bands).astype(object)
+    bands = [f"{age}-{age + 9}" for age in DECADES[:-1]] + [f"{DECADES[-1]}+"]
+    ages = pd.cut(index["age"], [*DECADES, np.inf], right=False, labels=bands).astype(object)
     found = {"release": report["release"], "findings": names}
     found |= {key: report[key] for key in ("image_size", "seed")}
     found["split"] = count_groups(index, index["split"], least, SPLITS)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message
@@ -15,12 +14,14 @@ client_app = ClientApp()
 Answering = Callable[[Message, Context], Message]
 
 
-def with_films(name: str, room: str = "hospital") -> Answering:
-    """Return what lets a function of a module that takes seconds to import answer."""
+def with_films(name: str) -> Answering:
+    """Return what lets a function of `hospital`, which takes seconds to import, answer."""
 
     def answer_there(message: Message, context: Context) -> Message:
         """Answer with the films of this hospital."""
-        return getattr(import_module(f".{room}", __package__), name)(message, context)
+        from . import hospital
+
+        return getattr(hospital, name)(message, context)
 
     return answer_there
 
@@ -65,8 +66,15 @@ def reveal(here: Site) -> dict[str, str]:
     return here.masker().reveal(here.order["what"], json.loads(here.order["signatures"]))
 
 
+def tell(message: Message, context: Context) -> Message:
+    """Describe the films of this hospital."""
+    from . import survey  # which takes seconds to import
+
+    return survey.tell_films(message, context)
+
+
 client_app.query()(with_films("introduce"))
-client_app.query("survey")(with_films("tell", "survey"))
+client_app.query("survey")(tell)
 client_app.query("count")(with_films("count"))
 client_app.train()(with_films("fit"))
 client_app.train("measure")(with_films("batchnorm"))

@@ -31,7 +31,7 @@ from ..run import read_model
 from .masked import MaskedNetwork
 from .server import Network
 
-ABOUT = {  # what notebook 04 says of films that it never sees
+OF_FILMS = {  # what notebook 04 says of films that it never sees
     "release": "hospitals'",
     "source": "Films of hospitals that tested the model where they lie",
     "labels_by": "Labels are as each hospital has them; how they came about, it alone can say.",
@@ -69,7 +69,7 @@ class Judges(MaskedNetwork):
         films, patients = map(int, grid["films"])
         found = {"models": about, "mean_over": mean_over, "outputs": self.findings}
         found |= {"films": films, "patients": patients, "hospitals": list(self.members)}
-        found |= ABOUT | {"fingerprint": "", "yardsticks": None}
+        found |= OF_FILMS | {"fingerprint": "", "yardsticks": None}
         write_atomic(path, json.dumps(found, indent=1).encode())
         print(f"tested on {films} films of {patients} patients: {folder}", flush=True)
 

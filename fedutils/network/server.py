@@ -323,13 +323,13 @@ def serve(grid: Grid, context: Context) -> None:
     config = context.run_config
     pairs = [part.partition("=") for part in shlex.split(config["parameters"])]
     settings = read_network({name: value for name, _, value in pairs})
-    about = float(config["wait-seconds"]), str(config["keys"])
+    seconds, keys = float(config["wait-seconds"]), str(config["keys"])
     if config["survey"]:
-        from .survey import survey  # which builds on this module
+        from .survey import ask_hospitals  # which builds on this module
 
-        survey(grid, settings, *about)
+        ask_hospitals(grid, settings, seconds, keys)
         return
-    training = NetworkTraining(settings, grid, *about)
+    training = NetworkTraining(settings, grid, seconds, keys)
     training.train(print_round)
     training.test()
 

@@ -23,7 +23,7 @@ WRITTEN = "survey/survey.json"  # below the server's work folder
 ORDER = {"run": RUN, "config": json.dumps({"min_clients": 1}), "trunk": ""}
 
 
-def tell(message: Message, context: Context) -> Message:
+def tell_films(message: Message, context: Context) -> Message:
     """Describe this hospital's films, by its own `least_count`."""
 
     def there(order: ConfigRecord, node: dict[str, Any]) -> tuple[dict[str, str], Content]:
@@ -90,7 +90,7 @@ class Survey(Network):
         return name, counts | {"least": said.get("least")}, ""
 
 
-def survey(grid: Grid, settings: Settings, seconds: float, keys: str = "") -> Path:
+def ask_hospitals(grid: Grid, settings: Settings, seconds: float, keys: str = "") -> Path:
     """Ask `num_clients` hospitals for their counts, print what differs, and write survey.json.
 
     Raises InputError where none has answered.

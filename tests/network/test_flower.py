@@ -56,7 +56,7 @@ from fedutils.network.messages import (
     unpack,
 )
 from fedutils.network.server import REFUSED, NetworkTraining
-from fedutils.network.survey import survey
+from fedutils.network.survey import ask_hospitals
 from fedutils.privacy.ledger import Ledger
 from fedutils.privacy.masks import Masker, MaskFault
 from fedutils.rounds import FederationError
@@ -1113,7 +1113,7 @@ def test_before_training_hospitals_tell_counts_and_what_differs(tmp_path, signed
         report["image_size"] = 64 if name == "client-3" else 32
         path.write_text(json.dumps(report))
     grid = KeyGrid(homes, keys)
-    path = survey(grid, tiny_settings(tmp_path / "server"), 5, str(keys))
+    path = ask_hospitals(grid, tiny_settings(tmp_path / "server"), 5, str(keys))
     found = json.loads(path.read_text())
     assert list(found) == ["client-1", "client-2", "client-3"]
     said = capsys.readouterr().out
@@ -1123,11 +1123,11 @@ def test_before_training_hospitals_tell_counts_and_what_differs(tmp_path, signed
     content = b"".join(content for *_, content in grid.wire)
     assert SECRET.encode() not in content and b"00000000_000.png" not in content
     grid = KeyGrid(homes, keys, {"client-2": "stranger"})
-    again = survey(grid, tiny_settings(tmp_path / "other"), 1, str(keys))
+    again = ask_hospitals(grid, tiny_settings(tmp_path / "other"), 1, str(keys))
     assert "client-2" not in json.loads(again.read_text())
     assert "calls itself client-2, and has not its key" in capsys.readouterr().out
     with pytest.raises(InputError, match="no hospital has said anything"):
-        survey(Grid({}), tiny_settings(tmp_path / "other"), 0.1)
+        ask_hospitals(Grid({}), tiny_settings(tmp_path / "other"), 0.1)
 
 
 def test_what_is_no_survey_is_left_out(tmp_path, capsys):
@@ -1137,6 +1137,6 @@ def test_what_is_no_survey_is_left_out(tmp_path, capsys):
     for home in homes.values():
         path = home / "prepared/report.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"release": "tiny"}))
-    found = json.loads(survey(grid, tiny_settings(tmp_path / "server"), 1).read_text())
+    found = json.loads(ask_hospitals(grid, tiny_settings(tmp_path / "server"), 1).read_text())
     assert list(found) == ["client-1", "client-3"]
     assert "SuperNode 12: says not who it is" in capsys.readouterr().out
