@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 LOSS_PARTS = 1 << 24  # parts of a loss, which is added up as a whole number
-CELLS, FEW_STEPS = 1 << 16, 1 << 9  # cells of a grid of probabilities, and of the one before
+FINE_STEPS, COARSE_STEPS = (
+    1 << 16,
+    1 << 9,
+)  # cells of a grid of probabilities, and of the one before
 REACH = 16.0  # logits, either way
 TINY = 1e-9  # the lowest probability that has a logit
 
@@ -33,9 +36,9 @@ def logit_of(chance: np.ndarray) -> np.ndarray:
 
 
 def count_coarse(chance: np.ndarray) -> np.ndarray:
-    """Count probabilities (n,) on FEW_STEPS even steps of the logit: what tells their span."""
-    steps = (logit_of(chance) + REACH) * (FEW_STEPS / 2 / REACH)
-    return np.bincount(steps.clip(0, FEW_STEPS - 1).astype(int), minlength=FEW_STEPS)
+    """Count probabilities (n,) on COARSE_STEPS even steps of the logit: what tells their span."""
+    steps = (logit_of(chance) + REACH) * (COARSE_STEPS / 2 / REACH)
+    return np.bincount(steps.clip(0, COARSE_STEPS - 1).astype(int), minlength=COARSE_STEPS)
 
 
 def span_of(coarse: np.ndarray) -> tuple[float, float]:
@@ -46,7 +49,9 @@ def span_of(coarse: np.ndarray) -> tuple[float, float]:
     filled = np.flatnonzero(coarse)
     if not len(filled):
         return -REACH, REACH
-    low, high = (np.array([filled[0], filled[-1] + 1]) * (2 * REACH / FEW_STEPS) - REACH).tolist()
+    low, high = (
+        np.array([filled[0], filled[-1] + 1]) * (2 * REACH / COARSE_STEPS) - REACH
+    ).tolist()
     beside = (high - low) / 2
     return low - beside, high + beside
 
@@ -56,13 +61,13 @@ def cell_of(chance: np.ndarray, span: tuple[float, float]) -> np.ndarray:
 
     Where probabilities must not leave, films are counted on it: those of one cell are then ties.
     """
-    steps = (logit_of(chance) - span[0]) / (span[1] - span[0]) * CELLS
-    return np.nan_to_num(steps).clip(0, CELLS - 1).astype(np.int64)
+    steps = (logit_of(chance) - span[0]) / (span[1] - span[0]) * FINE_STEPS
+    return np.nan_to_num(steps).clip(0, FINE_STEPS - 1).astype(np.int64)
 
 
 def edge_of(cell: Any, span: tuple[float, float], middle: float = 0.0) -> Any:
     """Return the lowest probability on a cell; or with 0.5 one in its middle."""
-    logit = span[0] + (np.asarray(cell) + middle) * ((span[1] - span[0]) / CELLS)
+    logit = span[0] + (np.asarray(cell) + middle) * ((span[1] - span[0]) / FINE_STEPS)
     chance = 1 / (1 + np.exp(-logit))
     return np.where((np.asarray(cell) == 0) | (chance <= TINY), middle * TINY, chance)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.findings import findings_of
-from ..base.scores import CELLS, cell_of, count_coarse, edge_of, span_of
+from ..base.scores import FINE_STEPS, cell_of, count_coarse, edge_of, span_of
 from .calibration import known_films
 from .intervals import cluster_sums, share_ends
 from .metrics import count_patients
@@ -30,7 +30,7 @@ def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> f
     truth, probability = known_films(truth, probability)
     span = span_of(count_coarse(probability))
     cells = cell_of(probability, span)
-    counts = (np.bincount(cells, weight, CELLS) for weight in (truth, 1 - truth))
+    counts = (np.bincount(cells, weight, FINE_STEPS) for weight in (truth, 1 - truth))
     return threshold_of(choose_cut(*counts, rule), span)
 
 

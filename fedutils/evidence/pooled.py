@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..base.scores import CELLS, FEW_STEPS, cell_of, count_coarse, edge_of, logit_of, span_of
+from ..base.scores import (
+    COARSE_STEPS,
+    FINE_STEPS,
+    cell_of,
+    count_coarse,
+    edge_of,
+    logit_of,
+    span_of,
+)
 from . import tables
 from .bootstrap import SEGMENTS, areas, around, count_segments, join_scores, patient_resamples
 from .calibration import (
@@ -48,7 +56,7 @@ class Plan:
 
 def span_shapes(findings: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of `span_sums`."""
-    return {"coarse": (findings, FEW_STEPS)}
+    return {"coarse": (findings, COARSE_STEPS)}
 
 
 def span_sums(truth: np.ndarray, chance: np.ndarray, patients: np.ndarray) -> Sums:
@@ -67,14 +75,14 @@ def spans_of(sums: Sums) -> Spans:
 
 def grid_shapes(findings: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of `grid_sums`."""
-    counts = {"val": (2, findings, CELLS), "test": (2, findings, CELLS)}
+    counts = {"val": (2, findings, FINE_STEPS), "test": (2, findings, FINE_STEPS)}
     return counts | {"patients": (2, findings), "films": (2,), "taught": (findings,)}
 
 
 def grid_sums(
     taught: np.ndarray, val: tuple[np.ndarray, ...], test: tuple[np.ndarray, ...], spans: Spans
 ) -> Sums:
-    """Count films with and without each finding on the grid of scores: (2, findings, CELLS).
+    """Count films with and without each finding on the grid of scores: (2, findings, FINE_STEPS).
 
     `taught` are the labels of training (n, findings), `val` and `test` labels, probabilities (n,
     findings) and patients (n,). `patients` counts those with a positive film, and with a negative
@@ -83,11 +91,12 @@ def grid_sums(
     found = {}
     for name, (truth, chance, _) in (("val", val), ("test", test)):
         cells = _cells(chance, spans)
-        place = np.arange(truth.shape[1]) * CELLS + cells  # by finding, then cell
+        place = np.arange(truth.shape[1]) * FINE_STEPS + cells  # by finding, then cell
         counts = [
-            np.bincount(place[truth == mark], minlength=truth.shape[1] * CELLS) for mark in (1, 0)
+            np.bincount(place[truth == mark], minlength=truth.shape[1] * FINE_STEPS)
+            for mark in (1, 0)
         ]
-        found[name] = np.reshape(counts, (2, -1, CELLS))
+        found[name] = np.reshape(counts, (2, -1, FINE_STEPS))
     truth, _, patients = test
     counts = {"patients": count_patients(truth, patients)}
     counts["films"] = [len(truth), len(np.unique(patients))]
@@ -164,7 +173,7 @@ def draw_sums(
     if not len(truth):
         return {name: value.astype(np.int64) for name, value in found.items()}
     resamples = patient_resamples(patients, repeats, seed)
-    cells = CELLS - 1 - _cells(chance, plan.spans)
+    cells = FINE_STEPS - 1 - _cells(chance, plan.spans)
     for k, ends in enumerate(plan.ends):
         known = ~np.isnan(truth[:, k])
         y, p, who = truth[known, k], chance[known, k], resamples.owner[known]
@@ -179,7 +188,7 @@ def draw_sums(
         inside = spreads(logit_of(p), y, who, weights)
         found["slope"][k], found["intercept"][k] = (UNITS * np.nan_to_num(one) for one in inside)
         for rule, cut in enumerate(plan.cuts[k]):
-            called = CELLS - 1 - cells[known, k] >= cut
+            called = FINE_STEPS - 1 - cells[known, k] >= cut
             found["rates"][k, rule] = [*rate_sums(y, called & (cut >= 0), who).values()]
     return {name: np.rint(value).astype(np.int64) for name, value in found.items()}
 
@@ -253,6 +262,7 @@ def _rates(
             row = {"finding": finding, "rule": name, "threshold": threshold}
             row |= {"val_positives": int(positives[k])}
             own = dict(zip(RATES, sums["rates"][k, rule], strict=True))
-            known = int(counts.known[k]), int(counts.positives[k])
-            rows.append(row | tabulate_rates(own, threshold, counts.enough[k], *known))
+            films, positive = int(counts.known[k]), int(counts.positives[k])
+            row |= tabulate_rates(own, threshold, counts.enough[k], films, positive)
+            rows.append(row)
     return rows
