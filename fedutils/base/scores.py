@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 LOSS_PARTS = 1 << 24  # parts of a loss, which is added up as a whole number
-FINE_STEPS, COARSE_STEPS = (
-    1 << 16,
-    1 << 9,
-)  # cells of a grid of probabilities, and of the one before
+BOUNDLESS = 1 << 52  # parts: of thousands of hospitals they add up to less than 2^63
+FINE_STEPS = 1 << 16  # cells of a grid of probabilities
+COARSE_STEPS = 1 << 9  # of the one that tells where it is to lie
 REACH = 16.0  # logits, either way
 TINY = 1e-9  # the lowest probability that has a logit
 
@@ -49,9 +48,8 @@ def span_of(coarse: np.ndarray) -> tuple[float, float]:
     filled = np.flatnonzero(coarse)
     if not len(filled):
         return -REACH, REACH
-    low, high = (
-        np.array([filled[0], filled[-1] + 1]) * (2 * REACH / COARSE_STEPS) - REACH
-    ).tolist()
+    ends = np.array([filled[0], filled[-1] + 1]) * (2 * REACH / COARSE_STEPS) - REACH
+    low, high = ends.tolist()
     beside = (high - low) / 2
     return low - beside, high + beside
 
@@ -120,15 +118,19 @@ def validation_sums(labels: np.ndarray, logits: np.ndarray) -> dict[str, np.ndar
     """Return what is added up of one hospital's films, (N, k) each: whole numbers, int64.
 
     Of the binary cross-entropy 2^-24 parts, the known labels, and for each finding the pairs of a
-    film with and one without it, and twice those that are ordered right, ties as halves.
+    film with and one without it, and twice those that are ordered right, ties as halves. Where a
+    logit is not finite, the loss is BOUNDLESS, and the finding has no pairs.
     """
     x, known = logits.astype(np.float64), ~np.isnan(labels)
-    loss = (np.logaddexp(0, x) - x * np.nan_to_num(labels))[known].sum()
-    pairs = (labels == 1).sum(axis=0) * (labels == 0).sum(axis=0)
-    areas = [auroc(truth, score) for truth, score in zip(labels.T, logits.T, strict=True)]
+    with np.errstate(invalid="ignore"):
+        loss = (np.logaddexp(0, x) - x * np.nan_to_num(labels))[known].sum() * LOSS_PARTS
+    sound = np.isfinite(x).all(axis=0)
+    pairs = (labels == 1).sum(axis=0) * (labels == 0).sum(axis=0) * sound
+    scores = np.where(sound, x, 0)
+    areas = [auroc(truth, score) for truth, score in zip(labels.T, scores.T, strict=True)]
     ordered = np.rint(2 * np.nan_to_num(areas) * pairs)
     sums = {
-        "loss": np.rint(loss * LOSS_PARTS),
+        "loss": np.rint(np.nan_to_num(loss, nan=BOUNDLESS).clip(0, BOUNDLESS)),
         "labels": known.sum(),
         "pairs": pairs,
         "ordered": ordered,
@@ -139,12 +141,14 @@ def validation_sums(labels: np.ndarray, logits: np.ndarray) -> dict[str, np.ndar
 def judge(sums: Iterable[dict[str, np.ndarray]]) -> tuple[float, float]:
     """Return mean loss and mean AUROC of several hospitals' `validation_sums`; NaN without any.
 
-    Pairs are of one hospital: a model that only tells hospitals apart has an AUROC of 0.5.
+    Pairs are of one hospital: a model that only tells hospitals apart has an AUROC of 0.5. The loss
+    is NaN, too, where one was BOUNDLESS.
     """
     total: dict[str, Any] = {"loss": 0, "labels": 0, "pairs": np.zeros(0), "ordered": np.zeros(0)}
     for k, found in enumerate(sums):
         total = {name: value + total[name] if k else value for name, value in found.items()}
     some = total["pairs"] > 0
     areas = total["ordered"][some] / total["pairs"][some] / 2
-    loss = float(total["loss"] / LOSS_PARTS / total["labels"]) if total["labels"] else math.nan
+    known = total["labels"] and total["loss"] < BOUNDLESS
+    loss = float(total["loss"] / LOSS_PARTS / total["labels"]) if known else math.nan
     return loss, float(areas.mean()) if some.any() else math.nan

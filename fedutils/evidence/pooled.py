@@ -92,10 +92,8 @@ def grid_sums(
     for name, (truth, chance, _) in (("val", val), ("test", test)):
         cells = _cells(chance, spans)
         place = np.arange(truth.shape[1]) * FINE_STEPS + cells  # by finding, then cell
-        counts = [
-            np.bincount(place[truth == mark], minlength=truth.shape[1] * FINE_STEPS)
-            for mark in (1, 0)
-        ]
+        size = truth.shape[1] * FINE_STEPS
+        counts = [np.bincount(place[truth == mark], minlength=size) for mark in (1, 0)]
         found[name] = np.reshape(counts, (2, -1, FINE_STEPS))
     truth, _, patients = test
     counts = {"patients": count_patients(truth, patients)}

@@ -11,13 +11,14 @@ from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load, save
 
 from ..base.parameters import Parameters
+from ..base.scores import BOUNDLESS
 from ..base.state import LARGEST, State, count_bytes, find_misfit, find_odd, state_hash
 from ..client import Update
 from ..model import ChestResNet
 
 # The sums of a validation: whether there is one for each finding.
 SUMS = {"loss": False, "labels": False, "pairs": True, "ordered": True}
-MOST = 1 << 52  # of a sum: thousands of them do not overflow
+MOST = BOUNDLESS  # of a sum: thousands of them do not overflow
 SEPARATOR = "\n"  # between the findings in an introduction
 LOST = "lost"  # the status of a hospital that has not got what a message builds on
 SAID = "member/said"  # in what the server keeps of a hospital
