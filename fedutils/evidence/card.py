@@ -6,7 +6,7 @@ from ..base.files import write_atomic
 from ..base.findings import SPLITS
 from ..base.parameters import Parameters
 from ..dataset import read_report
-from ..run import best_rounds, read_films, read_history
+from ..run import read_films, read_history
 from . import tables, words
 
 
@@ -22,7 +22,7 @@ def write_card(settings: Parameters) -> str:
     )
     config = json.loads((settings.run / "config.json").read_text())
     history = read_history(settings.run)  # the number of rounds is no part of config.json
-    kept = best_rounds(history).set_index("arm")["round"]
+    kept = tables.best_rounds(history).set_index("arm")["round"]
     whole = tables.rows_of(metrics, metric="auroc", test_set=tables.ALL_FILMS)
     means, main = tables.mean_auroc_rows(whole), tables.main_model(calibration)
     over_seeds = tables.over_seeds(means)
