@@ -90,6 +90,7 @@ class Client:
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
         self.strategy = (strategy or STRATEGIES[settings.strategy])(settings)
         self.weight = films.weight  # what its update counts in the mean
+        self.halfway: Any = None  # over a network, what keeps its progress inside a round
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
         """Train `model` in place from what the server sent; return the update and what is kept.
@@ -160,11 +161,15 @@ class Client:
         half = precision(device, self.settings.precision) is torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=half)
         rng = generator(self.seed, "augment", round, self.name) if self.settings.augment else None
-        total, steps = torch.zeros((), device=device), 0
+        total, steps, done = torch.zeros((), device=device), 0, 0
+        if self.halfway:
+            done, steps, total = self.halfway.resume(model, optimizer, scaler, total)
         known, seen = (~np.isnan(self.films.labels)).mean(axis=1), 0.0
-        for positions in self._batches(round):
+        for number, positions in enumerate(self._batches(round), 1):
             motion = draw_motion(rng, len(positions)) if rng else None
             seen += known[positions].sum()
+            if number <= done:
+                continue
             films, labels = self.films.batch(positions, device)
             loss = masked_loss(model(films, motion), labels)
             optimizer.zero_grad()
@@ -176,6 +181,8 @@ class Client:
             scaler.update()
             total += loss.detach() * (~labels.isnan()).float().mean(dim=1).sum()
             steps += scaler.get_scale() >= scale  # it falls where a step overflowed: none was taken
+            if self.halfway:
+                self.halfway.note(number, steps, total)
         if not steps:
             raise ValueError("every step overflowed in fp16: choose another precision")
         whole = self.films.weight * self.settings.local_epochs
