@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 import struct
+import time
 import tracemalloc
 from collections import namedtuple
 from pathlib import Path
@@ -20,7 +21,16 @@ from tiny import ROUNDING, tiny_films, tiny_homes, tiny_settings
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed: make flower installs it")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
@@ -31,6 +41,8 @@ from fedutils import rounds, run
 from fedutils.base.device import precision
 from fedutils.base.errors import InputError
 from fedutils.base.state import state_hash, to_cpu
+from fedutils.client import Client
+from fedutils.evidence.tables import best_rounds, training_cost
 from fedutils.films.phantom.cases import FINDINGS
 from fedutils.model import build_resnet34
 from fedutils.network import hospital, messages, server
@@ -46,11 +58,12 @@ from fedutils.network.messages import (
     unpack,
 )
 from fedutils.network.server import REFUSED, NetworkTraining
+from fedutils.plots.training import learning_curves
 from fedutils.privacy.ledger import Ledger
 from fedutils.privacy.masks import Masker, MaskFault
 from fedutils.rounds import FederationError
 from fedutils.settings import FIELDS
-from fedutils.training import replicas, training
+from fedutils.training import halfway, replicas, training
 from fedutils.training.replicas import start_model
 from fedutils.training.training import Training
 
@@ -232,7 +245,8 @@ def test_no_film_no_patient_and_no_path_stands_in_any_message(both):
 @pytest.mark.parametrize("changes", [
     {"batchnorm": "frozen", "aggregation": "median", "strategy": "fedavgm"},
     {"batchnorm": "average", "client_fraction": 0.6},
-], ids=["frozen-median", "fraction"])  # fmt: skip
+    {"batchnorm": "frozen", "local_steps": 3},
+], ids=["frozen-median", "fraction", "steps"])  # fmt: skip
 def test_other_settings_too_have_the_bits_of_the_simulation(tmp_path, changes):
     films = tiny_films(tmp_path)
     expected = hashes(Training(tiny_settings(tmp_path, **changes), films).train())
@@ -259,6 +273,158 @@ def test_a_killed_server_goes_on_from_the_last_finished_round(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         over_flower(tmp_path, Killed(homes), **changes)
     assert hashes(over_flower(tmp_path, Grid(homes), **changes)) == expected
+
+
+@pytest.mark.parametrize("changes", [{"strategy": "scaffold"} | SGD, {"secure_aggregation": True}])
+def test_a_hospital_that_is_killed_in_a_round_is_asked_again_and_goes_on(
+    tmp_path, monkeypatch, capsys, changes
+):
+    """Not from the start: each of its batches is trained on once, and the bits are the same."""
+    changes = changes | {"local_epochs": 3, "min_clients": 2, "batchnorm": "frozen"}
+    monkeypatch.setattr(halfway, "EVERY", 0.0)
+    monkeypatch.setattr(server, "POLL", 0.01)
+    films, noted, note = tiny_films(tmp_path), [], halfway.Halfway.note
+    plain = changes | {"secure_aggregation": False}
+    expected = hashes(Training(tiny_settings(tmp_path, **plain), films).train())
+
+    def killed(self, batches, *about):
+        note(self, batches, *about)
+        if "client-2" in self.folder.parts:
+            noted.append(batches)
+            if noted == [1, 2, 3]:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(halfway.Halfway, "note", killed)
+
+    class Kills(Grid):
+        """A ClientApp that is killed takes its SuperNode along, which starts again after a while."""
+
+        looks = 0
+
+        def push_messages(self, messages):
+            ids = []
+            for message in messages:
+                try:
+                    ids += super().push_messages([message])
+                except KeyboardInterrupt:
+                    error = Message(Error(5, "Node Unavailable"), reply_to=message)
+                    self.replies[message.object_id] = error
+                    self.dead.add("client-2")
+                    ids.append(message.object_id)
+            return ids
+
+        def get_node_ids(self):
+            self.looks += bool(self.dead)
+            if self.looks == 5:
+                self.dead.clear()
+            return super().get_node_ids()
+
+    homes = tiny_homes(tmp_path / SECRET, films)
+    history = over_flower(tmp_path, Kills(homes), **changes)
+    assert hashes(history) == expected and set(history["status"]) == {"ok"}
+    assert noted == [1, 2, 3, 4, 5, 6] * 2
+    said = capsys.readouterr().out
+    assert "client-2 is asked again: Node Unavailable" in said and "goes on after 3 batch" in said
+    assert not [home for home in homes.values() if (home / "runs/run/halfway").exists()]
+
+
+def test_a_hospital_that_is_lost_and_does_not_come_back_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "POLL", 0.01)
+    monkeypatch.setattr(server, "RETURNS", 0.1)
+
+    class Lost(Grid):
+        def pull_messages(self, ids):
+            replies = super().pull_messages(ids)
+            for number, reply in enumerate(replies):
+                about = reply.metadata
+                if about.message_type == "train" and self.nodes[about.src_node_id] == "client-2":
+                    ask = Message(RecordDict({}), 11, "train")
+                    replies[number] = Message(Error(5, "Node Unavailable"), reply_to=ask)
+                    self.dead.add("client-2")
+            return replies
+
+    history = over_flower(tmp_path, Lost(tiny_homes(tmp_path, tiny_films(tmp_path))), rounds=1)
+    assert history["status"].tolist() == ["ok", "failed", "ok", "ok"]
+    assert history["reason"][1] == "Node Unavailable"
+
+
+def test_the_late_update_of_an_old_round_is_never_taken_for_the_new_one(
+    tmp_path, monkeypatch, capsys
+):
+    """Nor what the hospital kept beside it: with SCAFFOLD's variates, the simulation's bits."""
+    films, changes, fit = tiny_films(tmp_path), {"strategy": "scaffold"} | SGD, Client.fit
+    changes |= {"batchnorm": "frozen", "rounds": 3, "client_seconds": 600.0}
+
+    def slow(self, *about):
+        update, kept = fit(self, *about)
+        seconds = 999.0 if self.name == "client-2" and about[3] == 1 else 0.0
+        return dataclasses.replace(update, seconds=seconds), kept
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "fit", slow)
+        simulated = Training(tiny_settings(tmp_path, **changes), films).train()
+
+    class Late(Grid):
+        """Client-2's first update is there when the second is asked for, and stays to be pulled."""
+
+        held, clock = "", 0.0
+
+        def push_messages(self, messages):
+            ids = super().push_messages(messages)
+            for key, message in zip(ids, messages, strict=True):
+                about = message.metadata
+                if about.message_type == "train" and self.nodes[about.dst_node_id] == "client-2":
+                    self.held = self.held or key
+            return ids
+
+        def pull_messages(self, ids):
+            self.clock += 601.0 * (self.held in ids)
+            return super().pull_messages([key for key in ids if key != self.held])
+
+    grid, clock = Late(tiny_homes(tmp_path / SECRET, films)), time.monotonic
+    monkeypatch.setattr(server.time, "monotonic", lambda: clock() + grid.clock)
+    history = over_flower(tmp_path, grid, **changes)
+    assert history[history["client"] == "client-2"]["status"].tolist() == ["late", "ok", "ok"]
+    assert hashes(history) == hashes(simulated) and grid.held in grid.replies
+    assert "round 1: client-2 late: no reply in 600 s\n" in capsys.readouterr().out
+
+
+def test_who_leaves_joins_or_comes_new_is_a_line_in_the_history(tmp_path, monkeypatch, capsys):
+    """Shares stay those of the hospitals of the start: the bits are those of two that failed."""
+    films = tiny_films(tmp_path, films=80, clients=4)
+    grid = Grid(tiny_homes(tmp_path / SECRET, films))
+    grid.dead.add("client-4")  # it registers when the run has begun
+    about, fit = {"rounds": 4, "batchnorm": "frozen"}, Client.fit
+    network = NetworkTraining(tiny_settings(tmp_path / "server", **about), grid, 1)
+    gone = {1: {"client-1"}, 2: {"client-1"}}
+
+    def on_round(row, history):
+        grid.dead = gone.get(row["round"], set())
+
+    history = network.train(on_round)
+    rows = history[history["status"].isin(["joined", "left", "left out"])]
+    assert rows[["round", "client", "status"]].to_numpy().tolist() == [
+        [2, "client-1", "left"], [2, "client-4", "left out"], [4, "client-1", "joined"],
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "round 2: client-1 left: not connected\n" in said
+    assert "round 2: client-4 left out: new: wait for the next run\n" in said
+    assert "round 4: client-1 joined: connected again\n" in said
+
+    def away(self, *args):
+        return 1 / 0 if self.name == "client-1" and args[3] in (2, 3) else fit(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "fit", away)
+        three = films.where(films.index["client"] != "client-4")
+        simulated = Training(tiny_settings(tmp_path, **about), three).train()
+    assert hashes(history) == hashes(simulated)
+    more = over_flower(tmp_path, grid, **about | {"rounds": 5})  # another process: nothing is new
+    assert set(more[more["round"] == 5]["status"]) == {"ok"}
+    stored = run.read_history(tmp_path / "server/runs/run")
+    assert len(best_rounds(stored)) == 1 and len(learning_curves(stored).axes) == 2
+    cost = training_cost(stored, tiny_settings(tmp_path), clients=3)
+    assert cost["films_seen"].diff().iloc[1:].tolist() == [24, 24, 36, 36]
 
 
 def test_an_error_in_a_hospital_names_it_and_its_text_stays_there(tmp_path, capfd):
