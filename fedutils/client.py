@@ -163,7 +163,7 @@ class Client:
         rng = generator(self.seed, "augment", round, self.name) if self.settings.augment else None
         total, steps, done = torch.zeros((), device=device), 0, 0
         if self.halfway:
-            done, steps, total = self.halfway.resume(model, optimizer, scaler, total)
+            done, steps, total[()] = self.halfway.resume(model, optimizer, scaler)
         known, seen = (~np.isnan(self.films.labels)).mean(axis=1), 0.0
         for number, positions in enumerate(self._batches(round), 1):
             motion = draw_motion(rng, len(positions)) if rng else None

@@ -219,7 +219,7 @@ def training_cost(history: pd.DataFrame, settings: Parameters, clients: int) -> 
     )
     own = history[(~models | (history["arm"] != "federated")) & history["status"].isin(COUNTED)]
     own = own.set_index(ROUND)["examples"]
-    own = own.fillna(table["films_seen"] / own.groupby(ROUND).size())  # masked: in the mean
+    own = own.fillna(table["films_seen"] / own.groupby(ROUND).size()).dropna()  # masked: mean
     films = (own * own.map(settings.passes)).groupby(ROUND).sum()
     if settings.local_steps:  # the centralised arm takes those of all
         films *= np.where(films.index.get_level_values("arm") == "centralised", clients, 1)

@@ -1,7 +1,6 @@
 """Who is there: hospitals that join a run over a network or leave it are lines in its history.
 
-The hospitals of a run are those of its start, for shares of all films, masks and a strategy's means
-are of these. One that left stays in the whole, and may come back; one that comes new is named.
+A run is of the hospitals of its start: shares of all films and masks are. Who left may come back.
 """
 
 from collections.abc import Collection

@@ -233,9 +233,12 @@ class Network:
         for counts in known.values():
             self.findings = counts["findings"]
         wanted = len(known) or self.settings.num_clients
-        if not self.look_until(lambda: len(self.nodes) >= wanted, end) and not known:
-            there = ", ".join(sorted(self.nodes)) or "none"
-            raise InputError(f"num_clients={wanted}: in {seconds:g} s these connected: {there}")
+        there = self.look_until(
+            lambda: len(self.nodes.keys() & (known or self.nodes)) >= wanted, end
+        )
+        if not there and not known:
+            names = ", ".join(sorted(self.nodes)) or "none"
+            raise InputError(f"num_clients={wanted}: in {seconds:g} s these connected: {names}")
         counts = known or {name: self.counts[name] for name in sorted(self.nodes)}
         write_atomic(path, json.dumps(counts).encode())
         return counts

@@ -32,14 +32,12 @@ class Halfway:
         if last_identity(folder) != self.round:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def resume(
-        self, model: ChestResNet, optimizer: Any, scaler: torch.amp.GradScaler, total: Tensor
-    ) -> tuple[int, int, Tensor]:
+    def resume(self, model: ChestResNet, optimizer: Any, scaler: Any) -> tuple[int, int, float]:
         """Put all back as it was; return the batches and steps so far, and the sum of losses."""
         self.parts, self.due = (model, optimizer, scaler), time.monotonic() + EVERY
         now = load_progress(self.folder, self.round)
         if now is None:
-            return 0, 0, total
+            return 0, 0, 0.0
         model.load(now.state)
         for key, value in now.server.items():
             number, _, name = key.partition("/")
@@ -50,7 +48,7 @@ class Halfway:
         (about,) = now.rows
         scaler.load_state_dict(about["scaler"])
         print(f"{self.folder}: goes on after {now.round} batches", flush=True)
-        return now.round, about["steps"], total.fill_(about["total"])
+        return now.round, about["steps"], about["total"]
 
     def note(self, batches: int, steps: int, total: Tensor) -> None:
         """Write how far it is, if it is time to."""

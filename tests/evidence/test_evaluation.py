@@ -388,11 +388,12 @@ def test_cost_sums_films_and_bytes_and_averages_local_models():
         ["federated", 0, 2, "c", 0, 0, 0, np.nan, "joined"],
         ["federated", 0, 2, "a", np.nan, 2e9, 3e9, np.nan, "ok"],  # masked
         ["federated", 0, 2, "b", np.nan, 2e9, 3e9, np.nan, "ok"],
+        ["federated", 0, 3, "a", np.nan, 2e9, 3e9, np.nan, "ok"],  # of a round that failed
         ["local", 0, 1, "a", 60, 0, 0, 0.5, "ok"], ["local", 0, 1, "b", 40, 0, 0, 0.7, "ok"],
     ]  # fmt: skip
     names = ["arm", "seed", "round", "client", "examples", "bytes_up", "bytes_down", "val_auroc"]
     history = pd.DataFrame(rows, columns=[*names, "status"])
-    cost = training_cost(history, Settings(local_epochs=2), clients=2)
+    cost = training_cost(history, Settings(local_epochs=2, batch_size=32), clients=2)
     assert cost["films_seen"].tolist() == [200, 400, 200]
     steps = Settings(local_steps=10, batch_size=32)  # 2 batches of 30 and of 20 a pass, or of 25
     steps = training_cost(history, steps, clients=2)["films_seen"].tolist()
