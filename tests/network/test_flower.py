@@ -453,11 +453,11 @@ def test_a_hospital_that_vanishes_is_named_and_takes_part_again(tmp_path):
     with pytest.raises(FederationError, match=r"client-1 failed \(not connected\)"):
         over_flower(tmp_path, grid, rounds=2, min_clients=3)
     history = over_flower(tmp_path, grid, rounds=2)
-    assert history[history["round"] == 2]["status"].tolist() == ["failed", "ok", "ok", "ok"]
+    assert history[history["round"] == 2]["status"].tolist() == ["left", "failed", *["ok"] * 3]
     grid.dead.clear()
     grid.nodes = {number + 100: name for number, name in grid.nodes.items()}  # all start again
     history = over_flower(tmp_path, grid, rounds=3)
-    assert history[history["round"] == 3]["status"].tolist() == ["ok"] * 4
+    assert history[history["round"] == 3]["status"].tolist() == ["joined", *["ok"] * 4]
 
 
 def test_a_run_does_not_begin_without_its_hospitals(tmp_path, capfd):
@@ -802,7 +802,8 @@ def test_a_hospital_that_returns_under_its_own_node_takes_part_again(tmp_path):
         grid.dead |= next(there)
 
     history = network.train(on_round)
-    assert history[history["client"] == "client-1"]["status"].tolist() == ["ok", "failed", "ok"]
+    found = history[history["client"] == "client-1"]["status"].tolist()
+    assert found == ["ok", "left", "failed", "joined", "ok"]
 
 
 def test_a_hospital_that_insists_on_masks_sends_nothing_bare(tmp_path, signed, capfd):
