@@ -26,7 +26,7 @@ NAMES = {
     "evidence.metrics": "evaluate_models",
     "evidence.predict": "check_fingerprint predict_films write_predictions",
     "evidence.summary": "record_files write_summary",
-    "evidence.tables": "hospitals main_model read_data tabulate tabulate_calibration"
+    "evidence.tables": "best_rounds hospitals main_model read_data tabulate tabulate_calibration"
     " tabulate_differences_text tabulate_homes tabulate_points training_cost",
     "evidence.words": "control_words membership_words pointing_words privacy_words too_small",
     "fedavg": "FedAvg",
@@ -40,7 +40,7 @@ NAMES = {
     "films.split": "check_splits choose_films leak_of_splits split_patients",
     "model": "build_resnet34",
     "rounds": "FederationError run_round",
-    "run": "best_rounds read_films read_history",
+    "run": "read_films read_history",
     "settings": "Settings read_parameters",
     "strategies": "STRATEGIES",
     "training.features": "stored_features",

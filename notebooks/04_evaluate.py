@@ -224,7 +224,7 @@ plots.save(plots.subgroup_forest(result.metrics, title), folder / "subgroups.png
 
 # %%
 history = fedutils.read_history(settings.run)
-cost = fedutils.training_cost(history, settings.local_epochs)
+cost = fedutils.training_cost(history, settings, films.index["client"].nunique())
 plots.save(plots.cost_curves(cost, title), folder / "cost.png")
 
 # %% [markdown]

@@ -5,7 +5,7 @@ import json
 from ..base.files import write_atomic
 from ..base.findings import SPLITS
 from ..base.parameters import Parameters
-from ..run import best_rounds, read_films, read_history
+from ..run import read_films, read_history
 from . import tables, words
 
 
@@ -27,7 +27,7 @@ def write_card(settings: Parameters) -> str:
         )
     config = json.loads((settings.run / "config.json").read_text())
     history = read_history(settings.run)  # the number of rounds is no part of config.json
-    kept = best_rounds(history).set_index("arm")["round"]
+    kept = tables.best_rounds(history).set_index("arm")["round"]
     whole = tables.rows_of(metrics, metric="auroc", test_set=tables.ALL_FILMS)
     means, main = tables.mean_auroc_rows(whole), tables.main_model(calibration)
     over_seeds = tables.over_seeds(means)

@@ -13,7 +13,7 @@ from ..base.files import sha256, write_atomic
 from ..base.parameters import Parameters
 from ..base.provenance import this_machine
 from ..base.state import state_hash
-from ..run import read_budget, read_films, read_history
+from ..run import read_films, read_history
 from . import tables
 from .metrics import evaluate_models
 from .predict import read_predictions
@@ -38,7 +38,7 @@ def write_summary(settings: Parameters, result: tables.Evaluation, source: str) 
         "settings": config,
         "trained": starts,
         "adopted": tables.adopted_models(settings.run),
-        "privacy": read_budget(settings.run).to_dict("records"),
+        "privacy": tables.read_budget(settings.run).to_dict("records"),
         "fingerprint": report["fingerprint"],
         "evaluated": this_machine(),
         "sha256": _hashes(settings.run, files),

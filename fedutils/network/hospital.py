@@ -22,6 +22,7 @@ from ..base.device import find_devices, set_up
 from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..base.fixed import Whole
+from ..base.provenance import code_hash
 from ..base.scores import validation_sums
 from ..base.state import State, state_hash
 from ..client import Client, predict
@@ -33,6 +34,7 @@ from ..privacy.masks import MaskFault, MaskParameters
 from ..settings import FIELDS, Settings
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
+from ..training.halfway import Halfway
 from ..training.masked import encode
 from ..training.replicas import fit_safely, start_model
 from .messages import LOST, SEPARATOR, Answer, pack, trunk_hash, unpack
@@ -141,6 +143,12 @@ class Hospital(Site):
             print(f"{folder}: {error}", flush=True)
         return sent
 
+    def halfway(self, kept: State) -> Halfway:
+        """Return what keeps the client's progress inside the round that it is asked for."""
+        films = read_report(self.settings.prepared)["fingerprint"]
+        about = [self.run_key, self.asked, state_hash(kept), films, code_hash(), torch.__version__]
+        return Halfway(self.settings.run / "halfway", about)
+
     def kept(self, round: int) -> Path:
         """Name the file of what the client keeps after a round, such as SCAFFOLD's variate."""
         return self.settings.run / "kept" / f"s{self.order['seed']}-{round:05d}.safetensors"
@@ -205,6 +213,7 @@ def fit(here: Hospital, sent: State) -> Answer:
     kept = load_file(path) if path.is_file() else {}
     if stop := client.over_budget(kept):
         return {"status": "stopped", "reason": stop}, {}, {}
+    client.halfway = here.halfway(kept)
     update, keep = fit_safely(client, here.model(), sent, kept, round)
     if update.status != "ok":
         print(f"{here.name}, round {round}: {update.reason}", flush=True)
@@ -241,6 +250,7 @@ def batchnorm(here: Hospital, sent: State) -> Answer:
 @answers
 def validate(here: Hospital, sent: State) -> Answer:
     """Return the sums of the films for validation, as the simulation adds them up."""
+    here.halfway({})  # which drops what is left of a round that is over
     films, model = here.split("val"), here.model()
     model.load(sent)
     sums = validation_sums(films.labels, predict(model, films))

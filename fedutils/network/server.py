@@ -6,7 +6,7 @@ import math
 import shlex
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,11 @@ from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
 from ..training.training import Training
 from . import messages
 from .messages import Fault, Member, Parcel, pack
+from .roster import note_changes
 from .site import run_key
 
 POLL = 0.5  # seconds between two looks for a reply
+RETURNS = 120.0  # seconds for one that was lost while it trained to be back, and go on
 server_app = ServerApp()
 # What means nothing over a network, and why: refused unless it is as it is by default.
 REFUSED = tomllib.loads(Path(__file__).with_name("refused.toml").read_text())
@@ -134,6 +136,11 @@ class Network:
         end = time.monotonic() + (limit or math.inf)
         for name in orders:
             reply = self.wait(ids[name], end) if name in ids else ("failed", "not connected")
+            lost = kind == "train" and isinstance(reply, Message) and reply.has_error()
+            back = min(end, time.monotonic() + RETURNS)
+            if lost and self.look_until(lambda name=name: name in self.nodes, back):
+                print(f"{name} is asked again: {reply.error.reason}", flush=True)
+                reply = self.wait(self.push(kind, [name], orders, parcel)[0], end)
             if messages.has_lost_state(reply):
                 self.bases.pop(name, None)
                 reply = self.wait(self.push(kind, [name], orders, parcel)[0], end)
@@ -203,6 +210,14 @@ class Network:
                 self.introduced[name] = introduction
             print(f"SuperNode {node}: {fault or name}", flush=True)
 
+    def look_until(self, enough: Callable[[], bool], end: float) -> bool:
+        """Look for hospitals until there are enough or the time is up; tell whether there are."""
+        self.discover()
+        while not enough() and time.monotonic() < end:
+            time.sleep(POLL)
+            self.discover()
+        return enough()
+
     def has_key(self, name: str, node: int, introduction: dict[str, str]) -> bool:
         """Tell whether a SuperNode speaks for a hospital, whose key the server was given."""
         run = run_key(self.settings.name, self.config)
@@ -218,12 +233,12 @@ class Network:
         for counts in known.values():
             self.findings = counts["findings"]
         wanted = len(known) or self.settings.num_clients
-        while len(self.nodes) < wanted and time.monotonic() < end:
-            self.discover()
-            time.sleep(POLL)
-        if not known and len(self.nodes) < wanted:
-            there = ", ".join(sorted(self.nodes)) or "none"
-            raise InputError(f"num_clients={wanted}: in {seconds:g} s these connected: {there}")
+        there = self.look_until(
+            lambda: len(self.nodes.keys() & (known or self.nodes)) >= wanted, end
+        )
+        if not there and not known:
+            names = ", ".join(sorted(self.nodes)) or "none"
+            raise InputError(f"num_clients={wanted}: in {seconds:g} s these connected: {names}")
         counts = known or {name: self.counts[name] for name in sorted(self.nodes)}
         write_atomic(path, json.dumps(counts).encode())
         return counts
@@ -295,6 +310,12 @@ class NetworkTraining(Training):
             jobs.append(check_rule(Job("federated", seed, members, None)))
         return jobs
 
+    def _one_round(self, job: Job, now: Progress, executor: Network, strategy: FedAvg) -> None:
+        """Note who left since the last round, and who is back; then all as in the simulation."""
+        self.network.discover()
+        now.rows += note_changes(job, now, self.network.nodes)
+        super()._one_round(job, now, executor, strategy)
+
     def _findings(self) -> list[str]:
         return self.network.findings
 
@@ -335,10 +356,7 @@ def serve(grid: Grid, context: Context) -> None:
 
 
 def print_round(row: Row, history: pd.DataFrame) -> None:
-    """Print a line about a round, and one for each hospital that failed in it."""
-    now = history[(history["round"] == row["round"]) & (history["seed"] == row["seed"])]
-    for fault in now[now["status"] != "ok"].itertuples():
-        print(f"round {row['round']}: {fault.client} {fault.status}: {fault.reason}", flush=True)
+    """Print a line about a round."""
     print(f"round {row['round']}: train loss {row['train_loss']:.4f}, validation loss "
           f"{row['val_loss']:.4f}, AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s, "
           f"state {row['state_sha256']}", flush=True)  # fmt: skip
