@@ -5,9 +5,7 @@ import json
 import math
 import shlex
 import time
-import tomllib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -31,13 +29,12 @@ from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
 from ..training.training import Training
 from . import messages
+from .demands import REFUSED
 from .messages import Fault, Member, Parcel, pack
 from .site import run_key
 
 POLL = 0.5  # seconds between two looks for a reply
 server_app = ServerApp()
-# What means nothing over a network, and why: refused unless it is as it is by default.
-REFUSED = tomllib.loads(Path(__file__).with_name("refused.toml").read_text())
 PARTITION = "network"  # what config.json says of who has which patients
 
 
@@ -50,6 +47,8 @@ class Network:
     def __init__(self, grid: Grid, settings: Settings, keys: str = "") -> None:
         self.grid, self.settings = grid, settings
         _, self.keys = read_keys(keys, "")  # of the hospitals, by name
+        if keys and not self.keys:
+            raise InputError(f"--keys {keys}: it has no NAME.key.pub, by which to know a hospital")
         self.introduced: dict[str, dict[str, str]] = {}
         self.config: dict[str, Any] = {}
         self.model: ChestResNet | None = None
