@@ -6,6 +6,7 @@ from typing import Any
 from .base import __version__ as __version__
 
 NAMES = {
+    "batch.absent": "leave_out",
     "batch.trained": "read_evaluated read_run",
     "base.device": "print_environment",
     "base.files": "fetch_runs",
@@ -25,7 +26,7 @@ NAMES = {
     "evidence.metrics": "evaluate_models",
     "evidence.predict": "check_fingerprint predict_films write_predictions",
     "evidence.summary": "record_files write_summary",
-    "evidence.tables": "hospitals main_model tabulate tabulate_calibration"
+    "evidence.tables": "best_rounds hospitals main_model read_data tabulate tabulate_calibration"
     " tabulate_differences_text tabulate_homes tabulate_points training_cost",
     "evidence.words": "control_words membership_words pointing_words privacy_words too_small",
     "fedavg": "FedAvg",
@@ -39,7 +40,7 @@ NAMES = {
     "films.split": "check_splits choose_films leak_of_splits split_patients",
     "model": "build_resnet34",
     "rounds": "FederationError run_round",
-    "run": "best_rounds read_films read_history",
+    "run": "read_films read_history",
     "settings": "Settings read_parameters",
     "strategies": "STRATEGIES",
     "training.features": "stored_features",

@@ -51,9 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     predict = add(commands, "predict", predict_paths)
     for command in (verify, test, predict):
         command.add_argument("folder", type=a_path, metavar="RUN", help="such as work/runs/NAME")
-    predict.add_argument(
-        "paths", nargs="+", type=a_path, metavar="PATH", help="a film, or a folder"
-    )
+    predict.add_argument("paths", nargs="+", type=a_path, metavar="PATH", help="a film or folder")
     predict.add_argument("--out", type=a_path, metavar="FILE.csv", help="none: print the table")
     predict.add_argument("--cut", choices=("youden", "sensitivity"), default="",
                          help="say 0 or 1, too, by the thresholds of notebook 04")  # fmt: skip
@@ -116,6 +114,7 @@ def add_flower(command: argparse.ArgumentParser) -> None:
         "server": "Run the SuperLink, to which hospitals connect",
         "register": "Let the hospital with the public key NAME connect",
         "hospital": "Run the SuperNode of the hospital NAME",
+        "survey": "Let the hospitals that are connected describe their films, before training",
         "train": "Train with the hospitals that are connected",
     }
     for step, text in texts.items():
@@ -128,7 +127,7 @@ def add_flower(command: argparse.ArgumentParser) -> None:
         )
         part.add_argument("--work", default="work", help="this side's work folder")
         part.set_defaults(step=step, name="", pairs=[])
-        if step in ("hospital", "train"):
+        if step in ("hospital", "survey", "train"):
             add_pairs(part)
 
 
@@ -139,6 +138,10 @@ def run_flower(options: argparse.Namespace) -> None:
     values = {"work_dir": options.work} | split_pairs(options.pairs, "-p")
     values["work_dir"] = str(find_work(values["work_dir"]))
     take_step(options.step, options.name, options.server, options.keys, values)
+    if options.step == "survey":
+        from .batch.survey import draw_surveys
+
+        print(*draw_surveys(Path(values["work_dir"]) / "survey"), sep="\n")
 
 
 def run_notebooks(options: argparse.Namespace) -> None:
@@ -170,18 +173,21 @@ def verify_folder(options: argparse.Namespace) -> None:
     """Check a run folder: hashes, data, metrics."""
     from .evidence.summary import verify_run
 
-    if wrong := verify_run(settings_of(options.folder)):
+    settings = settings_of(options.folder)
+    if wrong := verify_run(settings):
         raise NotebookFailed(f"{options.folder}: {'; '.join(wrong)}")
-    print(f"{options.folder}: hashes, fingerprint and metrics are as they were written")
+    what = "hashes, fingerprint and metrics are"
+    if settings.partition == "network":  # the films are elsewhere
+        what = "hashes (metrics only its hospitals can compute again) are"
+    print(f"{options.folder}: {what} as they were written")
 
 
 def test_elsewhere(options: argparse.Namespace) -> None:
     """Test a run's models on films that they never saw."""
     from .batch.external import external_test
 
-    settings = settings_of(options.folder)
-    for folder in options.data:
-        print(external_test(settings, folder))
+    for sentence in external_test(settings_of(options.folder), options.data):
+        print(sentence, flush=True)
 
 
 def predict_paths(options: argparse.Namespace) -> None:

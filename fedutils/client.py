@@ -28,13 +28,22 @@ from .strategies import STRATEGIES
 class ClientParameters(Parameters):
     """How a client trains on its own films."""
 
-    local_epochs: int = parameter(1, "passes over a client's films in a round", bounds=(1, 1000))
+    local_epochs: int = parameter(1, "passes over films", bounds=(1, 1000), only="local_steps=0")
+    local_steps: int = parameter(
+        0, "steps a round of each client, few films or many, which stay its weight in the mean; the"
+        " centralised arm takes those of all clients; 0: local_epochs", bounds=(0, 1_000_000),
+    )  # fmt: skip
     batch_size: int = parameter(0, "films a step", bounds=(1, 4096), profiles=(32, 64))
     optimizer: str = parameter("adamw", "of the clients", allowed=("adamw", "sgd"))
     lr: float = parameter(0.0, "learning rate; 0: 4e-4, or 1e-3 with weights", bounds=(0, math.inf))
     momentum: float = parameter(0.9, "of sgd", bounds=(0.0, 1.0), only="optimizer=sgd")
     weight_decay: float = parameter(1e-4, "of the local optimiser", bounds=(0.0, math.inf))
     augment: bool = parameter(True, "turn and shift training films a little, anew in each epoch")
+
+    def passes(self, films: float) -> float:
+        """Return how often a client goes through so many films in a round."""
+        batches = max(1, math.ceil(films / self.batch_size))
+        return self.local_steps / batches if self.local_steps else self.local_epochs
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Client:
         self.name, self.films, self.settings, self.seed = name, films, settings, seed
         self.strategy = (strategy or STRATEGIES[settings.strategy])(settings)
         self.weight = films.weight  # what its update counts in the mean
+        self.halfway: Any = None  # over a network, what keeps its progress inside a round
 
     def fit(self, model: ChestResNet, sent: State, kept: State, round: int) -> tuple[Update, State]:
         """Train `model` in place from what the server sent; return the update and what is kept.
@@ -143,7 +153,7 @@ class Client:
     def _train(
         self, model: ChestResNet, correct: Callable[[], None], round: int
     ) -> tuple[float, int]:
-        """Run the local epochs; return the mean loss over all films seen, and the steps taken."""
+        """Train for a round; return the mean loss over all films seen, and the steps taken."""
         model.train()
         device = next(model.parameters()).device
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -151,10 +161,16 @@ class Client:
         half = precision(device, self.settings.precision) is torch.float16
         scaler = torch.amp.GradScaler(device.type, enabled=half)
         rng = generator(self.seed, "augment", round, self.name) if self.settings.augment else None
-        total, steps = torch.zeros((), device=device), 0
-        for positions in self._batches(round):
+        total, steps, done = torch.zeros((), device=device), 0, 0
+        if self.halfway:
+            done, steps, total[()] = self.halfway.resume(model, optimizer, scaler)
+        known, seen = (~np.isnan(self.films.labels)).mean(axis=1), 0.0
+        for number, positions in enumerate(self._batches(round), 1):
+            motion = draw_motion(rng, len(positions)) if rng else None
+            seen += known[positions].sum()
+            if number <= done:
+                continue
             films, labels = self.films.batch(positions, device)
-            motion = draw_motion(rng, len(films)) if rng else None
             loss = masked_loss(model(films, motion), labels)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
@@ -165,16 +181,20 @@ class Client:
             scaler.update()
             total += loss.detach() * (~labels.isnan()).float().mean(dim=1).sum()
             steps += scaler.get_scale() >= scale  # it falls where a step overflowed: none was taken
+            if self.halfway:
+                self.halfway.note(number, steps, total)
         if not steps:
             raise ValueError("every step overflowed in fp16: choose another precision")
-        return (total / (self.films.weight * self.settings.local_epochs)).item(), steps
+        whole = self.films.weight * self.settings.local_epochs
+        return (total / (seen if self.settings.local_steps else whole)).item(), steps
 
     def _batches(self, round: int) -> Iterator[np.ndarray]:
         """Yield the positions of each batch, all of even size: BatchNorm dislikes a rest of one."""
         rng = generator(self.seed, "shuffle", round, self.name)
         count = math.ceil(len(self.films) / self.settings.batch_size)
-        for _ in range(self.settings.local_epochs):
-            yield from np.array_split(rng.permutation(len(self.films)), count)
+        left = self.settings.local_steps or self.settings.local_epochs * count
+        for start in range(0, left, count):
+            yield from np.array_split(rng.permutation(len(self.films)), count)[: left - start]
 
 
 def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:

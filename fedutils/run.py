@@ -1,6 +1,5 @@
 """What a run leaves on disk, and how it is read back."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -106,20 +105,6 @@ def read_history(run: Path) -> pd.DataFrame:
     return read_written(run / "history.csv", "client", "status", "reason")
 
 
-def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
-    """Return the row of each model's best validation round, which is the one that is kept.
-
-    The highest AUROC counts, then the lowest loss, then the earlier round; without validation films
-    it is the last.
-    """
-    models = history[(history["client"] == "") | (history["arm"] == "local")]
-    turn = models["round"].where(models["val_loss"].notna(), -models["round"])
-    score = models.assign(score=models["val_auroc"].fillna(-math.inf), turn=turn)
-    order = score.sort_values(["score", "val_loss", "turn"], ascending=[False, True, True])
-    best = order.groupby(["arm", "seed", "client"]).head(1)
-    return best.drop(columns=["score", "turn"]).sort_index()
-
-
 def read_films(settings: RunParameters) -> ChestXrayDataset:
     """Open the prepared films with each patient's client, as `clients.csv` of the run has it."""
     clients = read_written(settings.run / "clients.csv", "patient_id", "client")
@@ -128,11 +113,3 @@ def read_films(settings: RunParameters) -> ChestXrayDataset:
     return ChestXrayDataset(
         settings.prepared, index.assign(client=index["patient_id"].map(clients))
     )
-
-
-def read_budget(run: Path) -> pd.DataFrame:
-    """Read `privacy.csv` of a run: a row a model and hospital; empty without privacy."""
-    path = run / "privacy.csv"
-    if not path.is_file():
-        return pd.DataFrame()
-    return read_written(path, "client", "hospital")

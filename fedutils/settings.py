@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .base import parameters
-from .base.errors import InputError
+from .base.errors import InputError, each
 from .base.files import find_work, sha256
 from .base.parameters import Parameters, assigned, check_names, check_value, convert, parameter
 from .base.provenance import provenance
@@ -119,7 +119,7 @@ def fill(given: Settings) -> Settings:
     open_ones = [n for n, f in FIELDS.items() if f.metadata["profiles"] and not getattr(given, n)]
     empty = {name: FIELDS[name].metadata["profiles"][number] for name in open_ones}
     folders = map(str, split_folders(given.data_dir)) if given.data_dir else [""]
-    found = [data.resolve() for data in map(find_data, folders) if data]
+    found = [data.resolve() for data in each(find_data, folders) if data]
     if len(set(found)) < len(found):
         raise InputError(f"data_dir={given.data_dir!r} names a folder twice, maybe by a link")
     work = find_work(given.work_dir)

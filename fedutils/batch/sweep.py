@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..base.errors import InputError, NotebookFailed
-from ..run import best_rounds, read_history
+from ..evidence.tables import best_rounds
+from ..run import read_history
 from ..settings import Settings, convert_texts, read_parameters
 from .early import check_early
 from .notebook import READ_FILMS

@@ -5,8 +5,7 @@ import json
 from ..base.files import write_atomic
 from ..base.findings import SPLITS
 from ..base.parameters import Parameters
-from ..dataset import read_report
-from ..run import best_rounds, read_films, read_history
+from ..run import read_films, read_history
 from . import tables, words
 
 
@@ -16,13 +15,19 @@ def write_card(settings: Parameters) -> str:
     Everything in card.md.j2 comes from the run's files: settings, report, history, and the tables
     of notebook 04 (metrics, calibration, pointing). FileNotFoundError where one is missing.
     """
-    report, folder = read_report(settings.prepared), settings.run / "evaluation"
-    metrics, calibration, pointing = (
-        tables.read_table(folder / f"{name}.csv") for name in ("metrics", "calibration", "pointing")
+    report, folder = tables.read_data(settings), settings.run / "evaluation"
+    metrics, calibration = (
+        tables.read_table(folder / f"{name}.csv") for name in ("metrics", "calibration")
     )
+    pointing, hospitals = "", report.get("hospitals", [])
+    if not hospitals:  # else the films are in these, and not here
+        hospitals = read_films(settings).index["client"].unique()
+        pointing = words.pointing_words(
+            tables.read_table(folder / "pointing.csv"), settings.image_size
+        )
     config = json.loads((settings.run / "config.json").read_text())
     history = read_history(settings.run)  # the number of rounds is no part of config.json
-    kept = best_rounds(history).set_index("arm")["round"]
+    kept = tables.best_rounds(history).set_index("arm")["round"]
     whole = tables.rows_of(metrics, metric="auroc", test_set=tables.ALL_FILMS)
     means, main = tables.mean_auroc_rows(whole), tables.main_model(calibration)
     over_seeds = tables.over_seeds(means)
@@ -39,11 +44,12 @@ def write_card(settings: Parameters) -> str:
         rounds=history["round"].max(),
         best=kept[kept.index == "federated"].tolist(),
         adopted=tables.adopted_models(settings.run),
-        clients=read_films(settings).index["client"].nunique(),
+        clients=len(hospitals),
+        elsewhere=report.get("hospitals", []),
         means=list((over_seeds if len(over_seeds) else means).itertuples()),
         main=main.iloc[0],
         findings=list(own.drop(tables.MEAN).itertuples()),
-        pointing=words.pointing_words(pointing, settings.image_size),
+        pointing=pointing,
         privacy=words.privacy_words(settings),
     )
     write_atomic(settings.run / "MODEL_CARD.md", text.encode())

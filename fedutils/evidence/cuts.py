@@ -11,14 +11,14 @@ import numpy as np
 import pandas as pd
 
 from ..base.findings import findings_of
-from ..base.scores import STEPS, cell_of, count_coarse, edge_of, span_of
+from ..base.scores import FINE_STEPS, cell_of, count_coarse, edge_of, span_of
 from .calibration import known_films
 from .intervals import cluster_sums, share_ends
 from .metrics import count_patients
 from .tables import LEAST_PATIENTS, OWNER, check_once
 
 YOUDEN, SENSITIVE = "Youden", "sensitivity 0.9"
-RULES = (YOUDEN, SENSITIVE)
+CUTS = (YOUDEN, SENSITIVE)
 
 
 def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> float:
@@ -30,7 +30,7 @@ def choose_threshold(truth: np.ndarray, probability: np.ndarray, rule: str) -> f
     truth, probability = known_films(truth, probability)
     span = span_of(count_coarse(probability))
     cells = cell_of(probability, span)
-    counts = (np.bincount(cells, weight, STEPS) for weight in (truth, 1 - truth))
+    counts = (np.bincount(cells, weight, FINE_STEPS) for weight in (truth, 1 - truth))
     return threshold_of(choose_cut(*counts, rule), span)
 
 
@@ -114,7 +114,7 @@ def operating_points(
         if owner[2]:
             seen = seen[(index.loc[seen["image_index"], "client"] == owner[2]).to_numpy()]
         known, films = (index.loc[part["image_index"]] for part in (seen, tested))
-        for finding, rule in product(findings_of(index), RULES):
+        for finding, rule in product(findings_of(index), CUTS):
             truth = known[finding].to_numpy(float)
             cut = choose_threshold(truth, seen[finding].to_numpy(), rule)
             row = {"finding": finding, "rule": rule, "threshold": cut}

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..base.scores import COARSE, STEPS, cell_of, count_coarse, edge_of, logit_of, span_of
+from ..base.scores import (
+    COARSE_STEPS,
+    FINE_STEPS,
+    cell_of,
+    count_coarse,
+    edge_of,
+    logit_of,
+    span_of,
+)
 from . import tables
 from .bootstrap import SEGMENTS, areas, around, count_segments, join_scores, patient_resamples
 from .calibration import (
@@ -26,12 +34,12 @@ from .calibration import (
     spreads,
     tabulate_errors,
 )
-from .cuts import RULES, choose_cut, rate_sums, tabulate_rates, threshold_of
+from .cuts import CUTS, choose_cut, rate_sums, tabulate_rates, threshold_of
 from .differences import DIFFERENCES
 from .metrics import REPEATS, Counts, add_means, count_patients, tabulate_models, with_mean
 from .tables import ALL_FILMS, METRICS, OWNER, RATES
 
-PARTS = 1 << 20  # of a number that is none of films: squares, gaps, products of scores
+UNITS = 1 << 20  # of a number that is none of films: squares, gaps, products of scores
 Sums = dict[str, np.ndarray]
 Spans = list[tuple[float, float]]  # of each finding
 
@@ -48,7 +56,7 @@ class Plan:
 
 def span_shapes(findings: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of `span_sums`."""
-    return {"coarse": (findings, COARSE)}
+    return {"coarse": (findings, COARSE_STEPS)}
 
 
 def span_sums(truth: np.ndarray, chance: np.ndarray, patients: np.ndarray) -> Sums:
@@ -67,14 +75,14 @@ def spans_of(sums: Sums) -> Spans:
 
 def grid_shapes(findings: int) -> dict[str, tuple[int, ...]]:
     """Return the shapes of `grid_sums`."""
-    counts = {"val": (2, findings, STEPS), "test": (2, findings, STEPS)}
+    counts = {"val": (2, findings, FINE_STEPS), "test": (2, findings, FINE_STEPS)}
     return counts | {"patients": (2, findings), "films": (2,), "taught": (findings,)}
 
 
 def grid_sums(
     taught: np.ndarray, val: tuple[np.ndarray, ...], test: tuple[np.ndarray, ...], spans: Spans
 ) -> Sums:
-    """Count films with and without each finding on the grid of scores: (2, findings, STEPS).
+    """Count films with and without each finding on the grid of scores: (2, findings, FINE_STEPS).
 
     `taught` are the labels of training (n, findings), `val` and `test` labels, probabilities (n,
     findings) and patients (n,). `patients` counts those with a positive film, and with a negative
@@ -83,11 +91,10 @@ def grid_sums(
     found = {}
     for name, (truth, chance, _) in (("val", val), ("test", test)):
         cells = _cells(chance, spans)
-        place = np.arange(truth.shape[1]) * STEPS + cells  # by finding, then cell
-        counts = [
-            np.bincount(place[truth == mark], minlength=truth.shape[1] * STEPS) for mark in (1, 0)
-        ]
-        found[name] = np.reshape(counts, (2, -1, STEPS))
+        place = np.arange(truth.shape[1]) * FINE_STEPS + cells  # by finding, then cell
+        size = truth.shape[1] * FINE_STEPS
+        counts = [np.bincount(place[truth == mark], minlength=size) for mark in (1, 0)]
+        found[name] = np.reshape(counts, (2, -1, FINE_STEPS))
     truth, _, patients = test
     counts = {"patients": count_patients(truth, patients)}
     counts["films"] = [len(truth), len(np.unique(patients))]
@@ -123,7 +130,7 @@ def plan_of(spans: Spans, grid: Sums) -> Plan:
     grid = _taught_only(grid, grid["taught"])
     segments = [join_scores(*pair[:, ::-1]) for pair in grid["test"].transpose(1, 0, 2)]
     ends = [np.flatnonzero(np.diff(segment, prepend=-1)).tolist() for segment in segments]
-    cuts = [[choose_cut(*pair, rule) for rule in RULES] for pair in grid["val"].transpose(1, 0, 2)]
+    cuts = [[choose_cut(*pair, rule) for rule in CUTS] for pair in grid["val"].transpose(1, 0, 2)]
     weights = [[w.tolist() for w, _ in fits] for fits in _fits(spans, grid)]
     return Plan(spans, ends, cuts, weights)
 
@@ -148,7 +155,7 @@ def draw_shapes(findings: int, repeats: int = REPEATS) -> dict[str, tuple[int, .
         "counts": (findings, 2, SEGMENTS, draws), "drawn": (findings, draws),
         "squares": (findings, draws), "gaps": (findings, BINS, draws), "chance": (findings, BINS),
         "slope": (findings, 2, 2), "intercept": (findings, 1, 1),
-        "rates": (findings, len(RULES), len(RATES), 6),
+        "rates": (findings, len(CUTS), len(RATES), 6),
     }  # fmt: skip
 
 
@@ -164,7 +171,7 @@ def draw_sums(
     if not len(truth):
         return {name: value.astype(np.int64) for name, value in found.items()}
     resamples = patient_resamples(patients, repeats, seed)
-    cells = STEPS - 1 - _cells(chance, plan.spans)
+    cells = FINE_STEPS - 1 - _cells(chance, plan.spans)
     for k, ends in enumerate(plan.ends):
         known = ~np.isnan(truth[:, k])
         y, p, who = truth[known, k], chance[known, k], resamples.owner[known]
@@ -174,12 +181,12 @@ def draw_sums(
             whole = np.concatenate(parts, axis=1)
             found["counts"][k, mark, : len(whole)] = whole
         for name, value in error_sums(y, p, who, resamples).items():
-            found[name][k] = value if name == "drawn" else value * PARTS
+            found[name][k] = value if name == "drawn" else value * UNITS
         weights = [np.array(one) for one in plan.weights[k]]
         inside = spreads(logit_of(p), y, who, weights)
-        found["slope"][k], found["intercept"][k] = (PARTS * np.nan_to_num(one) for one in inside)
+        found["slope"][k], found["intercept"][k] = (UNITS * np.nan_to_num(one) for one in inside)
         for rule, cut in enumerate(plan.cuts[k]):
-            called = STEPS - 1 - cells[known, k] >= cut
+            called = FINE_STEPS - 1 - cells[known, k] >= cut
             found["rates"][k, rule] = [*rate_sums(y, called & (cut >= 0), who).values()]
     return {name: np.rint(value).astype(np.int64) for name, value in found.items()}
 
@@ -206,11 +213,11 @@ def pooled_tables(
     chosen = {ALL_FILMS: np.flatnonzero(counts.enough).tolist()}
     positives, draws = grid["val"][0].sum(axis=1), {}
     models = {
-        owner: (spans, *(_taught_only(part, grid["taught"]) for part in sums))
-        for owner, (spans, *sums) in models.items()
+        owner: (spans, _taught_only(one, grid["taught"]), _taught_only(two, grid["taught"]))
+        for owner, (spans, one, two) in models.items()
     }
-    for owner, (_, *sums) in models.items():
-        draws[owner] = {ALL_FILMS: with_mean(pooled_draws(*sums), chosen[ALL_FILMS])}
+    for owner, (_, one, two) in models.items():
+        draws[owner] = {ALL_FILMS: with_mean(pooled_draws(one, two), chosen[ALL_FILMS])}
     draws = add_means(draws, chosen)
     metrics = tabulate_models(findings, draws, {ALL_FILMS: counts}, chosen)
     mean_over = [findings[k] for k in chosen[ALL_FILMS]]
@@ -234,9 +241,9 @@ def _errors(findings: Sequence[str], spans: Spans, grid: Sums, sums: Sums) -> li
     counts, fits, rows = counts_of(grid), _fits(spans, grid), []
     for k, finding in enumerate(findings):
         row = {"finding": finding, "positives": int(counts.positives[k]), "drawn": sums["drawn"][k]}
-        row |= {name: sums[name][k] / PARTS for name in ("squares", "gaps", "chance")}
+        row |= {name: sums[name][k] / UNITS for name in ("squares", "gaps", "chance")}
         if counts.enough[k]:
-            spread = [sums[name][k] / PARTS for name in ("slope", "intercept")]
+            spread = [sums[name][k] / UNITS for name in ("slope", "intercept")]
             row |= recalibration_ends(fits[k], spread)
         rows.append(row)
     return rows
@@ -248,11 +255,12 @@ def _rates(
     """Return the operating points, a row a finding and rule; `positives` are on validation."""
     counts, plan, rows = counts_of(grid), plan_of(spans, grid), []
     for k, finding in enumerate(findings):
-        for rule, name in enumerate(RULES):
+        for rule, name in enumerate(CUTS):
             threshold = threshold_of(plan.cuts[k][rule], spans[k])
             row = {"finding": finding, "rule": name, "threshold": threshold}
             row |= {"val_positives": int(positives[k])}
             own = dict(zip(RATES, sums["rates"][k, rule], strict=True))
-            known = int(counts.known[k]), int(counts.positives[k])
-            rows.append(row | tabulate_rates(own, threshold, counts.enough[k], *known))
+            films, positive = int(counts.known[k]), int(counts.positives[k])
+            row |= tabulate_rates(own, threshold, counts.enough[k], films, positive)
+            rows.append(row)
     return rows

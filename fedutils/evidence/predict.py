@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..base.device import find_devices
-from ..base.errors import InputError
+from ..base.errors import InputError, each
 from ..base.files import read_written
 from ..base.findings import findings_of
 from ..base.parameters import Parameters
@@ -21,7 +21,7 @@ from ..base.state import State
 from ..base.threads import Shared
 from ..dataset import AT_ONCE, ChestXrayDataset
 from ..films.decode import decode_films
-from ..films.find import walk
+from ..films.find import real_places, walk
 from ..films.formats import FILM_ENDINGS, is_film
 from ..model import ChestResNet, build_resnet34
 from ..rounds import predict_with
@@ -117,18 +117,19 @@ def predict_files(
 
 def list_films(paths: Sequence[Path]) -> list[str]:
     """List the films of files and folders, each once; InputError where there is none."""
-    found = []
-    for path in paths:
+
+    def films_of(path: Path) -> list[str]:
+        """List the films of a folder, or the one that this is."""
         inside = [f"{here / name}" for here, _, files in walk(path, None) for name in sorted(files)]
         films = [str(path)] if path.is_file() else list(filter(is_film, inside))
         if not films:
             told = f"none of its {len(inside)} files is a film" if path.is_dir() else "is not there"
             kinds = f"{', '.join(FILM_ENDINGS)}, or DICOM without an ending"
             raise InputError(f"{path.absolute()}: {told}; give films ({kinds}), or their folders")
-        found += films
-    paths = [Path(film) for film in found]
-    real = {here: here.resolve() for here in {path.parent for path in paths}}
-    films = pd.Series(found, [real[path.parent] / path.name for path in paths])
+        return films
+
+    found = [film for films in each(films_of, paths) for film in films]
+    films = pd.Series(found, real_places(found, follow=False))
     return films[~films.index.duplicated()].tolist()
 
 

@@ -13,8 +13,7 @@ from ..base.files import sha256, write_atomic
 from ..base.parameters import Parameters
 from ..base.provenance import this_machine
 from ..base.state import state_hash
-from ..dataset import read_report
-from ..run import read_budget, read_films, read_history
+from ..run import read_films, read_history
 from . import tables
 from .metrics import evaluate_models
 from .predict import read_predictions
@@ -31,7 +30,7 @@ def write_summary(settings: Parameters, result: tables.Evaluation, source: str) 
     files += sorted((settings.run / "models").glob("*.safetensors"))
     means = tables.rows_of(tables.over_seeds(result.metrics), finding=tables.MEAN)
     config = json.loads((settings.run / "config.json").read_text())
-    starts, report = config.pop("starts"), read_report(settings.prepared)
+    starts, report = config.pop("starts"), tables.read_data(settings)
     summary = {
         "headline": headline(result, source, report["labels_by"]),
         "mean_over": result.mean_over,
@@ -39,7 +38,7 @@ def write_summary(settings: Parameters, result: tables.Evaluation, source: str) 
         "settings": config,
         "trained": starts,
         "adopted": tables.adopted_models(settings.run),
-        "privacy": read_budget(settings.run).to_dict("records"),
+        "privacy": tables.read_budget(settings.run).to_dict("records"),
         "fingerprint": report["fingerprint"],
         "evaluated": this_machine(),
         "sha256": _hashes(settings.run, files),
@@ -64,8 +63,9 @@ def verify_run(settings: Parameters) -> list[str]:
     """Check a run folder against its own summary; return what is wrong, a line each.
 
     Hashes of models and predictions, the hash of each best model in the history, the fingerprint of
-    the prepared data, and the metrics, computed again from `predictions.csv.gz`. Raises InputError
-    if there is no summary.
+    the prepared data, and the metrics, computed again from `predictions.csv.gz`; of a run over a
+    network, whose predictions stay in the hospitals, the first two. Raises InputError if there is
+    no summary.
     """
     run = settings.run
     summary = tables.read_summary(settings)
@@ -79,7 +79,9 @@ def verify_run(settings: Parameters) -> list[str]:
         model = name.startswith("models/") and name != "models/trunk.safetensors"
         if model and state_hash(load_file(run / name)) not in history:
             wrong.append(f"{name} is the state of no round in history.csv")
-    if summary["fingerprint"] != read_report(settings.prepared)["fingerprint"]:
+    if settings.partition == tables.NETWORK:
+        return wrong
+    if summary["fingerprint"] != tables.read_data(settings)["fingerprint"]:
         return [*wrong, f"{settings.prepared} holds other data: metrics cannot be recomputed"]
     return wrong + _recompute(settings)
 

@@ -13,8 +13,12 @@ from ..base.files import read_written
 from ..base.findings import findings_of
 from ..base.parameters import Parameters
 from ..base.scores import undefined
+from ..dataset import read_report
+from ..rounds import UNMEASURED
 from ..run import ADOPTED, Model, read_history
 
+ROUND = ["arm", "seed", "round"]
+COUNTED = "ok", UNMEASURED  # the status of an update that is in the mean
 OWNER = ["arm", "seed", "client"]  # names a model; `client` is its owner in the arm `local`
 Owner = tuple[str, str, str]  # arm, seed, client
 Draws = dict[str, np.ndarray]  # by test set: (metrics, findings + 1, 1 + repeats)
@@ -29,7 +33,8 @@ METRICS = ("auroc", "average_precision")
 TEXT_COLUMNS = "test_set", "hospital", "first", "second", "finding", "verdict"  # columns of text
 RATES = {"sensitivity": "sensitivity", "specificity": "specificity", "ppv": "PPV", "npv": "NPV"}
 SUMMARY = "evaluation/summary.json"  # below the run folder
-POOLED = "pooled.json"  # in the evaluation of a run whose films never left their hospitals
+POOLED = "evaluation/pooled.json"  # of a run whose films never left their hospitals
+NETWORK = "network"  # the partition of such a run
 BRACKETS = {"form": " [{}, {}]", "without": ""}  # an interval in a figure, where room is scarce
 
 
@@ -110,6 +115,22 @@ def read_summary(settings: Parameters) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
+def read_data(settings: Parameters) -> dict[str, Any]:
+    """Read what is known of a run's films: notebook 02's report, or what their hospitals counted.
+
+    Raises InputError where hospitals have not tested the run yet.
+    """
+    if settings.partition != NETWORK:
+        return read_report(settings.prepared)
+    path = settings.run / POOLED
+    if not path.is_file():
+        again = "`fedutils flower train` with its parameters tests it"
+        raise InputError(
+            f"{path} is not there: the hospitals have not tested {settings.name}: {again}"
+        )
+    return json.loads(path.read_text())
+
+
 def adopted_models(run: Path) -> dict[str, str]:
     """Return which models were not trained in this run from the start, and whose they were."""
     rows = read_history(run)
@@ -181,22 +202,50 @@ def tabulate_differences_text(differences: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def training_cost(history: pd.DataFrame, local_epochs: int) -> pd.DataFrame:
+def best_rounds(history: pd.DataFrame) -> pd.DataFrame:
+    """Return the row of each model's best validation round, which is the one that is kept.
+
+    The highest AUROC counts, then the lowest loss, then the earlier round; without validation films
+    it is the last.
+    """
+    models = history[(history["client"] == "") | (history["arm"] == "local")]
+    turn = models["round"].where(models["val_loss"].notna(), -models["round"])
+    score = models.assign(score=models["val_auroc"].fillna(-np.inf), turn=turn)
+    order = score.sort_values(["score", "val_loss", "turn"], ascending=[False, True, True])
+    best = order.groupby(["arm", "seed", "client"]).head(1)
+    return best.drop(columns=["score", "turn"]).sort_index()
+
+
+def read_budget(run: Path) -> pd.DataFrame:
+    """Read `privacy.csv` of a run: a row a model and hospital; empty without privacy."""
+    path = run / "privacy.csv"
+    if not path.is_file():
+        return pd.DataFrame()
+    return read_written(path, "client", "hospital")
+
+
+def training_cost(history: pd.DataFrame, settings: Parameters, clients: int) -> pd.DataFrame:
     """Return what each arm had spent at each round, and the AUROC it then had on validation films.
 
     Columns: `arm, seed, round, films_seen, gigabytes, val_auroc`. Films count once each time they
     are trained on; gigabytes are the states sent, both ways. Of the arm `local` the films of all
-    models are summed, and their AUROC averaged.
+    models are summed, and their AUROC averaged. `clients` is their number in the run.
     """
-    rows = history[(history["client"].fillna("") == "") | (history["arm"] == "local")]
-    rows = rows.assign(sent=rows["bytes_up"] + rows["bytes_down"])
-    by_round = rows.groupby(["arm", "seed", "round"], sort=False)
-    table = by_round.agg(
+    models = (history["client"].fillna("") == "") | (history["arm"] == "local")
+    rows = history[models].assign(sent=history["bytes_up"] + history["bytes_down"])
+    table = rows.groupby(ROUND, sort=False).agg(
         films_seen=("examples", "sum"), gigabytes=("sent", "sum"), val_auroc=("val_auroc", "mean")
-    ).reset_index()
-    spent = table.groupby(["arm", "seed"])[["films_seen", "gigabytes"]].cumsum()
-    table["films_seen"] = spent["films_seen"] * local_epochs
-    return table.assign(gigabytes=spent["gigabytes"] / 1e9)
+    )
+    own = history[(~models | (history["arm"] != "federated")) & history["status"].isin(COUNTED)]
+    own = own.set_index(ROUND)["examples"]
+    own = own.fillna(table["films_seen"] / own.groupby(ROUND).size()).dropna()  # masked: mean
+    films = (own * own.map(settings.passes)).groupby(ROUND).sum()
+    if settings.local_steps:  # the centralised arm takes those of all
+        films *= np.where(films.index.get_level_values("arm") == "centralised", clients, 1)
+    table["films_seen"] = films
+    spent = ["films_seen", "gigabytes"]
+    table[spent] = table.groupby(["arm", "seed"])[spent].cumsum()
+    return table.assign(gigabytes=table["gigabytes"] / 1e9).reset_index()
 
 
 def value_or_why_not(row: Any, **look: str) -> str:

@@ -13,7 +13,6 @@ from ..base.findings import findings_of
 from ..base.parameters import Parameters
 from ..base.scores import undefined
 from ..base.text import templates
-from ..run import read_budget
 from . import explain, membership, tables
 from .intervals import Z
 from .metrics import count_patients
@@ -113,7 +112,7 @@ def control_words(controls: pd.DataFrame, metrics: pd.DataFrame) -> str:
 
 def privacy_words(settings: Parameters) -> list[str]:
     """Say in sentences what a run promises its patients, from `privacy.csv` of the run."""
-    table = read_budget(settings.run)
+    table = tables.read_budget(settings.run)
     if not len(table) and settings.dp != "off":
         raise InputError(f"{settings.run}/privacy.csv is missing: nothing is known of its epsilon")
     if not len(table):

@@ -1,13 +1,15 @@
 """Where the films are: a given folder, the environment, Kaggle's mounts, or the phantom."""
 
+import functools
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..base.errors import InputError
 from ..base.files import KAGGLE, search_files
+from .cells import spreadsheet_in
 from .mapping import MAPPING_NAME, candidates, presets
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def data_problem(folder: Path) -> str:
         return ""
     nested = _search_data(folder, 2)
     hint = f"there is one in {nested}: give that folder" if nested else todo
+    hint += spreadsheet_in(folder)
     return f"folder {folder} has no table; it holds {', '.join(names[:5])}; {hint}"
 
 
@@ -87,6 +90,14 @@ def walk(folder: Path, work: Path | None) -> Iterator[tuple[Path, list[str], lis
         inner[:] = sorted(name for name in new if not name.startswith((".", "__MACOSX")))
         seen |= set(found)
         yield Path(here), inner, [name for name in files if not name.startswith("._")]
+
+
+def real_places(films: Iterable[str], follow: bool) -> list[Path]:
+    """Follow the links of films' folders, each once, and those of the films if they are to be."""
+    folder = functools.cache(Path.resolve)
+    paths = map(Path, films)
+    return [path.resolve() if follow and path.is_symlink() else folder(path.parent) / path.name
+            for path in paths]  # fmt: skip
 
 
 def list_tables(folder: Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Labels of a data set's rows, as its mapping writes them: marks in columns, or words in one."""
 
+import difflib
 import re
 
 import numpy as np
@@ -7,11 +8,18 @@ import pandas as pd
 
 from ..base.errors import InputError
 from . import cells
-from .mapping import Mapping, texts
+from .mapping import Mapping
 from .rows import NO_ROW, place
+from .toml import texts
 
 MEANT = {"absent": "0", "present": "1", "uncertain": []}  # where the mapping names no marks
 ZEROS = ("", *(sign + "0" * n for sign in ".," for n in (1, 2, 3)))  # as spreadsheets add them
+# What marks in a column of yes and no mostly mean: never taken for granted, but proposed.
+MOSTLY = {
+    "present": "1 + x y yes j ja oui o s si sí sim t true p pos positive positiv present",
+    "absent": "0 - n no nein nee nej non não f false neg negative negativ absent",
+    "uncertain": "-1 ? u uncertain unclear unklar",
+}
 VALUES = {"unknown": np.nan, "absent": 0.0, "present": 1.0}
 
 
@@ -30,7 +38,7 @@ def read_labels(
 def _fault(rows: pd.DataFrame, at: int, told: str) -> InputError:
     """Return an error that names a row."""
     film = rows["image_index"].iloc[at]
-    return InputError(f"{place(rows, at)} ({film}): {told}; correct this row")
+    return InputError(f"{place(rows, at)} ({film}): {told}")
 
 
 def _read_marks(mapping: Mapping, raw: pd.DataFrame, rows: pd.DataFrame) -> np.ndarray:
@@ -50,7 +58,7 @@ def _read_marks(mapping: Mapping, raw: pd.DataFrame, rows: pd.DataFrame) -> np.n
             at = int((~known).to_numpy().argmax())
             todo = "write 1 for present, 0 for absent, or leave it empty for unknown"
             told = f"column {column!r} ({finding}) holds {raw[column].iloc[at]!r}; {todo}"
-            raise _fault(rows, at, told)
+            raise _fault(rows, at, told + _propose(mapping, raw, raw[column].iloc[at], marks))
         columns[finding] = raw[column].map(marks).where(known, marks.get("*"))
         blank[finding] = raw[column].eq("")
     labels = pd.DataFrame(columns)[mapping.findings]
@@ -59,6 +67,20 @@ def _read_marks(mapping: Mapping, raw: pd.DataFrame, rows: pd.DataFrame) -> np.n
         clear = raw[none].map(marks).eq(1).to_numpy()[:, None]
         labels[others] = labels[others].mask(pd.DataFrame(blank)[others] & clear, 0)
     return labels.to_numpy(np.float32)
+
+
+def _propose(mapping: Mapping, raw: pd.DataFrame, mark: str, known: dict[str, float]) -> str:
+    """Say how [marks] would tell what is written for 1, 0 and unknown, as far as that is clear."""
+    found = {text for column in mapping.words if column in raw for text in raw[column].unique()}
+    lines = {}
+    for kind, mostly in MOSTLY.items():
+        words = sorted(word for word in found - {*known} if word.lower() in mostly.split())
+        if words:
+            lines[kind] = [*texts(mapping.section("marks").get(kind, MEANT[kind])), *words]
+    if any(mark in words for words in lines.values()):
+        return f"; or {mapping.to_write('marks', lines)}"
+    present = [*texts(mapping.section("marks").get("present", MEANT["present"])), mark]
+    return f"; or, if it means present, {mapping.to_write('marks', {'present': present})}"
 
 
 def _read_words(
@@ -81,16 +103,26 @@ def _read_words(
         meant = [_meaning(word, mapping.words) for word in words]
         if None in meant:
             told = f"column {about['column']!r} holds the unknown word {words[meant.index(None)]!r}"
-            told += f"; name it in {mapping.file.name} under [findings], or under none or ignore in"
-            raise _fault(rows, at, f"{told} [labels]")
+            raise _fault(rows, at, f"{told}; {_say_meaning(mapping, words[meant.index(None)])}")
         if "none" in meant and {*meant} & {*mapping.findings}:
-            told = f"a word for no finding stands beside a finding in {text!r}"
+            told = f"a word for no finding stands beside a finding in {text!r}; correct this row"
             raise _fault(rows, at, told)
         rest = 0.0 if words and "unknown" not in meant else np.nan
         vectors.append([1.0 if name in meant else rest for name in mapping.findings])
         odd.append(bool(aliases & {*words}) or len({*words}) < len(words))
     spelled = rows["image_index"][np.array(odd)[codes]] if mapping.name == "nih" else []
     return np.array(vectors, np.float32)[codes], list(spelled)
+
+
+def _say_meaning(mapping: Mapping, word: str) -> str:
+    """Say what to write for a word that has no meaning: that it is a finding's, or none."""
+    lower = {name.lower(): name for name in mapping.findings}
+    near = lower[(difflib.get_close_matches(word, lower, 1) or [*lower])[0]]
+    ignored = [*texts(mapping.section("labels").get("ignore", [])), word]
+    return (
+        f"for a finding, such as {near}, {mapping.to_write('aliases', {word: near})}; for"
+        f" none of them {mapping.to_write('labels', {'ignore': ignored})}"
+    )
 
 
 def split_words(text: str, about: dict[str, str]) -> list[str]:

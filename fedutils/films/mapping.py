@@ -7,7 +7,7 @@ user's own, and may build on a preset: see data/README.md, and `mapping.schema.t
 import functools
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from jsonschema import Draft202012Validator, FormatChecker
 
 from ..base.errors import InputError
 from ..base.findings import NO_FINDINGS, spelled_twice
-from .cells import read_header
+from .cells import read_text, read_top, spreadsheet_in
+from .toml import in_line, line_of, put_upon, rename, texts
 
 MAPPING_NAME = "films.toml"
 DICOM = "dicom:"  # before a keyword, in place of a column: from the films' headers
@@ -79,22 +80,24 @@ class Mapping:
         if not any(self.tables(folder).values()):
             return None
         loose = self.given.get("loose", False)
-        there = {cell for file in files for cell in read_header(file, loose)}
+        there = set().union(*(read_top(file, loose) for file in files))
         return [names[0] for _, _, names in self.needed() if not there & {*names}]
 
     def tags(self) -> dict[str, str]:
-        """Return by column of ours the DICOM keyword that it comes from, `dicom:Keyword`."""
+        """Return by column of ours, or of [keep], the DICOM keyword that it comes from."""
         given = self.section("optional") | self.section("columns")
         named = {name: texts(value)[0] for name, value in given.items()}
+        named |= {name: name for name in self.section("keep") if name.startswith(DICOM)}
         return {n: v.removeprefix(DICOM) for n, v in named.items() if v.startswith(DICOM)}
 
     def needed(self) -> list[tuple[str, str, list[str]]]:
         """List the columns that must be there: section and key that name them, and spellings."""
-        found = [("keep", name, [name]) for name in self.section("keep")]
+        tags = self.tags()
+        found = [("keep", name, [name]) for name in self.section("keep") if name not in tags]
         for key, value in self.section("columns").items():
             parts = re.findall(r"\{(.*?)\}", texts(value)[0])
             names = [[part] for part in parts] or [texts(value)]
-            found += [("columns", key, name) for name in names if key not in self.tags()]
+            found += [("columns", key, name) for name in names if key not in tags]
         found += [
             ("marks", "none", [name]) for name in texts(self.section("marks").get("none", []))
         ]
@@ -107,10 +110,19 @@ class Mapping:
         """Return an error about a key, which may be the preset's on which the mapping builds."""
         return _located(Wrong(section, key, told), self.file, PRESETS / f"{self.name}.toml")
 
+    def to_write(self, section: str, lines: dict[str, Any]) -> str:
+        """Say which lines to write under a section, and in which file: never in a preset."""
+        said = " and ".join(f"`{in_line(key, value)}`" for key, value in lines.items())
+        where = str(self.file)
+        if self.file.name != MAPPING_NAME:
+            where = f"a {MAPPING_NAME} in the data's folder, below `{in_line('preset', self.name)}`"
+        return f"write {said} under `[{section}]` in {where}"
 
-def texts(value: str | Sequence[str]) -> list[str]:
-    """Return a text, or several, as a list."""
-    return [value] if isinstance(value, str) else list(value)
+    def to_rename(self, old: str, new: str) -> str:
+        """Say what to write so that a finding has another name."""
+        given = self.given["findings"]
+        value = given[old] if isinstance(given, dict) else old
+        return f"{self.to_write('findings', {new: value})}, and nothing for {old!r}"
 
 
 @functools.cache
@@ -149,56 +161,39 @@ def find_mapping(folder: Path) -> Mapping:
 
 def _mapping(path: Path, name: str) -> Mapping:
     """Read and check a mapping; InputError names the file, the key and its line."""
+    text = read_text(path)
     try:
-        text = path.read_text("utf-8-sig")
         given = tomllib.loads(text)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: cannot be read ({error}); see data/README.md") from None
     try:
-        named = given.get("tables", {}) if path.name == MAPPING_NAME else {}
-        if "preset" in given:
-            given = _upon_preset(given)
+        own = given if path.name == MAPPING_NAME else {}
+        if "preset" in own:
             name = given["preset"]
+            if str(name) not in presets():
+                raise Wrong("", "preset", f"preset = {name!r}; known: {', '.join(presets())}")
+            given = put_upon(presets()[name].given, own)
         _check_keys(given)
+        if "preset" in own and isinstance(own.get("findings"), dict):
+            given = rename(presets()[name].given, own["findings"], given)
+        _check_findings(given)
+        _check_columns(given)
+        _check_marks(given)
         mapping = Mapping(name, path, given, _words(given))
-        _check_tables(mapping, named)
+        _check_tables(mapping, own.get("tables", {}))
     except Wrong as error:
-        raise _located(error, path) from None
+        raise _located(error, path, PRESETS / f"{name}.toml") from None
     return mapping
 
 
 def _located(error: Wrong, *files: Path) -> InputError:
     """Say the first file that has what is wrong, and the line: of its key, else of its section."""
-    texts_of = {file: file.read_text("utf-8-sig") for file in files if file.is_file()}
+    texts_of = {file: read_text(file) for file in files if file.is_file()}
     for section, key in ((error.section, error.key), ("", error.section)):
         for file, text in texts_of.items():
-            if line := _line_of(text, section, key):
+            if line := line_of(text, section, key):
                 return InputError(f"{file}: {error} (line {line})")
     return InputError(f"{files[0]}: {error}")
-
-
-def _upon_preset(given: dict[str, Any]) -> dict[str, Any]:
-    """Put what a mapping says over the preset that it names, section by section."""
-    if given["preset"] not in presets():
-        raise Wrong("", "preset", f"preset = {given['preset']!r}; known: {', '.join(presets())}")
-    base = dict(presets()[given["preset"]].given)
-    if "table" in given:
-        base.pop("tables", None)
-    both = {key: base[key] | value for key, value in given.items()
-            if isinstance(value, dict) and isinstance(base.get(key), dict)}  # fmt: skip
-    return base | given | both
-
-
-def _line_of(text: str, section: str, key: str) -> int:
-    """Return the line of a key in a TOML text, 0 if it has none."""
-    here = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[([^\]]+)\]", line):
-            here = header[1]
-        named = re.match(rf"\s*\[?[\"']?{re.escape(key)}[\"']?\s*[=\]]", line) if key else None
-        if named and here in (section, key):
-            return number
-    return 0
 
 
 def _check_keys(given: dict[str, Any]) -> None:
@@ -223,9 +218,6 @@ def _check_keys(given: dict[str, Any]) -> None:
         raise _lacks("", "table")
     if "labels" in given and not given.get("several") and "separator" not in given["labels"]:
         raise _lacks("labels", "separator")
-    _check_findings(given)
-    _check_columns(given)
-    _check_marks(given)
 
 
 def _check_columns(given: dict[str, Any]) -> None:
@@ -261,7 +253,11 @@ def _check_marks(given: dict[str, Any]) -> None:
     words = [word for key in ("none", "ignore", "unknown") for word in texts(labels.get(key, []))]
     for theirs, ours in given.get("aliases", {}).items():
         if ours not in [*given["findings"], *words]:
-            raise Wrong("aliases", theirs, f"{theirs} = {ours!r}, which is none of [findings]")
+            told = f"{theirs} = {ours!r}, which is none of [findings]"
+            if "preset" in given and theirs in presets()[given["preset"]].section("aliases"):
+                told = f"findings, without {ours!r}; choose some by the parameter `findings`"
+                raise Wrong("", "findings", f"{told}; [findings] renames and adds, upon a preset")
+            raise Wrong("aliases", theirs, told)
 
 
 def _lacks(section: str, key: str) -> Wrong:
@@ -290,10 +286,9 @@ def _check_tables(mapping: Mapping, named: Iterable[str]) -> None:
     for key, files in mapping.tables(folder).items():
         if key in ("", *named) and not any(file.exists() for file in files):
             there = ", ".join(sorted(p.name for p in folder.glob("*.csv*"))) or "none"
-            told = (
-                f"table {key or mapping.given['table']!r} is not there; tables beside it: {there}"
-            )
-            raise Wrong("tables" if key else "", key or "table", told)
+            there += spreadsheet_in(folder)
+            told = f"table {key or mapping.given['table']!r} is not there; tables beside it: "
+            raise Wrong("tables" if key else "", key or "table", told + there)
 
 
 def _words(given: dict[str, Any]) -> dict[str, str]:
@@ -312,7 +307,7 @@ def _words(given: dict[str, Any]) -> dict[str, str]:
                 wanted = 'a text, or a list such as ["a", "b"]' if labels else "one column's name"
                 raise Wrong("findings", ours, f"{ours or 'ignore'} = {value!r}; give {wanted}")
             word = word.strip().lower() if labels else word
-            if word in words:
+            if words.get(word, ours) != ours:
                 raise Wrong("findings", ours, f"{word!r} stands for two things; name it once")
             words[word] = ours
     none = {name.lower() for name in texts(labels.get("none", []))}

@@ -20,7 +20,7 @@ from . import cells
 from .find import FILM_DEPTH, PHANTOM_MARKER, data_problem, printable, walk
 from .formats import is_film
 from .labels import read_labels, unite
-from .mapping import Mapping, find_mapping
+from .mapping import Mapping, find_mapping, presets
 from .rows import our_rows, place, read_tables
 
 BOX_COLUMNS = ("image_index", "finding", "x", "y", "w", "h")
@@ -82,7 +82,7 @@ class DataSet:
         elif self.mapping.name == "nih":
             source = f"{source}, release {self.release}"
         whole = self.release in ("2017", "2020") and self.lists == ("train_val", "test")
-        whole = whole and findings_of(self.table) == self.mapping.findings
+        whole = whole and findings_of(self.table) == presets()["nih"].findings
         return {
             "release": self.release, "source": source or OWN[0], "labels_by": labels or OWN[1],
             "lists": list(self.lists), "declared": declared,
@@ -112,7 +112,7 @@ def read_folder(folder: Path, work: Path | None = None, mapping: Mapping | None 
         rule = mapping.given.get("readers", "any")
         labels, first = unite(labels, rows["image_index"], rows["reader"], rule)
         rows = rows.iloc[first]
-    films, twice = _name_films(paths, rows, mapping.name == "nih")
+    films, twice = _name_films(folder, paths, rows, left_out, mapping.name == "nih")
     unnamed = films.keys() - {*rows["image_index"], *left_out}
     _check_names(rows, labels, lists, twice, mapping.name == "nih")
     found = _row_problems(rows, labels, lists) | {
@@ -158,7 +158,7 @@ def _split_lists(
         if (folder / name).exists():
             lines = cells.read_text(folder / name).splitlines()
             names = cells.film_name(pd.Series(lines, dtype=str).str.strip())
-            lists[split] = {*cells.as_written(names, rows["image_index"])} - {""}
+            lists[split] = {*cells.as_written(names, rows["image_index"], folder / name)} - {""}
     for split, films in rows["image_index"].groupby(rows["split"]):
         if split:
             lists.setdefault(split, set()).update(films)
@@ -252,16 +252,29 @@ def _paths(folder: Path, work: Path | None, mapping: Mapping) -> tuple[dict[str,
 
 
 def _name_films(
-    paths: dict[str, str], rows: pd.DataFrame, nih: bool
+    folder: Path, paths: dict[str, str], rows: pd.DataFrame, left_out: list[str], nih: bool
 ) -> tuple[dict[str, str], list[str]]:
     """Map each film's name to its path, the first of several; and name those that lie twice.
 
     Where the table names films by their paths, these are the names. Raises InputError where no row
-    names any, but of NIH's, which may be elsewhere.
+    names any, but of NIH's, which may be elsewhere, and where two in one folder may be one row's.
     """
     by_path = rows["image_index"].str.contains("/", regex=False).any()
     names = [path if by_path else path.rpartition("/")[2] for path in paths]
-    called = cells.as_written(cells.film_name(pd.Series(names, dtype=str)), rows["image_index"])
+    names = cells.film_name(pd.Series(names, dtype=str))
+    called = cells.as_written(names, [*rows["image_index"], *left_out], folder)
+    listed, alike = [*paths], {}
+    for k in np.flatnonzero(called != names):  # the same but for case, or how the ending is written
+        here, slash, _ = listed[k].rpartition("/")
+        meant = called[k] if by_path else f"{here}{slash}{called[k]}"
+        other = alike.setdefault(meant, listed[k])
+        if meant in paths:
+            called[k] = names[k]
+        elif other != listed[k]:
+            told = f"{other!r} and {listed[k]!r} may both be {called[k]!r} of the table"
+            raise InputError(
+                f"{folder}: {told}; name one of them so in the table, letter by letter"
+            )
     films = dict(zip(reversed(list(called)), reversed(paths.values()), strict=True))
     if films and not nih and not rows["image_index"].isin(films.keys()).any():
         raise InputError(
@@ -317,10 +330,12 @@ def _read_boxes(folder: Path, mapping: Mapping) -> tuple[pd.DataFrame, list[str]
         header[:count] = map(str, range(count))
         return dict(zip(BOX_COLUMNS, header, strict=False))
 
-    boxes, _ = cells.read_cells(file, True, choose)
+    boxes, _ = cells.read_cells(file, True, {"Image Index", "Finding Label"}, choose)
     sides = boxes[list("xywh")].apply(cells.numbers)
     for line in sides.index[sides.isna().any(axis=1)]:
         raise InputError(f"{file}, line {line}: a box needs four numbers; correct this row")
-    boxes = boxes.assign(**sides, finding=boxes["finding"].replace(mapping.section("aliases")))
+    words = mapping.words | {name: name for name in mapping.findings}
+    meant = boxes["finding"].map(lambda word: words.get(word, words.get(word.lower(), word)))
+    boxes = boxes.assign(**sides, finding=meant)
     known = boxes["finding"].isin(mapping.findings)
     return boxes[known].reset_index(drop=True), list(boxes["image_index"][~known])

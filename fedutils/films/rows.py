@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from ..base.errors import InputError
 from ..base.findings import SPLITS
 from . import cells
 from .formats import check_tags, dicom_header, is_dicom, read_grey
-from .mapping import COLUMNS, MAPPING_NAME, Mapping, texts
+from .mapping import COLUMNS, DICOM, MAPPING_NAME, Mapping
+from .toml import texts
 
 SEXES = {"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}
 SEXES |= dict.fromkeys(["", "NA", "N/A", "NAN", "NONE", "O", "OTHER", "U", "UNKNOWN", "X"], "")
@@ -39,7 +41,8 @@ def read_tables(
     named = {key: found[0] for key, found in mapping.tables(folder).items() if found}
     if not named:
         wanted = " or ".join(mapping.section("tables"))
-        raise InputError(f"{folder}: no table {wanted}, which {mapping.name} has")
+        told = f"no table {wanted}, which {mapping.name} has{cells.spreadsheet_in(folder)}"
+        raise InputError(f"{folder}: {told}")
     joins = {key: found[:1] for key, found in mapping.tables(folder, "join").items()}
     keys = {key for on in mapping.section("join").values() for key in texts(on)}
     parts, others, headers = [], {}, {}
@@ -85,7 +88,8 @@ def _read_one(mapping: Mapping, file: Path, keys: set[str]) -> tuple[pd.DataFram
             places |= {names[0]: name} if name else {}
         return places
 
-    rows, header = cells.read_cells(file, mapping.given.get("loose", False), choose)
+    columns = {name for _, _, names in wanted for name in names}
+    rows, header = cells.read_cells(file, mapping.given.get("loose", False), columns, choose)
     return rows.assign(file=str(file), line=rows.index), header
 
 
@@ -127,7 +131,8 @@ def our_rows(
     rows = _our_columns(mapping, raw, folder, paths)
     kept = np.full(len(raw), True)
     for column, values in mapping.section("keep").items():
-        kept &= raw[column].isin(texts(values)).to_numpy()
+        said = (rows if column in mapping.tags() else raw)[column]
+        kept &= (said.isin(texts(values)) | said.isna()).to_numpy()
     if not kept.any():
         what = f"[keep] leaves no row of {raw['file'].iloc[0]}; correct what it keeps"
         raise mapping.fault("", "keep", what)
@@ -141,7 +146,8 @@ def _our_columns(
     rows = raw[["file", "line"]].copy()
     given = mapping.section("columns") | mapping.section("optional")
     both = {path.rpartition("/")[2]: place for path, place in reversed(paths.items())} | paths
-    places = {cells.plain_ending(name): place for name, place in both.items()}
+    spelled = [(cells.spellings(name), place) for name, place in both.items()]
+    places = {ways[loose]: place for loose in (2, 1, 0) for ways, place in spelled}
     films = _images(raw, texts(given["image"]), places)
     headers = _headers(folder, films, places, mapping.tags())
     for name, ours in COLUMNS.items():
@@ -149,13 +155,14 @@ def _our_columns(
         if name == "image":
             column = films
         elif name in headers:
-            column = headers[name]
+            column = headers[name].fillna("")
         elif name in given and texts(given[name])[0] in raw:
             column = raw[texts(given[name])[0]]
         if pattern := mapping.section("extract").get(name):
             column = cells.first_group(column, pattern)
         values = mapping.section("values").get(name)
         rows[ours] = column.replace(values) if values else column
+    rows = rows.join(headers[[tag for tag in headers if tag.startswith(DICOM)]])
     for position in np.flatnonzero(rows["image_index"].str.contains(cells.CONTROL)):
         found = repr(rows["image_index"].iloc[position])
         what = f"{found} holds a line's end or another control sign"
@@ -173,8 +180,9 @@ def _our_columns(
         raise InputError(f"{place(rows, position)}: split {what!r}; {todo}")
     sex, view = cells.upper(rows["sex"]).map(SEXES), cells.upper(rows["view"])
     for position in np.flatnonzero(sex.isna()):
-        what, todo = rows["sex"].iloc[position], "write M or F, leave it empty, or name it in"
-        raise InputError(f"{place(rows, position)}: sex {what!r}; {todo} [values] of films.toml")
+        what = rows["sex"].iloc[position]
+        todo = f"write M or F, leave it empty, or {mapping.to_write('values.sex', {what: 'F'})}"
+        raise InputError(f"{place(rows, position)}: sex {what!r}; {todo}")
     return rows.assign(sex=sex, view=view, scanner=_scanners(rows))
 
 
@@ -192,7 +200,7 @@ def _check_ids(mapping: Mapping, rows: pd.DataFrame, folder: Path, places: dict[
             what = f"a spreadsheet has rounded the patient's id to {patients.iloc[k]!r}; {todo}"
         elif film and "patient" in mapping.tags():
             try:
-                read_grey(folder / places.get(cells.plain_ending(film), ""))
+                read_grey(folder / _find(film, places))
             except Exception:  # whatever is raised here is this film's fault
                 rows.loc[rows.index[k], "patient_id"] = f"unknown, of {film}"
                 continue
@@ -207,35 +215,39 @@ def _images(raw: pd.DataFrame, ways: list[str], places: dict[str, str]) -> pd.Se
         for k, part in enumerate(() if way in raw else re.split(r"\{(.*?)\}", way)):
             column = column + (raw[part] if k % 2 else part)
         found.append(column)
-        if len(ways) > 1 and column.map(cells.plain_ending).isin(places.keys()).any():
+        if len(ways) > 1 and any(_find(name, places) for name in column):
             return column
     return found[0]
+
+
+def _find(film: str, places: dict[str, str]) -> str:
+    """Return where a film is, by the closest spelling of its name; "" where it is not there."""
+    return next((places[name] for name in cells.spellings(film) if name in places), "")
 
 
 def _headers(
     folder: Path, films: pd.Series, places: dict[str, str], tags: dict[str, str]
 ) -> pd.DataFrame:
-    """Return by column of ours what the DICOM headers of the films say, "" where there is none.
+    """Return by column of ours, or of [keep], what the DICOM headers of the films say.
 
-    A header that cannot be read is that film's fault, which notebook 02 names.
+    "" where one says nothing, NaN where there is none to be read: a film that is missing, or whose
+    header cannot be read, is one that the checks or notebook 02 name.
     """
-    if not tags or not any(is_dicom(folder / path) for path in places.values()):
-        return pd.DataFrame(index=films.index)
-    check_tags(tags.values())
-    different = {film: places.get(cells.plain_ending(film), "") for film in films.unique()}
+    different = {film: _find(film, places) for film in films.unique()} if tags else {}
+    dicom = {film: is_dicom(folder / path) for film, path in different.items() if path}
+    if any(dicom.values()):
+        check_tags(tags.values())
 
-    def read(film: str) -> list[str]:
+    def read(film: str) -> list[str | float]:
         """Read one header."""
-        try:
-            if different[film] and is_dicom(folder / different[film]):
+        with suppress(InputError):
+            if dicom.get(film):
                 return [*dicom_header(folder / different[film], list(tags.values())).values()]
-            return [""] * len(tags)
-        except InputError:
-            return [""] * len(tags)
+        return ["" if dicom.get(film) is False else np.nan] * len(tags)
 
     with ThreadPoolExecutor() as pool:
         said = dict(zip(different, pool.map(read, different), strict=True))
-    values = [said[film] for film in films]
+    values = [said[film] for film in films] if tags else None
     return pd.DataFrame(values, films.index, [*tags], dtype=object)
 
 

@@ -1,22 +1,29 @@
 """Several data folders as one: each is a source, and no patient or film is in two."""
 
 import dataclasses
-import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from ..base.errors import InputError
+from ..base.errors import InputError, each
 from ..base.findings import choose_findings, findings_of, spelled_twice
+from .find import check_films, real_places
 from .phantom.write import write_phantom
 from .read import DataSet, read_folder
 
 
 def split_folders(data_dir: str) -> list[Path]:
-    """Return the folders of a parameter such as "A;B"; none for the phantom."""
-    return [Path(text.strip()).expanduser() for text in data_dir.split(";") if text.strip()]
+    """Return the folders of a parameter such as "A;B"; none for the phantom.
+
+    A folder that is there with a semicolon in its own path is one.
+    """
+    names = data_dir.split(";")
+    ways = [Path(";".join(names[:k]).strip()).expanduser() for k in range(1, len(names) + 1)]
+    count = next((k for k in range(len(names), 1, -1) if ways[k - 1].is_dir()), 1)
+    first = [ways[count - 1]] if count > 1 or names[0].strip() else []
+    return first + split_folders(";".join(names[count:])) if data_dir else []
 
 
 def open_data(data_dir: str, work_dir: str | Path, findings: str = "") -> DataSet:
@@ -26,7 +33,7 @@ def open_data(data_dir: str, work_dir: str | Path, findings: str = "") -> DataSe
     """
     folders = split_folders(data_dir)
     if folders:
-        data = join_sources([read_folder(folder, Path(work_dir)) for folder in folders])
+        data = join_sources(each(lambda folder: read_folder(folder, Path(work_dir)), folders))
     else:
         data = read_folder(write_phantom(Path(work_dir) / "phantom"))
     known = findings_of(data.table)
@@ -46,22 +53,21 @@ def join_sources(parts: list[DataSet]) -> DataSet:
         return parts[0]
     named: dict[str, DataSet] = {}
     for part in parts:
-        if not part.films_present:
-            raise InputError(f"{part.folder}: none of the films of its table is there")
+        check_films(part.table, part.folder, None)
         stem = re.sub(r"[^\w.-]+", "-", part.folder.name)
         count = sum(name.partition("~")[0] == stem for name in named)
         named[f"{stem}~{count + 1}" if count else stem] = part
-    place = {name: part.folder for part in parts for name in findings_of(part.table)}
+    place = {name: part for part in parts for name in findings_of(part.table)}
     if pair := spelled_twice(place):
-        found = " and ".join(f"{name!r} of {place[name]}" for name in pair)
-        raise InputError(f"{found} are one finding; write it alike in films.toml")
+        found = " and ".join(f"{name!r} of {place[name].folder}" for name in pair)
+        todo = place[pair[1]].mapping.to_rename(pair[1], pair[0])
+        raise InputError(f"{found} are one finding; for the second {todo}")
     table = pd.concat([_of_source(one.table, n, one.folder) for n, one in named.items()])
-    folder = functools.cache(Path.resolve)
-    there = table["path"].map(lambda path: _real(Path(path), folder) if path else None)
-    again = there.notna() & there.duplicated(keep=False)
-    if again.any():
-        found = " and ".join(table["source"][again].unique())
-        what = f"the film {table['path'][again].iloc[0]} is in both {found}, maybe by a link"
+    there = table[table["path"] != ""]
+    again = there[pd.Index(real_places(there["path"], follow=True)).duplicated(keep=False)]
+    if len(again):
+        found = " and ".join(again["source"].unique())
+        what = f"the film {again['path'].iloc[0]} is in both {found}, maybe by a link"
         raise InputError(f"{what}; give each folder once")
     names = [name for name in table.columns if name not in findings_of(table)]
     return dataclasses.replace(
@@ -74,11 +80,6 @@ def join_sources(parts: list[DataSet]) -> DataSet:
         found=_join_found(named),
         parts=named,
     )
-
-
-def _real(film: Path, folder: Callable[[Path], Path]) -> Path:
-    """Follow the links of a film, and of its folder."""
-    return film.resolve() if film.is_symlink() else folder(film.parent) / film.name
 
 
 def _release_of(part: DataSet) -> str:

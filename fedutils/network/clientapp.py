@@ -63,7 +63,15 @@ def reveal(here: Site) -> dict[str, str]:
         return masker.reveal(here.order["what"], json.loads(here.order["signatures"]))
 
 
+def tell(message: Message, context: Context) -> Message:
+    """Describe the films of this hospital."""
+    from . import survey  # which takes seconds to import
+
+    return survey.tell_films(message, context)
+
+
 client_app.query()(with_films("introduce"))
+client_app.query("survey")(tell)
 client_app.query("count")(with_films("count"))
 client_app.train()(with_films("fit"))
 client_app.train("measure")(with_films("batchnorm"))

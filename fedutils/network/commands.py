@@ -24,7 +24,8 @@ from ..settings import FIELDS
 SUPPORTED = "1.42"  # Flower's commands and interfaces move with each minor version
 COMMANDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 # The parameters that a hospital sets for itself: from the third on what it insists on.
-HOSPITALS = ("device", "weights", "min_clients", "secure_aggregation", "dp", "total_epsilon")
+HOSPITALS = ("device", "weights", "min_clients", "secure_aggregation", "least_count", "dp",
+             "total_epsilon")  # fmt: skip
 STARTED = re.compile(r"started run (\d+)")
 
 
@@ -102,14 +103,18 @@ def run_server_app(
     seconds: float = 7 * 24 * 3600,
     wait: float = 600,
     keys: Path | None = None,
+    survey: bool = False,
 ) -> dict[str, Any]:
     """Run the ServerApp with these parameters, show its log, and return what Flower says of it.
+
+    It trains, or is a `survey` of the hospitals' films.
 
     Raises NotebookFailed if its own status is not `finished:completed` within `seconds`.
     """
     text = " ".join(f"{key}={json.dumps(str(value))}" for key, value in values.items())
     folder = keys.resolve() if keys else ""
     config = f"parameters='{text}' wait-seconds={float(wait)} keys='{folder}'"
+    config += f" survey={str(survey).lower()}"
     call = command("run", project=PACKAGE.parent, config=config)
     output = show(call, environment, seconds)
     found = STARTED.search(output)
@@ -209,12 +214,12 @@ def take_step(
     environment = flower_environment(work / "flower", server, keys)
     if step == "register":
         return register(Path(name), environment)
-    if step == "train":
+    if step in ("train", "survey"):
         from .server import read_network
 
         read_network(values)  # what is wrong is said here, before anything starts
         check_public(keys)
-        return run_server_app(values, environment, keys=keys)
+        return run_server_app(values, environment, keys=keys, survey=step == "survey")
     call = superlink(host, int(port), work / "flower", keys)
     if step == "hospital":
         own = read_demands(values, keys)

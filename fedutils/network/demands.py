@@ -1,5 +1,5 @@
-"""What a hospital takes from a server: a run's parameters, each of them checked, and no less than
-it insists on.
+"""What a network heeds, and what a hospital takes from a server: a run's parameters, each of them
+checked, and no less than it insists on.
 """
 
 import tomllib
@@ -44,6 +44,17 @@ def read_run_settings(config: Mapping[str, Any], run: str, node: Mapping[str, An
     if settings.dp != "off" and not noise_is_secret(settings):
         raise InputError(f"dp={settings.dp} with secure=false: the server could draw the noise")
     return settings
+
+
+def check_network(settings: Settings) -> None:
+    """Raise InputError for a parameter that a network cannot heed."""
+    for name, why in REFUSED.items():
+        value, only = getattr(settings, name), FIELDS[name].default
+        if value != only:
+            raise InputError(f"over a network only {name}={only!r}, not {value!r}: {why}")
+    if settings.batchnorm == "local":
+        only = "batchnorm=precise, average or frozen"
+        raise InputError(f"over a network only {only}: local models never leave the hospitals")
 
 
 def noise_is_secret(settings: Settings) -> bool:

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save
 from ..base.device import find_devices, set_up
 from ..base.errors import InputError
 from ..base.files import write_atomic
+from ..base.findings import SPLITS
 from ..base.fixed import Whole
+from ..base.provenance import code_hash
 from ..base.scores import only_of, validation_sums
 from ..base.state import State, find_odd, is_beside, state_hash
 from ..client import Client, predict
@@ -32,7 +34,8 @@ from ..privacy.ledger import note_open
 from ..privacy.masks import MaskFault
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
-from ..training.masked import SPLITS, encode, known_rows, read_whole, rows_of
+from ..training.halfway import Halfway
+from ..training.masked import encode, known_rows, read_whole, split_rows
 from ..training.replicas import fit_safely, start_model
 from .demands import read_run_settings
 from .messages import LOST, SEPARATOR, Answer, pack, trunk_hash, unpack
@@ -86,7 +89,7 @@ class Hospital(Site):
         if "masks" not in self.order:
             raise MaskFault(f"{kind}: the offer of {self.name} did not arrive")
         offers, what = self.masks["offers"], self.sum_asked_for(kind)
-        rows = self.masker().common(what, offers, rows_of(split, count))
+        rows = self.masker().common(what, offers, split_rows(split, count))
         self.rows += rows
         return [row % count for row in rows]
 
@@ -170,6 +173,12 @@ class Hospital(Site):
             print(f"{folder}: {error}", flush=True)
         return sent
 
+    def halfway(self, kept: State) -> Halfway:
+        """Return what keeps the client's progress inside the round that it is asked for."""
+        films = read_report(self.settings.prepared)["fingerprint"]
+        about = [self.run_key, self.asked, state_hash(kept), films, code_hash(), torch.__version__]
+        return Halfway(self.settings.run / "halfway", about)
+
     def kept(self, round: int) -> Path:
         """Name the file of what the client keeps after a round, such as SCAFFOLD's variate."""
         return self.settings.run / "kept" / f"s{self.order['seed']}-{round:05d}.safetensors"
@@ -236,6 +245,7 @@ def fit(here: Hospital, sent: State) -> Answer:
     kept = load_file(path) if path.is_file() else {}
     if stop := client.over_budget(kept):
         return {"status": "stopped", "reason": stop}, {}, {}
+    client.halfway = here.halfway(kept)
     update, keep = fit_safely(client, here.model_for(sent, beside=True), sent, kept, round)
     if update.status != "ok":
         print(f"{here.name}, round {round}: {update.reason}", flush=True)
@@ -272,6 +282,7 @@ def batchnorm(here: Hospital, sent: State) -> Answer:
 @answers
 def validate(here: Hospital, sent: State) -> Answer:
     """Return the sums of the films for validation, as the simulation adds them up."""
+    here.halfway({})  # which drops what is left of a round that is over
     films, model, hidden = here.split("val"), here.model_for(sent), here.settings.secure_aggregation
     model.load(sent)
     labels = here.labels("validate", "val") if hidden else films.labels

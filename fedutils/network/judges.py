@@ -31,6 +31,12 @@ from ..run import read_model
 from .masked import MaskedNetwork
 from .server import Network
 
+OF_FILMS = {  # what notebook 04 says of films that it never sees
+    "release": "hospitals'",
+    "source": "Films of hospitals that tested the model where they lie",
+    "labels_by": "Labels are as each hospital has them; how they came about, it alone can say.",
+}
+
 
 class Judges(MaskedNetwork):
     """The hospitals of a run that was trained, with or without masks."""
@@ -46,7 +52,7 @@ class Judges(MaskedNetwork):
         folder = self.settings.run / "evaluation"
         states = {job.model: read_model(self.settings.run, job.name) for job in jobs}
         about: dict[str, Any] = {model.name: state_hash(state) for model, state in states.items()}
-        path = folder / POOLED
+        path = self.settings.run / POOLED
         if path.is_file() and json.loads(path.read_text())["models"] == about:
             return
         self.members = tuple(Network.gather(self, seconds))
@@ -61,8 +67,9 @@ class Judges(MaskedNetwork):
         for name, table in tables.items():
             write_atomic(folder / f"{name}.csv", table.to_csv(index=False).encode())
         films, patients = map(int, grid["films"])
-        found = {"models": about, "mean_over": mean_over, "findings": self.findings}
+        found = {"models": about, "mean_over": mean_over, "outputs": self.findings}
         found |= {"films": films, "patients": patients, "hospitals": list(self.members)}
+        found |= OF_FILMS | {"fingerprint": "", "yardsticks": None}
         write_atomic(path, json.dumps(found, indent=1).encode())
         print(f"tested on {films} films of {patients} patients: {folder}", flush=True)
 

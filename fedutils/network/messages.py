@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, Message
 from safetensors.torch import load, save
 
 from ..base.parameters import Parameters
+from ..base.scores import BOUNDLESS
 from ..base.state import LARGEST, State, count_bytes, find_misfit, find_odd, state_hash
 from ..client import Update
 from ..model import ChestResNet
@@ -19,7 +20,7 @@ from ..privacy.keys import LONGEST, is_key
 
 # The sums of a validation: whether there is one for each finding.
 SUMS = {"loss": False, "labels": False, "pairs": True, "ordered": True}
-MOST = 1 << 52  # of a sum: thousands of them do not overflow
+MOST = BOUNDLESS  # of a sum: thousands of them do not overflow
 SEPARATOR = "\n"  # between the findings in an introduction
 # What a hospital may say of its work; all else is that it failed.
 STATUSES = ("ok", "failed", "late", "lost", "non-finite", "out of range", "stopped", "unlabelled")
@@ -89,19 +90,19 @@ def read_reply(reply: Message | Fault) -> Answer:
         if isinstance(reply, tuple):
             return dict(zip(words, reply, strict=True)), {}, {}
         if reply.has_error():
-            return words | {"reason": one_line(reply.error.reason)}, {}, {}
+            return words | {"reason": short_line(reply.error.reason)}, {}, {}
         words |= dict(reply.content.config_records["words"])
-        words["reason"] = one_line(words["reason"])
+        words["reason"] = short_line(words["reason"])
         if words["status"] not in STATUSES:
             words["status"] = "failed"
         numbers = reply.content.metric_records.get("numbers", {})
         return words, dict(numbers), unpack(reply) if reply.content.array_records else {}
     except Exception as error:  # it comes from elsewhere, and must not end the run
-        reason = one_line(f"reply of another kind: {error}")
+        reason = short_line(f"reply of another kind: {error}")
         return {"status": "failed", "reason": reason}, {}, {}
 
 
-def one_line(text: object) -> str:
+def short_line(text: object) -> str:
     """Return what somebody else says as a short line, and never as one of the server's own."""
     return "".join(c if c.isprintable() else " " for c in str(text)[:LINE])
 
@@ -147,13 +148,13 @@ def read_introduction(reply: Message | Fault) -> tuple[str, dict[str, Any], str]
     counts["findings"] = str(words.get("findings", "")).split(SEPARATOR)
     said, _ = read_json(words | {"said": words.get("introduction")})
     if not is_text(said, *INTRODUCTION) or not is_key(said["key"]):
-        return "", {}, f"no introduction: {one_line(name)!r} gives no key"
+        return "", {}, f"no introduction: {short_line(name)!r} gives no key"
     counts["introduction"] = {key: said[key] for key in INTRODUCTION}
     known = counts["known"] if isinstance(counts["known"], list) else [None]
     fits = len(known) == len(counts["findings"]) and all(map(is_number, [counts["weight"], *known]))
     fits = fits and re.fullmatch("[01]*", said["knows"]) is not None
-    if not (isinstance(name, str) and name and fits and name == one_line(name)):
-        return "", {}, one_line(f"no introduction: name={name!r} {counts}")
+    if not (isinstance(name, str) and name and fits and name == short_line(name)):
+        return "", {}, short_line(f"no introduction: name={name!r} {counts}")
     return name, counts, ""
 
 
@@ -218,7 +219,7 @@ def read_said(text: str) -> tuple[dict[str, Any], str]:
         numbers = {k: v for k, v in account.items() if k != "hospital"}
         whole = numbers.keys() == ACCOUNT and all(float(v) >= 0 for v in numbers.values())
         if not account or (whole and isinstance(stop, str)):
-            return {"account": numbers, "stop": one_line(stop)} if account else {}, ""
+            return {"account": numbers, "stop": short_line(stop)} if account else {}, ""
     except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         pass
     return {}, "its budget cannot be read"

@@ -5,7 +5,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -20,22 +20,24 @@ from ..base.fixed import Pool
 from ..base.scores import judge
 from ..base.state import State, find_misfit, find_odd
 from ..client import Update
+from ..evidence.tables import NETWORK
 from ..fedavg import FedAvg
 from ..model import ChestResNet
 from ..privacy.keys import is_introduced, read_keys
 from ..rounds import Job, Progress, Row
-from ..settings import FIELDS, Settings, convert_texts, read_parameters
+from ..settings import Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
 from ..training.training import Training
 from . import messages
-from .demands import REFUSED
+from .demands import check_network
 from .messages import Fault, Member, Parcel, pack
+from .roster import note_changes
 from .site import run_key
 
 POLL = 0.5  # seconds between two looks for a reply
+RETURNS = 120.0  # seconds for one that was lost while it trained to be back, and go on
 server_app = ServerApp()
-PARTITION = "network"  # what config.json says of who has which patients
 
 
 class Network:
@@ -133,6 +135,11 @@ class Network:
         end = time.monotonic() + (limit or math.inf)
         for name in orders:
             reply = self.wait(ids[name], end) if name in ids else ("failed", "not connected")
+            lost = kind == "train" and isinstance(reply, Message) and reply.has_error()
+            back = min(end, time.monotonic() + RETURNS)
+            if lost and self.look_until(lambda name=name: name in self.nodes, back):
+                print(f"{name} is asked again: {reply.error.reason}", flush=True)
+                reply = self.wait(self.push(kind, [name], orders, parcel)[0], end)
             if messages.has_lost_state(reply):
                 self.bases.pop(name, None)
                 reply = self.wait(self.push(kind, [name], orders, parcel)[0], end)
@@ -202,6 +209,14 @@ class Network:
                 self.introduced[name] = introduction
             print(f"SuperNode {node}: {fault or name}", flush=True)
 
+    def look_until(self, enough: Callable[[], bool], end: float) -> bool:
+        """Look for hospitals until there are enough or the time is up; tell whether there are."""
+        self.discover()
+        while not enough() and time.monotonic() < end:
+            time.sleep(POLL)
+            self.discover()
+        return enough()
+
     def has_key(self, name: str, node: int, introduction: dict[str, str]) -> bool:
         """Tell whether a SuperNode speaks for a hospital, whose key the server was given."""
         run = run_key(self.settings.name, self.config)
@@ -217,12 +232,12 @@ class Network:
         for counts in known.values():
             self.findings = counts["findings"]
         wanted = len(known) or self.settings.num_clients
-        while len(self.nodes) < wanted and time.monotonic() < end:
-            self.discover()
-            time.sleep(POLL)
-        if not known and len(self.nodes) < wanted:
-            there = ", ".join(sorted(self.nodes)) or "none"
-            raise InputError(f"num_clients={wanted}: in {seconds:g} s these connected: {there}")
+        there = self.look_until(
+            lambda: len(self.nodes.keys() & (known or self.nodes)) >= wanted, end
+        )
+        if not there and not known:
+            names = ", ".join(sorted(self.nodes)) or "none"
+            raise InputError(f"num_clients={wanted}: in {seconds:g} s these connected: {names}")
         counts = known or {name: self.counts[name] for name in sorted(self.nodes)}
         write_atomic(path, json.dumps(counts).encode())
         return counts
@@ -248,17 +263,6 @@ def read_network(values: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def check_network(settings: Settings) -> None:
-    """Raise InputError for a parameter that a network cannot heed."""
-    for name, why in REFUSED.items():
-        value, only = getattr(settings, name), FIELDS[name].default
-        if value != only:
-            raise InputError(f"over a network only {name}={only!r}, not {value!r}: {why}")
-    if settings.batchnorm == "local":
-        only = "batchnorm=precise, average or frozen"
-        raise InputError(f"over a network only {only}: local models never leave the hospitals")
-
-
 def sent_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what hospitals are told of a run: what its result depends on, and their limit.
 
@@ -274,7 +278,7 @@ class NetworkTraining(Training):
 
     def __init__(self, settings: Settings, grid: Grid, seconds: float, keys: str = "") -> None:
         check_network(settings)
-        settings = dataclasses.replace(settings, partition=PARTITION)
+        settings = dataclasses.replace(settings, partition=NETWORK)
         if settings.secure_aggregation:
             from .masked import MaskedNetwork  # which builds on this module
 
@@ -293,6 +297,12 @@ class NetworkTraining(Training):
             members = [Member(name, counts, own, seed) for name, counts in hospitals]
             jobs.append(check_rule(Job("federated", seed, members, None)))
         return jobs
+
+    def _one_round(self, job: Job, now: Progress, executor: Network, strategy: FedAvg) -> None:
+        """Note who left since the last round, and who is back; then all as in the simulation."""
+        self.network.discover()
+        now.rows += note_changes(job, now, self.network.nodes)
+        super()._one_round(job, now, executor, strategy)
 
     def _findings(self) -> list[str]:
         return self.network.findings
@@ -315,20 +325,26 @@ class NetworkTraining(Training):
 
 @server_app.main()
 def serve(grid: Grid, context: Context) -> None:
-    """Train as the run's `parameters` say, such as "rounds=6 work_dir=/path"; print each round."""
+    """Train as the run's `parameters` say, such as "rounds=6 work_dir=/path"; print each round.
+
+    Then the hospitals test what came of it; or, as a `survey`, they describe their films alone.
+    """
     config = context.run_config
     pairs = [part.partition("=") for part in shlex.split(config["parameters"])]
     settings = read_network({name: value for name, _, value in pairs})
-    training = NetworkTraining(settings, grid, float(config["wait-seconds"]), str(config["keys"]))
+    seconds, keys = float(config["wait-seconds"]), str(config["keys"])
+    if config["survey"]:
+        from .survey import ask_hospitals  # which builds on this module
+
+        ask_hospitals(grid, settings, seconds, keys)
+        return
+    training = NetworkTraining(settings, grid, seconds, keys)
     training.train(print_round)
     training.test()
 
 
 def print_round(row: Row, history: pd.DataFrame) -> None:
-    """Print a line about a round, and one for each hospital that failed in it."""
-    now = history[(history["round"] == row["round"]) & (history["seed"] == row["seed"])]
-    for fault in now[now["status"] != "ok"].itertuples():
-        print(f"round {row['round']}: {fault.client} {fault.status}: {fault.reason}", flush=True)
+    """Print a line about a round."""
     print(f"round {row['round']}: train loss {row['train_loss']:.4f}, validation loss "
           f"{row['val_loss']:.4f}, AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s, "
           f"state {row['state_sha256']}", flush=True)  # fmt: skip

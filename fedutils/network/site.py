@@ -16,7 +16,7 @@ from ..privacy.keys import read_keys
 from ..privacy.masks import Masker, MaskFault
 
 MASKS = "privacy/masks.json"  # in the work folder: of all runs
-COUNTED = "masks.count"  # there, too: how many numbers masks.json remembers; by itself on purpose
+MASKS_COUNT = "masks.count"  # there, too: how many numbers that file remembers
 Content = dict[str, Any]  # records of a message by name
 
 
@@ -33,7 +33,7 @@ class Site:
         self.config: dict[str, Any] = json.loads(order["config"])
         self.run_key = run_key(order["run"], self.config)
         self.memory = Path(node["work_dir"]) / MASKS
-        self.counted = Path(node["work_dir"]) / COUNTED
+        self.counted = Path(node["work_dir"]) / MASKS_COUNT
 
     def masker(self) -> Masker:
         """Return this hospital's half of masks, with its own key and those it was given.

@@ -93,7 +93,7 @@ class PrivateClient(Client):
         self.patients = [positions[name] for name in self.names]
         self.ledger: Ledger | None = None
         self.rate = min(1.0, settings.batch_size / max(1, len(self.patients)))
-        self.steps = settings.local_epochs * math.ceil(1 / self.rate)  # of a round
+        self.steps = settings.local_steps or settings.local_epochs * math.ceil(1 / self.rate)
         if settings.delta * len(self.patients) >= 1:
             what = f"delta={settings.delta:g}: {self.name} has {len(self.patients)} patients"
             raise InputError(f"{what}; one in that many allows to publish one of them, choose less")

@@ -63,6 +63,11 @@ class MaskParameters(Parameters):
         False, "clients send under masks, and the server learns sums over min_clients or more alone"
     )
 
+    least_count: int = parameter(
+        5, "patients: counts of fewer never leave a hospital bare; it is the hospital's own",
+        bounds=(1, 1000), identity=False,
+    )  # fmt: skip
+
     def check(self) -> None:
         """Raise InputError where masked sums cannot be had, or would hide nothing."""
         if not self.secure_aggregation:

@@ -120,7 +120,8 @@ def plan(
     for seed, arm in itertools.product(settings.seed_list, settings.arm_list):
         mine = arm_settings(settings, arm)
         used = strategy if arm == "federated" else None
-        if arm == "centralised":
+        if arm == "centralised":  # on as many batches as all clients together
+            mine = dataclasses.replace(mine, local_steps=mine.local_steps * len(names))
             jobs.append(Job(arm, seed, [kind("all", train, mine, seed)], val))
             continue
         hospitals = [kind(name, part, mine, seed, used) for name, part in parts.items()]

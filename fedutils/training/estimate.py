@@ -1,5 +1,6 @@
 """How long the rounds will take, from a few batches on this very device."""
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Sequence
@@ -36,11 +37,12 @@ def estimate_seconds(
     sent = strategy(settings, set()).download(models.start(left[0][0].seed), {})
     films = largest.films.holding(features.stand_in()) if features else largest.films
     shared, count = models.shared, len(models.devices)
+    once = dataclasses.replace(settings, local_steps=0)  # a trial goes through its films
     sizes, took = [], []
 
     def trial(some: ChestXrayDataset, model: ChestResNet) -> float:
         """Time a client's round on some films."""
-        client = type(largest)("trial", some, settings, 0, strategy)
+        client = type(largest)("trial", some, once, 0, strategy)
         return client.fit(model, sent, {}, 1)[0].seconds
 
     few, more = (1, 3) if models.devices[0].type == "cpu" else (2, 6)
@@ -56,10 +58,10 @@ def estimate_seconds(
     judge = (time.perf_counter() - began) / len(some) / count
     boundary, whole, longest = _boundary_seconds(models, sent), 0.0, 0.0
     for job, rounds in left:
-        share, epochs = job.settings.client_fraction, job.settings.local_epochs
+        share, passes = job.settings.client_fraction, job.settings.passes
         most = MEASURED_FILMS if job.settings.batchnorm == "precise" else 0
         sizes = [len(client.films) for client in job.clients]
-        costs = [fixed + film * epochs * n + judge * count * min(most, n) for n in sizes]
+        costs = [fixed + film * passes(n) * n + judge * count * min(most, n) for n in sizes]
         beside = judge * len(job.validation) + boundary
         longest = max(longest, rounds * (share * _side_by_side(costs, count) + beside))
         whole += rounds * (share * sum(costs) / count + beside)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..base.errors import InputError
+from ..base.findings import SPLITS
 from ..base.fixed import FILM, MOST_COUNTED, ONE, Counted, Pool, Whole
 from ..base.scores import judge
 from ..base.state import LARGEST, State, is_head
@@ -18,7 +19,6 @@ from ..rounds import Job, Progress
 from .replicas import Replicas
 
 SUM, SHARE, ALL = "sum/", "share/", "share"
-SPLITS = ("train", "val", "test")  # whose labels a hospital says it has, by finding, in this order
 FLOOR = ONE * FILM // MOST_COUNTED  # the share of one film of the most that a sum counts
 
 
@@ -27,7 +27,7 @@ def known_rows(*parts: Iterable[float]) -> str:
     return "".join("01"[count > 0] for part in parts for count in part)
 
 
-def rows_of(split: str, findings: int) -> range:
+def split_rows(split: str, findings: int) -> range:
     """Return where in `known_rows` a split's findings stand."""
     start = SPLITS.index(split) * findings
     return range(start, start + findings)
@@ -184,7 +184,7 @@ class Masked:
         """Return the rows of a split that enough of those in the open sum know."""
         one = self.sum
         masker = self.maskers[next(iter(one.offers))]
-        return masker.common(one.what, one.offers, rows_of(split, self.findings))
+        return masker.common(one.what, one.offers, split_rows(split, self.findings))
 
     def _mask(self, name: str, numbers: State, rows: list[int] | None = None) -> State:
         """Return what a client sends of its numbers, which show these rows."""

@@ -268,6 +268,9 @@ class Training:
             raise
         if strategy.settings.batchnorm == "precise":
             batchnorm.refresh_batchnorm(job, now, executor, rows, strategy)
+        for fault in (row for row in rows if row["status"] != "ok"):
+            who = f"{fault['client']} {fault['status']}: {fault['reason']}"
+            print(f"{job.name}, round {now.round}: {who}", flush=True)
         row = rounds.aggregate_row(job, now, rows, whole, executor)
         row["seconds"] = time.perf_counter() - began
         # A single client's row says the same as that of its model.

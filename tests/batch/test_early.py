@@ -13,9 +13,9 @@ from fedutils.base.errors import InputError
 from fedutils.batch.early import check_early
 from fedutils.batch.notebook import NOTEBOOKS
 from fedutils.batch.run import identify
+from fedutils.evidence.tables import read_budget
 from fedutils.films.partition import partition_patients
 from fedutils.films.prepared import check_prepared, prepared_with
-from fedutils.run import read_budget
 from fedutils.settings import read_parameters
 from fedutils.training.identity import open_run
 from fedutils.training.training import Training

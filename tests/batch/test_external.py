@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -154,6 +155,17 @@ def test_what_cannot_be_tested_is_said_in_one_line(run, tmp_path, capsys):
     (other / "films.toml").write_text(f'{head}[findings]\nMass = "Lump"\neffusion = "Effusion"\n')
     assert main(["test", str(settings.run), "--data", str(other)]) == 2
     assert "'effusion' is the 'Effusion' of run" in told(capsys)
+    wrong, fit = ["--data", str(other), "--data", str(tmp_path / "none")], tmp_path / "fit"
+    ownfilms.write_films(fit, patients=4)
+    assert main(["test", str(settings.run), *wrong, "--data", str(fit)]) == 2
+    err = told(capsys)  # all that is wrong, before what is not wrong is tested
+    assert re.search(
+        r"other: 'effusion' is the 'Effusion' of run .*; and .*none cannot be read", err
+    )
+    assert 'write `Effusion = "Effusion"` under `[findings]` in' in err and "\n" not in err
+    assert not (settings.run / "external/fit").exists()
+    assert main(["predict", str(settings.run), str(fit), *(str(tmp_path / n) for n in "xy")]) == 2
+    assert re.search(r"/x: is not there; give .*; and .*/y: is not there; give", told(capsys))
     copy = tmp_path / "work/runs/run"
     shutil.copytree(settings.run, copy)
     (copy / "models/federated-s0.safetensors").unlink()

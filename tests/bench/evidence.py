@@ -24,8 +24,15 @@ from fedutils.batch.sweep import sweep
 from fedutils.evidence.differences import draws_by_seed, join_rows, pair_rows
 from fedutils.evidence.metrics import REPEATS, evaluate_parts
 from fedutils.evidence.predict import predict_films
-from fedutils.evidence.tables import ALL_FILMS, MEAN, SHOWN, mean_auroc_rows, read_table
-from fedutils.run import best_rounds, read_films, read_history
+from fedutils.evidence.tables import (
+    ALL_FILMS,
+    MEAN,
+    SHOWN,
+    best_rounds,
+    mean_auroc_rows,
+    read_table,
+)
+from fedutils.run import read_films, read_history
 from fedutils.settings import FIELDS, Settings
 
 ARMS = FIELDS["arms"].metadata["parts"]

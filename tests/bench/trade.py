@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fedutils.base.errors import InputError
 from fedutils.batch.trained import read_run
-from fedutils.evidence.tables import ALL_FILMS, mean_auroc_rows, read_table
+from fedutils.evidence.tables import ALL_FILMS, mean_auroc_rows, read_budget, read_table
 from fedutils.plots.style import (
     BLUE,
     GREEN,
@@ -26,7 +26,6 @@ from fedutils.plots.style import (
     end_labels,
     in_our_style,
 )
-from fedutils.run import read_budget
 from fedutils.settings import Settings
 
 CHANCE = 0.5

@@ -41,6 +41,7 @@ from fedutils.evidence.tables import (
 from fedutils.evidence.words import _hospitals_in_words, headline, too_small
 from fedutils.films.phantom.cases import FINDINGS
 from fedutils.run import read_films
+from fedutils.settings import Settings
 from fedutils.training.training import Training
 
 
@@ -381,13 +382,26 @@ def test_tabulate_has_a_column_an_arm_and_says_what_is_not_defined(three_arms):
 
 def test_cost_sums_films_and_bytes_and_averages_local_models():
     rows = [
-        ["federated", 0, 1, "", 100, 4e9, 6e9, 0.6], ["federated", 0, 2, "", 100, 4e9, 6e9, 0.7],
-        ["federated", 0, 1, "a", 60, 2e9, 3e9, np.nan],
-        ["local", 0, 1, "a", 60, 0, 0, 0.5], ["local", 0, 1, "b", 40, 0, 0, 0.7],
+        ["federated", 0, 1, "", 100, 4e9, 6e9, 0.6, "ok"],
+        ["federated", 0, 2, "", 100, 4e9, 6e9, 0.7, "ok"],
+        ["federated", 0, 1, "a", 60, 2e9, 3e9, np.nan, "ok"],
+        ["federated", 0, 1, "b", 40, 2e9, 3e9, np.nan, "unmeasured"],
+        ["federated", 0, 2, "c", 0, 0, 0, np.nan, "joined"],
+        ["federated", 0, 2, "a", np.nan, 2e9, 3e9, np.nan, "ok"],  # masked
+        ["federated", 0, 2, "b", np.nan, 2e9, 3e9, np.nan, "ok"],
+        ["federated", 0, 3, "a", np.nan, 2e9, 3e9, np.nan, "ok"],  # of a round that failed
+        ["local", 0, 1, "a", 60, 0, 0, 0.5, "ok"], ["local", 0, 1, "b", 40, 0, 0, 0.7, "ok"],
     ]  # fmt: skip
     names = ["arm", "seed", "round", "client", "examples", "bytes_up", "bytes_down", "val_auroc"]
-    cost = training_cost(pd.DataFrame(rows, columns=names), local_epochs=2)
+    history = pd.DataFrame(rows, columns=[*names, "status"])
+    cost = training_cost(history, Settings(local_epochs=2, batch_size=32), clients=2)
     assert cost["films_seen"].tolist() == [200, 400, 200]
+    steps = Settings(local_steps=10, batch_size=32)  # 2 batches of 30 and of 20 a pass, or of 25
+    steps = training_cost(history, steps, clients=2)["films_seen"].tolist()
+    assert steps == [300 + 200, 500 + 2 * 250, 300 + 200]
+    alone = pd.DataFrame([["centralised", 0, 1, "", 100, 0, 0, 0.5, "ok"]], columns=history.columns)
+    steps = Settings(local_steps=10, batch_size=32)  # ten for each client, in batches of 25
+    assert training_cost(alone, steps, clients=2)["films_seen"].tolist() == [2 * 250]
     assert cost["gigabytes"].tolist() == [10, 20, 0]
     assert cost["val_auroc"].tolist() == pytest.approx([0.6, 0.7, 0.6])
 

@@ -7,9 +7,11 @@ import time
 
 import numpy as np
 import pytest
+from ownfilms import MARKS, rows_of, write
 from PIL import Image
 
 from fedutils.base.errors import InputError
+from fedutils.films.check import check_table
 from fedutils.films.decode import decode_film, decode_films
 from fedutils.films.formats import dicom_header, find_depth, read_grey
 from fedutils.films.read import read_folder
@@ -394,3 +396,29 @@ def test_a_film_is_prepared_as_fast_as_pydicom_alone_reads_it(nih_test_data, tmp
         times.setdefault(read, []).append(time.process_time() - begun)
     alone, ours = map(min, times.values())
     assert alone / ours >= 0.8
+
+
+def test_rows_are_kept_by_a_header_and_those_without_one_to_read_are_named(tmp_path):
+    mapping = MARKS + '[keep]\n"dicom:ViewPosition" = ["PA", "AP"]\n'
+    films = ["pa.dcm", "ll.dcm", "none.dcm", "gone.dcm", "cut.dcm", "x.png"]
+    folder = write(tmp_path, mapping, rows_of(*films), ["cut.dcm", "x.png"])
+    for name, about in (
+        ("pa", {"ViewPosition": "PA"}),
+        ("ll", {"ViewPosition": "LL"}),
+        ("none", {}),
+    ):
+        write_dicom(folder / f"{name}.dcm", ramp(8, np.uint8), 8, **about)
+    data = read_folder(folder)
+    assert data.table["image_index"].tolist() == ["cut.dcm", "gone.dcm", "pa.dcm"]
+    assert sorted(data.found["rows left out"]) == ["ll.dcm", "none.dcm", "x.png"]
+    assert check_table(data).set_index("check")["count"]["missing films"] == 1
+
+
+@pytest.mark.parametrize(("tag", "films", "told"), [
+    ("Modality", ["x.png"], r"\[keep\] leaves no row of .*table\.csv"),
+    ("Modalty", ["a.dcm"], "dicom:Modalty: DICOM has no such keyword; near it: Modality"),
+])  # fmt: skip
+def test_a_header_that_no_film_has_keeps_no_row(tmp_path, tag, films, told):
+    folder = write(tmp_path, MARKS + f'[keep]\n"dicom:{tag}" = "DX"\n', rows_of(*films), films)
+    with pytest.raises(InputError, match=told):
+        read_folder(folder)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from ownfilms import MARKS, MARKS_TABLE, WORDS, WORDS_TABLE, write, write_films
+from ownfilms import MARKS, MARKS_TABLE, WORDS, WORDS_TABLE, rows_of, write, write_films
 from tiny import tiny_settings
 
 from fedutils.__main__ import main
@@ -171,13 +171,6 @@ def test_duplicate_rows_that_differ_in_a_gap_are_counted(tmp_path):
     counts = check_table(data).set_index("check")["count"]
     assert counts["duplicate rows"] == 2 and counts["duplicate rows that disagree"] == 1
     assert len(data.table) == 3 and np.isnan(data.table.loc[0, "Edema"])
-
-
-def rows_of(*films):
-    """The README's table with these films, each (name, patient)."""
-    header, row, *_ = MARKS_TABLE.splitlines()
-    rest = row.removeprefix("pictures/A-17/first.png;A-17")
-    return "\n".join([header, *(f"{name};{patient}{rest}" for name, patient in films)]) + "\n"
 
 
 @pytest.mark.parametrize("again", ["1.png", "./1.png", "pics/..//1.png", ".\\1.png"])
@@ -627,7 +620,10 @@ def test_a_sex_is_told_by_its_word_not_its_first_letter(tmp_path, word, sex):
         Mass = "Mass"
     """)
     if sex is None:
-        with pytest.raises(InputError, match=r"line 2: sex 'Mujer'; write M or F.*\[values\]"):
+        with pytest.raises(
+            InputError,
+            match=r"line 2: sex 'Mujer'; write M or F.*`Mujer = \"F\"` under `\[values.sex\]`",
+        ):
             read_folder(folder)
         return
     data = read_folder(folder)

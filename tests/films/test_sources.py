@@ -16,7 +16,7 @@ from fedutils.films.decode import decode_films, write_index
 from fedutils.films.mapping import presets
 from fedutils.films.partition import partition_patients
 from fedutils.films.read import read_folder
-from fedutils.films.sources import compare_sources, open_data
+from fedutils.films.sources import compare_sources, open_data, split_folders
 from fedutils.films.split import split_patients
 from fedutils.run import read_films
 from fedutils.settings import read_parameters
@@ -115,6 +115,28 @@ def test_data_may_be_given_several_times(folders, tmp_path, monkeypatch):
     assert identify(folders, tmp_path) != before
 
 
+def test_a_folder_may_have_a_semicolon_in_its_path(tmp_path, monkeypatch):
+    monkeypatch.delenv("NIH_DATA_DIR", raising=False)
+    one = write_films(tmp_path / "a;b" / "c;d", patients=4)
+    two = write_films(tmp_path / "e", patients=4)
+    assert split_folders(f"{one};{two};") == split_folders(f" {one} ; {two}") == [one, two]
+    assert split_folders(f"{two};{one}") == [two, one] and split_folders(" ; ") == []
+    assert set(open_data(f"{one};{two}", tmp_path).table["source"]) == {"c-d", "e"}
+    settings = read_parameters({"data_dir": str(one), "work_dir": str(tmp_path)})
+    assert settings.data_dir == str(one) and settings.identity()["data_dir"] == "c;d"
+
+
+def test_what_is_wrong_with_several_folders_is_said_of_all(tmp_path, monkeypatch):
+    monkeypatch.delenv("NIH_DATA_DIR", raising=False)
+    wrong = [write_films(tmp_path / name, patients=2) for name in ("one", "two")]
+    for folder in wrong:
+        (folder / "table.csv").write_text("File;Patient")
+    with pytest.raises(InputError, match=r"one/table\.csv: .*; and .*two/table\.csv: has no rows"):
+        open_data(";".join(map(str, wrong)), tmp_path)
+    with pytest.raises(InputError, match=r"folder .*x cannot be read.*; and .*folder .*y cannot"):
+        read_parameters({"data_dir": f"{tmp_path}/x;{tmp_path}/y", "work_dir": str(tmp_path)})
+
+
 def test_a_folder_that_is_given_again_by_a_link_is_refused(folders, tmp_path, monkeypatch):
     monkeypatch.delenv("NIH_DATA_DIR", raising=False)
     link, inner = tmp_path / "link", tmp_path / "inner"
@@ -168,7 +190,8 @@ def test_a_finding_of_two_sources_in_two_spellings_is_named(folders, tmp_path, o
     mapping = (south / "films.toml").read_text().replace("Fracture =", f'"{other}" =')
     (south / "films.toml").write_text(mapping)
     said = (
-        f"'Edema' of .*north and '{other}' of .*south are one finding; write it alike in films.toml"
+        f"'Edema' of .*north and '{other}' of .*south are one finding; for the second "
+        r'write `Edema = "Effusion"` under `\[findings\]` in .*south/films\.toml, and nothing for'
     )
     with pytest.raises(InputError, match=said):
         open_data(both((folders[0], south)), tmp_path)
@@ -185,7 +208,9 @@ def test_a_source_without_films_is_refused(folders, tmp_path):
     empty.mkdir()
     for path in folders[0].glob("*.*"):
         (empty / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(InputError, match="empty: none of the films of its table is there"):
+    with pytest.raises(
+        InputError, match="empty: none of the 80 films of the table is there; it holds no"
+    ):
         open_data(both([folders[1], empty]), tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Over Flower's messages the run is the simulation's, bit for bit, and no film leaves a hospital."""
 
+import ast
 import dataclasses
 import functools
 import io
@@ -23,7 +24,16 @@ from tiny import ROUNDING, tiny_films, tiny_homes, tiny_settings
 
 pytest.importorskip("flwr", reason="the extra `flower` is not installed: make flower installs it")
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Error,
+    Message,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
@@ -35,16 +45,22 @@ from fedutils.base.device import precision
 from fedutils.base.errors import InputError
 from fedutils.base.fixed import FILM
 from fedutils.base.state import state_hash, to_cpu
+from fedutils.batch.absent import LeaveOut
+from fedutils.batch.run import run as batch_run
+from fedutils.client import Client
 from fedutils.evidence.calibration import calibrate
 from fedutils.evidence.cuts import operating_points
 from fedutils.evidence.metrics import REPEATS, evaluate_parts
 from fedutils.evidence.predict import predict_films, write_predictions
-from fedutils.evidence.tables import read_table
+from fedutils.evidence.summary import verify_run
+from fedutils.evidence.tables import best_rounds, read_table, training_cost
 from fedutils.films.phantom.cases import FINDINGS
+from fedutils.films.survey import HIDDEN
 from fedutils.model import build_resnet34
 from fedutils.network import demands, hospital, messages, server
 from fedutils.network.clientapp import client_app
 from fedutils.network.commands import make_key
+from fedutils.network.demands import REFUSED
 from fedutils.network.hospital import Hospital
 from fedutils.network.masked import MaskedNetwork
 from fedutils.network.messages import (
@@ -55,13 +71,15 @@ from fedutils.network.messages import (
     read_update,
     unpack,
 )
-from fedutils.network.server import REFUSED, NetworkTraining
+from fedutils.network.server import NetworkTraining
+from fedutils.network.survey import ask_hospitals
+from fedutils.plots.training import learning_curves
 from fedutils.privacy.keys import new_secret, public_of
 from fedutils.privacy.ledger import Ledger
 from fedutils.privacy.masks import MaskedSum, Masker, MaskFault
 from fedutils.rounds import FederationError
 from fedutils.settings import FIELDS
-from fedutils.training import replicas, training
+from fedutils.training import halfway, replicas, training
 from fedutils.training.replicas import start_model
 from fedutils.training.training import Training
 
@@ -245,7 +263,8 @@ def test_no_film_no_patient_and_no_path_stands_in_any_message(both):
 @pytest.mark.parametrize("changes", [
     {"batchnorm": "frozen", "aggregation": "median", "strategy": "fedavgm"},
     {"batchnorm": "average", "client_fraction": 0.6},
-], ids=["frozen-median", "fraction"])  # fmt: skip
+    {"batchnorm": "frozen", "local_steps": 3},
+], ids=["frozen-median", "fraction", "steps"])  # fmt: skip
 def test_other_settings_too_have_the_bits_of_the_simulation(tmp_path, changes):
     films = tiny_films(tmp_path)
     expected = hashes(Training(tiny_settings(tmp_path, **changes), films).train())
@@ -274,6 +293,158 @@ def test_a_killed_server_goes_on_from_the_last_finished_round(tmp_path):
     assert hashes(over_flower(tmp_path, Grid(homes), **changes)) == expected
 
 
+@pytest.mark.parametrize("changes", [{"strategy": "scaffold"} | SGD, {"secure_aggregation": True}])
+def test_a_hospital_that_is_killed_in_a_round_is_asked_again_and_goes_on(
+    tmp_path, monkeypatch, capsys, changes
+):
+    """Not from the start: each of its batches is trained on once, and the bits are the same."""
+    changes = changes | {"local_epochs": 3, "min_clients": 2, "batchnorm": "frozen"}
+    monkeypatch.setattr(halfway, "EVERY", 0.0)
+    monkeypatch.setattr(server, "POLL", 0.01)
+    films, noted, note = tiny_films(tmp_path), [], halfway.Halfway.note
+    plain = changes | {"secure_aggregation": False}
+    expected = hashes(Training(tiny_settings(tmp_path, **plain), films).train())
+
+    def killed(self, batches, *about):
+        note(self, batches, *about)
+        if "client-2" in self.folder.parts:
+            noted.append(batches)
+            if noted == [1, 2, 3]:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(halfway.Halfway, "note", killed)
+
+    class Kills(Grid):
+        """A ClientApp that is killed takes its SuperNode along, which starts again after a while."""
+
+        looks = 0
+
+        def push_messages(self, messages):
+            ids = []
+            for message in messages:
+                try:
+                    ids += super().push_messages([message])
+                except KeyboardInterrupt:
+                    error = Message(Error(5, "Node Unavailable"), reply_to=message)
+                    self.replies[message.object_id] = error
+                    self.dead.add("client-2")
+                    ids.append(message.object_id)
+            return ids
+
+        def get_node_ids(self):
+            self.looks += bool(self.dead)
+            if self.looks == 5:
+                self.dead.clear()
+            return super().get_node_ids()
+
+    homes = tiny_homes(tmp_path / SECRET, films)
+    history = over_flower(tmp_path, Kills(homes), **changes)
+    assert hashes(history) == expected and set(history["status"]) == {"ok"}
+    assert noted == [1, 2, 3, 4, 5, 6] * 2
+    said = capsys.readouterr().out
+    assert "client-2 is asked again: Node Unavailable" in said and "goes on after 3 batch" in said
+    assert not [home for home in homes.values() if (home / "runs/run/halfway").exists()]
+
+
+def test_a_hospital_that_is_lost_and_does_not_come_back_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(server, "POLL", 0.01)
+    monkeypatch.setattr(server, "RETURNS", 0.1)
+
+    class Lost(Grid):
+        def pull_messages(self, ids):
+            replies = super().pull_messages(ids)
+            for number, reply in enumerate(replies):
+                about = reply.metadata
+                if about.message_type == "train" and self.nodes[about.src_node_id] == "client-2":
+                    ask = Message(RecordDict({}), 11, "train")
+                    replies[number] = Message(Error(5, "Node Unavailable"), reply_to=ask)
+                    self.dead.add("client-2")
+            return replies
+
+    history = over_flower(tmp_path, Lost(tiny_homes(tmp_path, tiny_films(tmp_path))), rounds=1)
+    assert history["status"].tolist() == ["ok", "failed", "ok", "ok"]
+    assert history["reason"][1] == "Node Unavailable"
+
+
+def test_the_late_update_of_an_old_round_is_never_taken_for_the_new_one(
+    tmp_path, monkeypatch, capsys
+):
+    """Nor what the hospital kept beside it: with SCAFFOLD's variates, the simulation's bits."""
+    films, changes, fit = tiny_films(tmp_path), {"strategy": "scaffold"} | SGD, Client.fit
+    changes |= {"batchnorm": "frozen", "rounds": 3, "client_seconds": 600.0}
+
+    def slow(self, *about):
+        update, kept = fit(self, *about)
+        seconds = 999.0 if self.name == "client-2" and about[3] == 1 else 0.0
+        return dataclasses.replace(update, seconds=seconds), kept
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "fit", slow)
+        simulated = Training(tiny_settings(tmp_path, **changes), films).train()
+
+    class Late(Grid):
+        """Client-2's first update is there when the second is asked for, and stays to be pulled."""
+
+        held, clock = "", 0.0
+
+        def push_messages(self, messages):
+            ids = super().push_messages(messages)
+            for key, message in zip(ids, messages, strict=True):
+                about = message.metadata
+                if about.message_type == "train" and self.nodes[about.dst_node_id] == "client-2":
+                    self.held = self.held or key
+            return ids
+
+        def pull_messages(self, ids):
+            self.clock += 601.0 * (self.held in ids)
+            return super().pull_messages([key for key in ids if key != self.held])
+
+    grid, clock = Late(tiny_homes(tmp_path / SECRET, films)), time.monotonic
+    monkeypatch.setattr(server.time, "monotonic", lambda: clock() + grid.clock)
+    history = over_flower(tmp_path, grid, **changes)
+    assert history[history["client"] == "client-2"]["status"].tolist() == ["late", "ok", "ok"]
+    assert hashes(history) == hashes(simulated) and grid.held in grid.replies
+    assert "round 1: client-2 late: no reply in 600 s\n" in capsys.readouterr().out
+
+
+def test_who_leaves_joins_or_comes_new_is_a_line_in_the_history(tmp_path, monkeypatch, capsys):
+    """Shares stay those of the hospitals of the start: the bits are those of two that failed."""
+    films = tiny_films(tmp_path, films=80, clients=4)
+    grid = Grid(tiny_homes(tmp_path / SECRET, films))
+    grid.dead.add("client-4")  # it registers when the run has begun
+    about, fit = {"rounds": 4, "batchnorm": "frozen"}, Client.fit
+    network = NetworkTraining(tiny_settings(tmp_path / "server", **about), grid, 1)
+    gone = {1: {"client-1"}, 2: {"client-1"}}
+
+    def on_round(row, history):
+        grid.dead = gone.get(row["round"], set())
+
+    history = network.train(on_round)
+    rows = history[history["status"].isin(["joined", "left", "left out"])]
+    assert rows[["round", "client", "status"]].to_numpy().tolist() == [
+        [2, "client-1", "left"], [2, "client-4", "left out"], [4, "client-1", "joined"],
+    ]  # fmt: skip
+    said = capsys.readouterr().out
+    assert "round 2: client-1 left: not connected\n" in said
+    assert "round 2: client-4 left out: new: wait for the next run\n" in said
+    assert "round 4: client-1 joined: connected again\n" in said
+
+    def away(self, *args):
+        return 1 / 0 if self.name == "client-1" and args[3] in (2, 3) else fit(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Client, "fit", away)
+        three = films.where(films.index["client"] != "client-4")
+        simulated = Training(tiny_settings(tmp_path, **about), three).train()
+    assert hashes(history) == hashes(simulated)
+    more = over_flower(tmp_path, grid, **about | {"rounds": 5})  # another process: nothing is new
+    assert set(more[more["round"] == 5]["status"]) == {"ok"}
+    stored = run.read_history(tmp_path / "server/runs/run")
+    assert len(best_rounds(stored)) == 1 and len(learning_curves(stored).axes) == 2
+    cost = training_cost(stored, tiny_settings(tmp_path), clients=3)
+    assert cost["films_seen"].diff().iloc[1:].tolist() == [24, 24, 36, 36]
+
+
 def test_an_error_in_a_hospital_names_it_and_its_text_stays_there(tmp_path, capfd):
     films = tiny_films(tmp_path)
     homes = tiny_homes(tmp_path / SECRET, films)
@@ -300,11 +471,11 @@ def test_a_hospital_that_vanishes_is_named_and_takes_part_again(tmp_path):
     with pytest.raises(FederationError, match=r"client-1 failed \(not connected\)"):
         over_flower(tmp_path, grid, rounds=2, min_clients=3)
     history = over_flower(tmp_path, grid, rounds=2)
-    assert history[history["round"] == 2]["status"].tolist() == ["failed", "ok", "ok", "ok"]
+    assert history[history["round"] == 2]["status"].tolist() == ["left", "failed", *["ok"] * 3]
     grid.dead.clear()
     grid.nodes = {number + 100: name for number, name in grid.nodes.items()}  # all start again
     history = over_flower(tmp_path, grid, rounds=3)
-    assert history[history["round"] == 3]["status"].tolist() == ["ok"] * 4
+    assert history[history["round"] == 3]["status"].tolist() == ["joined", *["ok"] * 4]
 
 
 def test_a_run_does_not_begin_without_its_hospitals(tmp_path, capfd):
@@ -553,7 +724,7 @@ def test_masks_are_signed_and_a_server_that_swaps_a_key_is_found(tmp_path, signe
                     order["introduced"] = json.dumps(introduced)
             return super().push_messages(messages)
 
-    with pytest.raises(MaskFault, match="too few for a sum: nobody"):
+    with pytest.raises(InputError, match="not counted under masks: client-1, client-2, client-3"):
         run_with_keys(tmp_path / "other", Swaps(homes, keys), keys, rounds=1, **MASKED)
     said = capfd.readouterr().out
     assert "no offer of client-1: MaskFault: the mask key of client-3 is not signed" in said
@@ -649,7 +820,8 @@ def test_a_hospital_that_returns_under_its_own_node_takes_part_again(tmp_path):
         grid.dead |= next(there)
 
     history = network.train(on_round)
-    assert history[history["client"] == "client-1"]["status"].tolist() == ["ok", "failed", "ok"]
+    found = history[history["client"] == "client-1"]["status"].tolist()
+    assert found == ["ok", "left", "failed", "joined", "ok"]
 
 
 def test_a_hospital_that_insists_on_masks_sends_nothing_bare(tmp_path, signed, capfd):
@@ -1089,6 +1261,70 @@ def test_one_hospital_alone_is_not_tested(tmp_path, capsys):
     training.train()
     training.test()
     assert "not tested: a sum of one hospital is bare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tested", [{}], indirect=True, ids=["plain"])
+def test_notebook_04_shows_what_the_hospitals_counted_and_says_what_is_not_there(tested):
+    """Its tables and figures of all films; no film, no single hospital."""
+    training, *_ = tested
+    values = {"work_dir": training.settings.work_dir, "name": "run"}
+    batch_run(values, only="04")
+    folder = training.run / "evaluation"
+    page = Path(training.settings.work_dir, "notebooks/run/04_evaluate.html").read_text()
+    assert page.count("Not here: it needs the films, which never left") > 10
+    assert "federated reaches a mean AUROC of" in page and (folder / "auroc.png").is_file()
+    for absent in ("roc", "hospitals", "subgroups", "gallery"):
+        assert not (folder / f"{absent}.png").is_file()
+    assert "3 clients, partition network" in (training.run / "MODEL_CARD.md").read_text()
+    assert verify_run(training.settings) == []
+
+
+def test_a_statement_that_needs_what_is_absent_goes_and_all_that_is_made_of_it():
+    cut = LeaveOut({"films"}, {"result"})
+    cells = "index = films.index; title = 'x'", "a, b = f(index)", "result = g(a)", "print(result)"
+    left = [ast.unparse(cut.visit(ast.parse(cell))).split("\n") for cell in cells]
+    assert [line for cell in left for line in cell if "Not here" not in line] == [
+        "title = 'x'", "print(result)",
+    ]  # fmt: skip
+    assert ["Not here" in cell[0] for cell in left] == [True, True, True, False]
+
+
+def test_before_training_hospitals_tell_counts_and_what_differs(tmp_path, signed, capsys):
+    """One was prepared at another size: that shows here, not in round 7. No stranger's word."""
+    homes, keys = signed
+    for name, home in homes.items():
+        path = home / "prepared/report.json"
+        report = json.loads(path.read_text()) | {"release": f"set of {name}"}
+        report["image_size"] = 64 if name == "client-3" else 32
+        path.write_text(json.dumps(report))
+    grid = KeyGrid(homes, keys)
+    path = ask_hospitals(grid, tiny_settings(tmp_path / "server"), 5, str(keys))
+    found = json.loads(path.read_text())
+    assert list(found) == ["client-1", "client-2", "client-3"]
+    said = capsys.readouterr().out
+    assert "image_size differs: client-1, client-2: 32; client-3: 64" in said
+    assert found["client-1"]["split"] == {"train": 12, "val": HIDDEN, "test": HIDDEN}
+    assert np.array(found["client-1"]["mean film"]).shape == (32, 32)
+    content = b"".join(content for *_, content in grid.wire)
+    assert SECRET.encode() not in content and b"00000000_000.png" not in content
+    grid = KeyGrid(homes, keys, {"client-2": "stranger"})
+    again = ask_hospitals(grid, tiny_settings(tmp_path / "other"), 1, str(keys))
+    assert "client-2" not in json.loads(again.read_text())
+    assert "calls itself client-2, and has not its key" in capsys.readouterr().out
+    with pytest.raises(InputError, match="no hospital has said anything"):
+        ask_hospitals(Grid({}), tiny_settings(tmp_path / "other"), 0.1)
+
+
+def test_what_is_no_survey_is_left_out(tmp_path, capsys):
+    homes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))
+    words = {"status": "ok", "reason": "", "said": '{"name": "client-2", "counts": {"split": 3}}'}
+    grid = Replies(homes, "query.survey", words)
+    for home in homes.values():
+        path = home / "prepared/report.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"release": "tiny"}))
+    found = json.loads(ask_hospitals(grid, tiny_settings(tmp_path / "server"), 1).read_text())
+    assert list(found) == ["client-1", "client-3"]
+    assert "SuperNode 12: says not who it is" in capsys.readouterr().out
 
 
 # An active server, and hospitals that break the protocol.

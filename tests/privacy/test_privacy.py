@@ -697,3 +697,15 @@ def test_a_mechanism_that_withholds_the_loss_shows_none_in_the_simulation(tmp_pa
     monkeypatch.setattr(Client, "withholds_loss", True)
     history = Training(tiny_settings(tmp_path, rounds=1), tiny_films(tmp_path)).train()
     assert history["train_loss"].isna().all() and (history["status"] == "ok").all()
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_local_steps_are_what_is_taken_and_what_is_paid_for(tmp_path, films, steps, monkeypatch):
+    client = private_client(tmp_path, films, local_steps=steps)
+    client.halfway = "it keeps no progress: noise that was drawn is not drawn again"
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda s, *a: (taken.append(1), step(s))[1])
+    model = build()
+    update, kept = client.fit(model, to_cpu(model.tracked_state()), {}, 1)
+    assert len(taken) == steps == int(kept[STEPS]) == client.account(kept)["steps"]
+    assert update.epsilon == epsilon(1.0, client.rate, steps, 1e-5)

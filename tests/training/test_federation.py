@@ -22,10 +22,11 @@ from fedutils.base.errors import InputError
 from fedutils.base.state import state_hash
 from fedutils.client import Client
 from fedutils.evidence.predict import predict_films
+from fedutils.evidence.tables import best_rounds
 from fedutils.fedavg import FedAvg
 from fedutils.films.phantom.cases import FINDINGS
 from fedutils.rounds import FederationError, sample_clients
-from fedutils.run import HISTORY, best_rounds
+from fedutils.run import HISTORY
 from fedutils.settings import FIELDS, Settings
 from fedutils.strategies import FedAdam, Scaffold
 from fedutils.training import replicas, training
@@ -39,6 +40,7 @@ STRATEGIES = [
     {"strategy": "fedadam"},
     {"strategy": "fedprox"},
     {"strategy": "scaffold"} | SGD,
+    {"strategy": "scaffold", "local_steps": 3} | SGD,
     {"strategy": "fedavg", "batchnorm": "local"},
     {"strategy": "fedavg", "batchnorm": "frozen"},
     {"strategy": "fedavg", "batchnorm": "precise"},
@@ -713,3 +715,70 @@ def test_a_hospital_without_labels_is_none_of_the_three_that_a_median_wants(tmp_
     films.labels[(films.index["client"] == "client-2").to_numpy()] = np.nan
     with pytest.raises(InputError, match="median of 2 clients cuts off nobody"):
         Training(tiny_settings(tmp_path, aggregation="median"), films)
+
+
+def unequal(work):
+    """Films of which client-1 has 24 to train on, client-2 9 and client-3 3."""
+    films = tiny_films(work)
+    train = (films.index["split"] == "train").to_numpy()
+    films.index.loc[train, "client"] = np.repeat(["client-1", "client-2", "client-3"], [24, 9, 3])
+    return films
+
+
+def test_unequal_sites_take_equal_steps_and_weigh_by_their_films(tmp_path, monkeypatch):
+    films, steps, end = unequal(tmp_path), {}, FedAvg.end
+
+    def told(self, sent, kept, final, taken):
+        steps.setdefault(taken, []).append(1)
+        return end(self, sent, kept, final, taken)
+
+    monkeypatch.setattr(FedAvg, "end", told)
+    settings = tiny_settings(tmp_path, local_steps=4, rounds=1)
+    history = Training(settings, films).train()
+    assert history["examples"].tolist() == [24, 9, 3, 36]
+    assert {taken: len(times) for taken, times in steps.items()} == {4: 3}
+
+
+def test_the_centralised_arm_takes_the_steps_of_all_clients(tmp_path, monkeypatch):
+    films, batches = unequal(tmp_path), []
+    batch = type(films).batch
+    monkeypatch.setattr(
+        type(films), "batch", lambda self, *at: (batches.append(len(at[0])), batch(self, *at))[1]
+    )
+    how = {"local_steps": 4, "rounds": 1, "batchnorm": "frozen", "batch_size": 3}
+    for arms in ("federated", "centralised"):
+        Training(tiny_settings(tmp_path, arms=arms, name=arms, **how), films).train()
+    assert batches.count(3) == 2 * 3 * 4  # each client's films are a multiple of three
+
+
+def test_local_steps_are_another_run_and_epochs_beside_them_are_refused(tmp_path):
+    names = {tiny_settings(tmp_path, name="", local_steps=steps).name for steps in (0, 4, 5)}
+    assert len(names) == 3
+    with pytest.raises(InputError, match="local_epochs=2 means nothing with local_steps=4"):
+        tiny_settings(tmp_path, local_steps=4, local_epochs=2)
+
+
+def test_the_estimate_counts_steps_not_films(tmp_path, monkeypatch):
+    """In CPU time, which other work on the machine does not take away."""
+    monkeypatch.setattr(time, "perf_counter", time.process_time)
+    settings = tiny_settings(tmp_path, rounds=3, local_steps=12)
+    training = Training(settings, unequal(tmp_path))
+    estimate = training.estimate_seconds()
+    seconds = aggregated(training.train())["seconds"].sum()
+    assert 0.3 < estimate / seconds < 3
+
+
+def test_who_took_too_long_is_in_the_history_and_in_a_printed_line(tmp_path, monkeypatch, capsys):
+    fit = Client.fit
+
+    def slow(self, *about):
+        update, kept = fit(self, *about)
+        seconds = 99.5 if self.name == "client-2" and about[3] == 1 else 0.1
+        return dataclasses.replace(update, seconds=seconds), kept
+
+    monkeypatch.setattr(Client, "fit", slow)
+    history = train(tmp_path, client_seconds=60.0)
+    assert history[history["client"] == "client-2"]["status"].tolist() == ["late", "ok"]
+    assert aggregated(history)["examples"].tolist() == [24, 36]
+    said = "federated-s0, round 1: client-2 late: took 99.5 s, client_seconds is 60\n"
+    assert capsys.readouterr().out == said
