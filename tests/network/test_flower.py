@@ -1228,7 +1228,7 @@ def test_a_test_is_of_all_hospitals_or_of_none(tmp_path):
     grid = Replies(homes, "evaluate.grid", {"status": "failed", "reason": "lost"})
     training = NetworkTraining(tiny_settings(tmp_path / "server", rounds=1), grid, 1)
     training.train()
-    with pytest.raises(MaskFault, match="not tested without client-2: the same command tests"):
+    with pytest.raises(InputError, match="not tested without client-2: the same command tests"):
         training.test()
     kinds = [reply.metadata.message_type for name, reply, _ in grid.wire if name != "down"]
     assert not {"query.agree", "query.reveal"} & {*kinds[kinds.index("evaluate.grid") :]}
