@@ -5,9 +5,7 @@ import json
 import math
 import shlex
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -27,11 +25,12 @@ from ..fedavg import FedAvg
 from ..model import ChestResNet
 from ..privacy.keys import is_introduced, read_keys
 from ..rounds import Job, Progress, Row
-from ..settings import FIELDS, Settings, convert_texts, read_parameters
+from ..settings import Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
 from ..training.training import Training
 from . import messages
+from .demands import check_network
 from .messages import Fault, Member, Parcel, pack
 from .roster import note_changes
 from .site import run_key
@@ -39,8 +38,6 @@ from .site import run_key
 POLL = 0.5  # seconds between two looks for a reply
 RETURNS = 120.0  # seconds for one that was lost while it trained to be back, and go on
 server_app = ServerApp()
-# What means nothing over a network, and why: refused unless it is as it is by default.
-REFUSED = tomllib.loads(Path(__file__).with_name("refused.toml").read_text())
 
 
 class Network:
@@ -52,6 +49,8 @@ class Network:
     def __init__(self, grid: Grid, settings: Settings, keys: str = "") -> None:
         self.grid, self.settings = grid, settings
         _, self.keys = read_keys(keys, "")  # of the hospitals, by name
+        if keys and not self.keys:
+            raise InputError(f"--keys {keys}: it has no NAME.key.pub, by which to know a hospital")
         self.introduced: dict[str, dict[str, str]] = {}
         self.config: dict[str, Any] = {}
         self.model: ChestResNet | None = None
@@ -262,17 +261,6 @@ def read_network(values: Mapping[str, Any]) -> Settings:
     members = [Member(str(k), one, settings, 0) for k in range(settings.num_clients)]
     check_rule(Job("federated", 0, members, None))
     return settings
-
-
-def check_network(settings: Settings) -> None:
-    """Raise InputError for a parameter that a network cannot heed."""
-    for name, why in REFUSED.items():
-        value, only = getattr(settings, name), FIELDS[name].default
-        if value != only:
-            raise InputError(f"over a network only {name}={only!r}, not {value!r}: {why}")
-    if settings.batchnorm == "local":
-        only = "batchnorm=precise, average or frozen"
-        raise InputError(f"over a network only {only}: local models never leave the hospitals")
 
 
 def sent_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
