@@ -146,7 +146,7 @@ def test_what_cannot_be_tested_is_said_in_one_line(run, tmp_path, capsys):
             "its data know Bone age.* no finding is shared",
         ),
         ([str(settings.run), "--data", str(tmp_path / "none")], "none cannot be read"),
-        ([str(tmp_path), "--data", str(other)], "expected the folder of a run"),
+        ([str(tmp_path), "--data", str(other)], "expected a run"),
     ):
         assert main(["test", *command]) == 2
         err = told(capsys)
