@@ -6,10 +6,10 @@ NEEDS := import sys; sys.exit(sys.version_info < (3, 11))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-fast evidence flower flower-test gpu hospitals kaggle-test oracle-test privacy render lint
+.PHONY: help demo test bench bench-fast evidence flower flower-chaos flower-test gpu hospitals kaggle-test oracle-test privacy render lint
 
 help:  ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 19
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' Makefile | expand -t 20
 
 demo: .venv/.installed  ## run the four notebooks on synthetic films: no GPU, no network
 	@$(VENV) -m fedutils run --profile demo
@@ -29,6 +29,9 @@ evidence: .venv/.installed  ## compare federated, centralised and local training
 
 flower: .venv/.flower  ## train the phantom's scanners over a real network, and compare
 	@$(VENV) tests/bench/flower.py
+
+flower-chaos: .venv/.flower  ## kill, cut and fill up such a network for ten rounds, and compare
+	@$(VENV) tests/bench/chaos.py
 
 flower-test: .venv/.flower
 	@$(VENV) -m pytest -m 'not slow' tests/network tests/privacy/test_masks.py

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -63,6 +64,7 @@ def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
     """Write a file whole or not at all; `content` may be a function that writes to a path."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_full_named(path):
+        drop_halves(path)
         try:
             beside.write_bytes(content) if isinstance(content, bytes) else content(beside)
             with beside.open("rb") as file:
@@ -82,6 +84,19 @@ def write_private(path: Path, text: str | bytes) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, write)
+
+
+def drop_halves(path: Path) -> None:
+    """Drop what processes that were killed left beside a file that they wrote."""
+    if os.name != "posix":  # elsewhere one cannot ask whether a process lives
+        return
+    for half in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.tmp"):
+        try:
+            os.kill(int(half.name.split(".")[-2]), 0)
+        except ProcessLookupError:
+            half.unlink(missing_ok=True)
+        except (PermissionError, ValueError):
+            continue  # it lives, and is another user's; or the file is not one of ours
 
 
 def sha256(content: bytes) -> str:

@@ -34,12 +34,15 @@ from ..privacy.ledger import note_open
 from ..privacy.masks import MaskFault
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
+from ..training.checkpoint import KEPT_ROUNDS
 from ..training.halfway import Halfway
 from ..training.masked import encode, known_rows, read_whole, split_rows
 from ..training.replicas import fit_safely, start_model
 from .demands import read_run_settings
 from .messages import LOST, SEPARATOR, Answer, pack, trunk_hash, unpack
 from .site import Content, Site, answer, name_sum
+
+KEPT = KEPT_ROUNDS + 2  # files of what a client keeps
 
 
 class Hospital(Site):
@@ -169,7 +172,7 @@ class Hospital(Site):
             write_atomic(folder / f"{new}.safetensors", save(sent))
             for old in set(folder.glob("*.safetensors")) - {folder / f"{new}.safetensors"}:
                 old.unlink()
-        except OSError as error:  # then the next message comes whole, too
+        except (OSError, InputError) as error:  # then the next message comes whole, too
             print(f"{folder}: {error}", flush=True)
         return sent
 
@@ -182,6 +185,35 @@ class Hospital(Site):
     def kept(self, round: int) -> Path:
         """Name the file of what the client keeps after a round, such as SCAFFOLD's variate."""
         return self.settings.run / "kept" / f"s{self.order['seed']}-{round:05d}.safetensors"
+
+    def load_kept(self, before: int, round: int) -> State:
+        """Return what was kept after an earlier round; InputError where only newer is here.
+
+        Then the message is an old one that came again, or the server has lost too many rounds.
+        """
+        path = self.kept(before)
+        if path.is_file():
+            return load_file(path)
+        if before and any(newer > self.kept(round) for newer in self.all_kept()):
+            raise InputError(f"{path} is no longer here: round {round} was over long ago")
+        return {}
+
+    def all_kept(self) -> list[Path]:
+        """List what is kept of this seed, by round."""
+        return sorted(self.kept(0).parent.glob(f"s{self.order['seed']}-*.safetensors"))
+
+    def keep(self, keep: State, before: int, round: int) -> None:
+        """Write what the client keeps after a round, and drop what no server can go back to.
+
+        That writes a round while the next one trains, and keeps one more. An old message that comes
+        again drops nothing newer.
+        """
+        path = self.kept(round)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save(keep))
+        upto = [one for one in self.all_kept() if one <= path and one != self.kept(before)]
+        for old in upto[:-KEPT]:
+            old.unlink(missing_ok=True)
 
 
 def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Context], Message]:
@@ -236,13 +268,13 @@ def fit(here: Hospital, sent: State) -> Answer:
     What was kept beside a lost update is never used; what that spent is, by the ledger.
     """
     seed, round, before = (here.order[key] for key in ("seed", "round", "kept"))
-    path, client = here.kept(before), here.client()
+    client = here.client()
     about = f"{here.run_key} s{seed}"
     work = Path(here.settings.work_dir)
     client.keep_ledger(work, about, always=True)
     if client.mechanism == "off":
         note_open(work, about, client.name, client.films.index["patient_id"])
-    kept = load_file(path) if path.is_file() else {}
+    kept = here.load_kept(before, round)
     if stop := client.over_budget(kept):
         return {"status": "stopped", "reason": stop}, {}, {}
     client.halfway = here.halfway(kept)
@@ -252,10 +284,7 @@ def fit(here: Hospital, sent: State) -> Answer:
         reason = "" if here.settings.secure_aggregation else update.reason.partition(":")[0]
         return {"status": update.status, "reason": reason}, {}, {}
     if keep:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(here.kept(round), save(keep))
-        for old in set(path.parent.glob(f"s{seed}-*.safetensors")) - {path, here.kept(round)}:
-            old.unlink()
+        here.keep(keep, before, round)
     numbers = {"examples": update.examples}
     numbers |= {} if client.withholds_loss else {"train_loss": update.train_loss}
     said = {"account": client.account(keep), "stop": client.over_budget(keep)}

@@ -24,7 +24,7 @@ from ..evidence.tables import NETWORK
 from ..fedavg import FedAvg
 from ..model import ChestResNet
 from ..privacy.keys import is_introduced, read_keys
-from ..rounds import Job, Progress, Row
+from ..rounds import FederationError, Job, Progress, Row
 from ..settings import Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
@@ -36,7 +36,7 @@ from .roster import note_changes
 from .site import run_key
 
 POLL = 0.5  # seconds between two looks for a reply
-RETURNS = 120.0  # seconds for one that was lost while it trained to be back, and go on
+RETURNS = 120.0  # seconds for one that was lost while it answered to be back, and go on
 server_app = ServerApp()
 
 
@@ -61,6 +61,7 @@ class Network:
         self.last = Parcel({})
         self.findings: list[str] = []  # those of the first hospital, and so of all
         self.asked: dict[int, str] = {}  # SuperNodes ever seen, and their open query
+        self.twins: dict[int, str] = {}  # those that called themselves as another one did
 
     def pool(self, job: Job, strategy: FedAvg) -> Pool:
         """Return what puts together what `fit` or `measure` will yield next."""
@@ -105,14 +106,25 @@ class Network:
 
     def validate(self, job: Job, now: Progress) -> tuple[float, float]:
         """Return loss and mean AUROC on the validation films of the hospitals that answer."""
-        about, sums = {"seed": job.seed, "round": now.round}, []
+        about, sums, faults = {"seed": job.seed, "round": now.round}, [], {}
         for name, reply in self.ask("evaluate", {c.name: about for c in job.clients}, now.state):
             found, fault = messages.read_sums(reply, len(self.findings))
             if fault:
                 print(f"round {now.round}: not validated at {name}: {fault}", flush=True)
+                faults[name] = fault
             else:
                 sums.append(found)
+        self.check_validated(job, now, len(sums), faults)
         return judge(sums)
+
+    def check_validated(
+        self, job: Job, now: Progress, count: int, faults: Mapping[str, object]
+    ) -> None:
+        """Raise FederationError where fewer than `min_clients` of several have validated."""
+        if count < min(self.settings.min_clients, len(job.clients)) > 1:
+            about = {"round": now.round, "status": "failed"}
+            rows = [about | {"client": name, "reason": fault} for name, fault in faults.items()]
+            raise FederationError(job, rows, "too few hospitals validated")
 
     def prepare(
         self, kind: str, orders: dict[str, dict[str, Any]], sent: State
@@ -135,7 +147,7 @@ class Network:
         end = time.monotonic() + (limit or math.inf)
         for name in orders:
             reply = self.wait(ids[name], end) if name in ids else ("failed", "not connected")
-            lost = kind == "train" and isinstance(reply, Message) and reply.has_error()
+            lost = isinstance(reply, Message) and reply.has_error()
             back = min(end, time.monotonic() + RETURNS)
             if lost and self.look_until(lambda name=name: name in self.nodes, back):
                 print(f"{name} is asked again: {reply.error.reason}", flush=True)
@@ -182,7 +194,8 @@ class Network:
         """Ask new SuperNodes who they are, forget those that have gone, and never wait."""
         online = set(self.grid.get_node_ids())
         self.nodes = {name: node for name, node in self.nodes.items() if node in online}
-        self.asked = {node: query for node, query in self.asked.items() if node in online}
+        back = {node for node, name in self.twins.items() if name not in self.nodes}
+        self.asked = {node: query for node, query in self.asked.items() if node in online - back}
         new = sorted(online - self.asked.keys())
         queries = [self.message("query", node, {}, pack({})) for node in new]
         self.asked |= dict(zip(new, self.grid.push_messages(queries), strict=True))
@@ -193,6 +206,7 @@ class Network:
             self.asked[node] = ""
             name, counts, fault = messages.read_introduction(reply)
             if name in self.nodes:
+                self.twins[node] = name  # one that started again, until the other is found gone
                 fault = f"calls itself {name}, as SuperNode {self.nodes[name]} does: left out"
             findings = counts.get("findings", self.findings)
             self.findings = self.findings or findings

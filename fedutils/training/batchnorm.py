@@ -18,7 +18,7 @@ from ..base.state import State, cast_like, count_bytes, find_fault, to_cpu
 from ..client import Client
 from ..fedavg import FedAvg
 from ..model import ChestResNet, calibrate_batchnorm
-from ..rounds import UNMEASURED, Executor, Job, Progress, Row
+from ..rounds import UNMEASURED, Executor, FederationError, Job, Progress, Row
 
 MEASURED_FILMS = 256  # of a client, at most, in each round
 RUNNING_MEAN, RUNNING_VAR = "running_mean", "running_var"
@@ -90,7 +90,8 @@ def refresh_batchnorm(
 ) -> None:
     """Put measured BatchNorm statistics into the new global state; note bytes and faults in `rows`.
 
-    Clients whose update counted take part. Where too few can measure, the averages stay.
+    Clients whose update counted take part. Where too few can measure, the averages stay. Raises
+    FederationError below a `min_clients` of several, so that the round is repeated.
     """
     counted = {row["client"]: row for row in rows if row["status"] == "ok"}
     clients = [client for client in job.clients if client.name in counted]
@@ -106,6 +107,9 @@ def refresh_batchnorm(
         else:
             pool.add(client.name, measured)
             seen[client.name] = measured
+    wanted = min(strategy.settings.min_clients, len(job.clients))
+    if pool.sums.count < wanted > 1:
+        raise FederationError(job, list(counted.values()), "too few measured BatchNorm")
     if pool.sums.count >= strategy.settings.least_clients:
         try:
             pooled = pool_batchnorm(pool, seen, now.state, another)

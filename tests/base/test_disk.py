@@ -66,3 +66,13 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypat
     for given in ("~/resnet34-mine.pth", "resnet34-mine.pth"):  # a notebook runs in another folder
         found = read_parameters({"weights": given, "profile": "demo"}).weights
         assert found == str(tmp_path / "resnet34-mine.pth")
+
+
+def test_half_a_file_of_a_killed_process_goes_with_the_next_write(tmp_path):
+    """Not one that lives, nor what another program calls alike."""
+    dead, lives = tmp_path / f".model.bin.{(1 << 22) + 1}.tmp", tmp_path / ".model.bin.1.tmp"
+    others = [lives, tmp_path / ".model.bin.tmp", tmp_path / ".model.bin.7z.tmp"]
+    for path in (dead, *others):
+        path.write_bytes(b"half")
+    write_atomic(tmp_path / "model.bin", b"whole")
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "model.bin"])

@@ -13,6 +13,7 @@ from fedutils.client import Client
 from fedutils.dataset import normalise
 from fedutils.fedavg import AggregationParameters, FedAvg
 from fedutils.model import build_resnet34
+from fedutils.rounds import FederationError
 from fedutils.training import batchnorm
 from fedutils.training.batchnorm import about_center, measure_batchnorm, pool_batchnorm
 from fedutils.training.training import Training
@@ -158,3 +159,24 @@ def test_a_client_that_cannot_measure_is_named_and_its_update_counts(tmp_path, m
         history.loc["client-2", "reason"] == "BatchNorm not measured: RuntimeError: out of memory"
     )
     assert history.loc["", "examples"] == history.drop("")["examples"].sum()
+
+
+def test_a_round_that_fewer_than_min_clients_measured_is_repeated(tmp_path, monkeypatch):
+    """For its bits would be others; the next start of the same command has those undisturbed."""
+    films, changes = tiny_films(tmp_path), {"batchnorm": "precise", "rounds": 1, "min_clients": 3}
+    expected = Training(tiny_settings(tmp_path, name="alone", **changes), films).train()
+    measure = measure_batchnorm
+
+    def broken(client, *args):
+        if client.name == "client-2":
+            raise RuntimeError("out of memory")
+        return measure(client, *args)
+
+    (tmp_path / "runs/alone/finished.json").unlink()  # nothing to adopt
+    settings = tiny_settings(tmp_path, name="again", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(batchnorm, "measure_batchnorm", broken)
+        with pytest.raises(FederationError, match="too few measured BatchNorm: client-2"):
+            Training(settings, films).train()
+    history = Training(settings, films).train()
+    assert history["state_sha256"].iloc[-1] == expected["state_sha256"].iloc[-1]
