@@ -1,8 +1,11 @@
 """The command line: federated learning on chest X-rays, from films to a report."""
 
+# PYTHON_ARGCOMPLETE_OK: what a shell asks before it asks us
+
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,14 @@ OPTIONS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0, 1 (a notebook failed), 2 (the input is unusable) or 130 (Ctrl-C)."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may follow
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    options, more = parser.parse_known_args(argv)
     try:
+        refuse_options(more)
         options.do(options)
         return 0
     except (InputError, NotebookFailed) as error:
@@ -35,33 +44,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def refuse_options(words: Sequence[str]) -> None:
+    """Raise InputError for what no option is, and say how a parameter is given."""
+    if not words:
+        return
+    from .settings import FIELDS
+
+    name, _, value = words[0].lstrip("-").replace("-", "_").partition("=")
+    value = value or next((word for word in words[1:2] if not word.startswith("-")), "VALUE")
+    what = f"give it as -p {name}={value}" if name in FIELDS else "--help lists what there is"
+    raise InputError(f"no option {words[0]}: {what}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser("fedutils", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fedutils {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    add_parameters(add(commands, "run", run_notebooks))
-    sweep = add(commands, "sweep", sweep_notebooks)
+    run = add(commands, "run", run_notebooks, "run -p rounds=20 -p arms=federated,local")
+    add_parameters(run)
+    run.add_argument("--dry-run", action="store_true", help="say what would run, and why")
+    add_work(add(commands, "list", list_all, "list --work work"))
+    show = add(commands, "show", show_one, "show NAME")
+    show.add_argument("run_name", metavar="NAME", help="as `list` has it").completer = run_names
+    add_work(show)
+    sweep = add(commands, "sweep", sweep_notebooks, "sweep 'lr=0.001|0.003' --only 02,03")
     sweep.add_argument("grid", nargs="+", metavar="KEY=V1|V2", help="quote it: | is the shell's")
     add_parameters(sweep)
-    verify = add(commands, "verify", verify_folder)
-    test = add(commands, "test", test_elsewhere)
+    verify = add(commands, "verify", verify_folder, "verify NAME")
+    test = add(commands, "test", test_elsewhere, "test NAME --data DIR")
     test.add_argument("--data", action="append", required=True, type=a_path, metavar="DIR",
                       help="a folder of films with a table; may be repeated")  # fmt: skip
-    predict = add(commands, "predict", predict_paths)
+    predict = add(commands, "predict", predict_paths, "predict NAME film.png --cut youden")
     for command in (verify, test, predict):
-        command.add_argument("folder", type=a_path, metavar="RUN", help="such as work/runs/NAME")
+        run = command.add_argument(
+            "folder", type=a_path, metavar="RUN", help="a name, as `list` has it, or its folder"
+        )
+        run.completer = run_names
     predict.add_argument("paths", nargs="+", type=a_path, metavar="PATH", help="a film or folder")
     predict.add_argument("--out", type=a_path, metavar="FILE.csv", help="none: print the table")
     predict.add_argument("--cut", choices=("youden", "sensitivity"), default="",
                          help="say 0 or 1, too, by the thresholds of notebook 04")  # fmt: skip
-    add_flower(add(commands, "flower", run_flower))
-    kit = add(commands, "kaggle", make_kit)
+    add_flower(add(commands, "flower", run_flower, "flower train -p num_clients=3"))
+    kit = add(commands, "kaggle", make_kit, "kaggle --user NAME --out kit")
     kit.add_argument("--user", required=True, metavar="NAME", help="your name on Kaggle")
     kit.add_argument("--out", required=True, type=a_path, metavar="DIR", help="a new folder")
     add_pairs(kit)
-    add(commands, "parameters", print_parameters)
-    add(commands, "render", render_notebooks)
+    add(commands, "parameters", print_parameters, "parameters")
+    add(commands, "render", render_notebooks, "render")
     return parser
 
 
@@ -70,9 +100,10 @@ def a_path(text: str) -> Path:
     return Path(text).expanduser()
 
 
-def add(commands: Any, name: str, do: Callable[..., None]) -> argparse.ArgumentParser:
-    """Add a command, whose help is what the function that does it says of itself."""
-    command = commands.add_parser(name, help=do.__doc__)
+def add(commands: Any, name: str, do: Callable[..., None], example: str) -> argparse.ArgumentParser:
+    """Add a command, whose help is what its function says of itself, and an example."""
+    about = {"description": do.__doc__, "epilog": f"For example: fedutils {example}"}
+    command = commands.add_parser(name, help=do.__doc__, allow_abbrev=False, **about)
     command.set_defaults(do=do)
     return command
 
@@ -101,8 +132,29 @@ def add_parameters(command: argparse.ArgumentParser) -> None:
 
 def add_pairs(command: argparse.ArgumentParser) -> None:
     """Add the option that sets any parameter."""
-    command.add_argument("-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
-                         help="a parameter, such as -p rounds=20; may be repeated")  # fmt: skip
+    pairs = command.add_argument(
+        "-p", dest="pairs", action="append", default=[], metavar="KEY=VALUE",
+        help="a parameter, such as -p rounds=20; may be repeated; `parameters` lists all",
+    )  # fmt: skip
+    pairs.completer = parameter_names
+
+
+def add_work(command: argparse.ArgumentParser) -> None:
+    """Add the option of the work folder."""
+    command.add_argument("--work", default="", metavar="DIR", help=OPTIONS["work_dir"])
+
+
+def parameter_names(prefix: str, **about: Any) -> list[str]:
+    """Return what -p may be followed by, for completion."""
+    from .settings import FIELDS
+
+    return [f"{name}=" for name in FIELDS if name.startswith(prefix)]
+
+
+def run_names(prefix: str, parsed_args: argparse.Namespace, **about: Any) -> list[str]:
+    """Return the runs of the work folder, for completion."""
+    work = find_work(getattr(parsed_args, "work", ""))
+    return [path.parent.name for path in work.glob(f"runs/{prefix}*/config.json")]
 
 
 def add_flower(command: argparse.ArgumentParser) -> None:
@@ -146,9 +198,30 @@ def run_flower(options: argparse.Namespace) -> None:
 
 def run_notebooks(options: argparse.Namespace) -> None:
     """Execute the notebooks, resuming where they stopped."""
+    if options.dry_run:
+        from .batch.listing import plan_run
+
+        print(*plan_run(read_values(options), options.only, options.force), sep="\n")
+        return
     from .batch.run import run
 
     run(read_values(options), options.only, options.force)
+
+
+def list_all(options: argparse.Namespace) -> None:
+    """List the runs of a work folder, the latest first."""
+    from .batch.listing import list_runs
+
+    work = find_work(options.work)
+    runs = list_runs(work)
+    print(runs.to_string(index=False) if len(runs) else f"no run in {work / 'runs'}")
+
+
+def show_one(options: argparse.Namespace) -> None:
+    """Show what a run was given, how far it has come, what it found, and where that lies."""
+    from .batch.listing import show_run
+
+    print(*show_run(find_work(options.work) / "runs" / options.run_name), sep="\n")
 
 
 def sweep_notebooks(options: argparse.Namespace) -> None:
@@ -159,7 +232,22 @@ def sweep_notebooks(options: argparse.Namespace) -> None:
     if len(pairs) < len(options.grid):
         raise InputError(f"sweep {' '.join(options.grid)}: a parameter is there twice")
     grid = {key: value.split("|") for key, value in pairs.items()}
+    refuse_commas(grid)
     sweep(read_values(options), grid, options.only, options.force)
+
+
+def refuse_commas(grid: Mapping[str, list[str]]) -> None:
+    """Raise InputError for a value with commas that is no value, and say how several are given."""
+    from .base.parameters import convert
+    from .settings import FIELDS
+
+    for key, values in grid.items():
+        if len(values) == 1 and "," in values[0] and key in FIELDS:
+            try:
+                convert(FIELDS[key], values[0])
+            except InputError as error:
+                several = values[0].replace(",", "|")
+                raise InputError(f"{error}; several values: sweep '{key}={several}'") from error
 
 
 def render_notebooks(options: argparse.Namespace) -> None:
@@ -207,8 +295,13 @@ def settings_of(folder: Path) -> Any:
     from .batch.trained import read_run
 
     run = folder.resolve()
+    if not run.exists() and len(folder.parts) == 1:  # a name
+        run = find_work("") / "runs" / folder
     if run.parent.name != "runs" or not (run / "config.json").is_file():
-        raise InputError(f"{folder}: expected the folder of a run, such as work/runs/NAME")
+        raise InputError(
+            f"{folder}: expected a run: a name that `fedutils list` has, or its folder, such as"
+            " work/runs/NAME"
+        )
     return read_run(str(run.parent.parent), run.name)
 
 

@@ -95,9 +95,11 @@ def read_parameters(values: Mapping[str, Any]) -> Settings:
 
 
 def convert_texts(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert values, maybe text from the command line, to their types; InputError on a name."""
+    """Convert values, maybe text from the command line, to their types; InputError on a name, and
+    on a number that would mean the profile's.
+    """
     check_names(values, FIELDS)
-    return {name: convert(FIELDS[name], value) for name, value in values.items()}
+    return {name: parameters.convert_given(FIELDS[name], value) for name, value in values.items()}
 
 
 def given_names(values: Mapping[str, Any]) -> list[str]:

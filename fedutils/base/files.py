@@ -87,6 +87,18 @@ def drop_halves(path: Path) -> None:
             continue  # it lives, and is another user's; or the file is not one of ours
 
 
+def write_private(path: Path, text: str | bytes) -> None:
+    """Write a file as `write_atomic` does, for nobody else to read; its folder is made."""
+
+    def write(beside: Path) -> None:
+        """Write what nobody else may read."""
+        beside.touch(0o600)
+        beside.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, write)
+
+
 def sha256(content: bytes) -> str:
     """Return the SHA-256 of bytes, in hex."""
     return hashlib.sha256(content).hexdigest()

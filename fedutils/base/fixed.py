@@ -23,6 +23,7 @@ from .state import LARGEST, State
 
 ONE = 1 << 42  # the share of all films
 FILM = 1 << 20  # units of a count, which may be part of a film
+MOST_COUNTED = 1 << 50  # such units of all films: a thousand million of them
 ADDED_AT_ONCE = 1 << 17  # numbers: small copies stay in the cache
 
 

@@ -72,6 +72,15 @@ def convert(field: dataclasses.Field, value: Any) -> Any:
         raise InputError(f"{name}={value!r}: expected {kind.__name__}") from error
 
 
+def convert_given(field: dataclasses.Field, value: Any) -> Any:
+    """Convert a value as `convert` does; InputError, too, for a 0 that stands for the profile's."""
+    found, profiles = convert(field, value), field.metadata["profiles"]
+    if profiles and isinstance(found, int | float) and not found:
+        left = f"left out it is {profiles[0]} in the demo, {profiles[1]} on Kaggle"
+        raise InputError(f"{field.name}={value}: give a number above 0; {left}")
+    return found
+
+
 def check_value(field: dataclasses.Field, value: Any) -> None:
     """Raise InputError, which names the parameter, for a value that is not allowed."""
     about, said = field.metadata, f"{field.name}={value!r}"

@@ -1,7 +1,7 @@
 """AUROC, average precision and sums of one set of scores; NaN labels are left out."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,11 @@ def labelled(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarr
     if not np.isfinite(score[known]).all() or not np.isin(truth[known], (0, 1)).all():
         raise ValueError("labels must be 0, 1 or NaN, and scores finite")
     return truth[known], score[known]
+
+
+def only_of(labels: np.ndarray, findings: Collection[int]) -> np.ndarray:
+    """Return labels (n, k) in which those of all other findings are unknown."""
+    return np.where(np.isin(np.arange(labels.shape[1]), list(findings)), labels, np.nan)
 
 
 def logit_of(chance: np.ndarray) -> np.ndarray:

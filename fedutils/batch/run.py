@@ -83,6 +83,17 @@ class Step:
         state = _read_state(self.output.parent)
         return not self.is_stopped() and state.get(self.stem) == [self.key(), self.left()]
 
+    def why(self) -> str:
+        """Say why this notebook is to run; empty if it is unchanged."""
+        if self.is_unchanged():
+            return ""
+        if self.is_stopped() and (self.settings.run / "config.json").is_file():
+            return "its training is unfinished, and goes on"
+        if not (state := _read_state(self.output.parent).get(self.stem)):
+            return "it has not run"
+        same = state[0] == self.key()
+        return "what it left has changed" if same else "its code, parameters or inputs are others"
+
     def is_stopped(self) -> bool:
         """Tell whether training stopped early, at `max_hours`: then it is always continued."""
         return self.stem == TRAINS and not (self.settings.run / "finished.json").is_file()
@@ -95,11 +106,10 @@ class Step:
         return {str(path.relative_to(work)): _digest(path) for path in files}
 
 
-def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Settings:
-    """Execute the notebooks in order with these parameters, and return the parameters as resolved.
+def plan_steps(values: Mapping[str, Any], only: str = "") -> list[Step]:
+    """Return the notebooks that these parameters, and `only`, are to execute, in order.
 
-    `only` is a list such as "03,04"; what is unchanged is skipped unless `force`. Raises InputError
-    for what the user can mend, before any notebook starts if possible, else NotebookFailed.
+    Raises InputError for a parameter that none of them heeds, or that is not that of the run.
     """
     chosen = choose_notebooks(only)
     nodes = {stem: notebook.read_notebook(notebook.FOLDER, stem) for stem in NOTEBOOKS}
@@ -114,6 +124,17 @@ def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Setti
         free = [n for n in values if named or not FIELDS[n].metadata["identity"]]
         for name in [name for name in free if name not in heeded]:
             raise InputError(f"{name}: notebook {only} does not heed it; leave it out here")
+    return jobs
+
+
+def run(values: Mapping[str, Any], only: str = "", force: bool = False) -> Settings:
+    """Execute the notebooks in order with these parameters, and return the parameters as resolved.
+
+    `only` is a list such as "03,04"; what is unchanged is skipped unless `force`. Raises InputError
+    for what the user can mend, before any notebook starts if possible, else NotebookFailed.
+    """
+    jobs = plan_steps(values, only)
+    settings = jobs[0].settings
     # A finished notebook has read the same table already, which takes seconds for all films.
     check_early([settings], [job.stem for job in jobs if force or not job.is_unchanged()])
     notebook.prepare(jobs[0].output.parent)

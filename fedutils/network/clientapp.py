@@ -40,30 +40,27 @@ def of_masks(work: Callable[[Site], Any]) -> Answering:
 @of_masks
 def offer(here: Site) -> dict[str, Any]:
     """Offer a key for one masked sum, and shares of what takes its mask off."""
-    masker, what = here.masker(), here.sum_asked_for(here.order["kind"])
-    introduced = json.loads(here.order["introduced"])
+    what, introduced = here.sum_asked_for(here.order["kind"]), json.loads(here.order["introduced"])
     if sorted(introduced) != here.masks["members"]:
         raise MaskFault("the members of the sum are not those who are introduced")
-    offered = masker.offer(what, introduced)
-    here.remember(masker)
-    return offered | {"what": what}
+    with here.masking() as masker:
+        return masker.offer(what, introduced) | {"what": what}
 
 
 @client_app.query("agree")
 @of_masks
 def agree(here: Site) -> dict[str, str]:
     """Sign the list of those whose numbers are in a sum."""
-    masker = here.masker()
-    signature = masker.agree(here.order["what"], json.loads(here.order["survivors"]))
-    here.remember(masker)  # before it leaves
-    return {"signature": signature}
+    with here.masking() as masker:  # which writes before it leaves
+        return {"signature": masker.agree(here.order["what"], json.loads(here.order["survivors"]))}
 
 
 @client_app.query("reveal")
 @of_masks
 def reveal(here: Site) -> dict[str, str]:
     """Give the shares that take the masks off a sum whose list enough have signed."""
-    return here.masker().reveal(here.order["what"], json.loads(here.order["signatures"]))
+    with here.masking() as masker:
+        return masker.reveal(here.order["what"], json.loads(here.order["signatures"]))
 
 
 def tell(message: Message, context: Context) -> Message:

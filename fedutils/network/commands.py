@@ -17,13 +17,15 @@ from typing import Any
 from ..base.device import find_devices
 from ..base.errors import InputError, NotebookFailed
 from ..base.files import PACKAGE, write_atomic
-from ..base.parameters import check_names, convert
+from ..base.parameters import check_names, check_value, convert
+from ..privacy.keys import PUBLIC
 from ..settings import FIELDS
 
 SUPPORTED = "1.42"  # Flower's commands and interfaces move with each minor version
 COMMANDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-# The parameters that a hospital sets for itself: the last three are what it insists on.
-HOSPITALS = ("device", "weights", "min_clients", "secure_aggregation", "least_count")
+# The parameters that a hospital sets for itself: from the third on what it insists on.
+HOSPITALS = ("device", "weights", "min_clients", "secure_aggregation", "least_count", "dp",
+             "total_epsilon")  # fmt: skip
 STARTED = re.compile(r"started run (\d+)")
 
 
@@ -171,6 +173,31 @@ def make_file(path: Path, command: Sequence[str]) -> None:
     path.chmod(0o600)
 
 
+def check_public(keys: Path | None) -> None:
+    """Raise InputError for a folder of keys without a public one, by which to know a hospital."""
+    if keys and not [*keys.glob(f"*{PUBLIC}")]:
+        raise InputError(f"--keys {keys}: it has no NAME{PUBLIC}, by which to know a hospital")
+
+
+def read_demands(values: Mapping[str, Any], keys: Path | None) -> dict[str, str]:
+    """Return the parameters that a hospital sets itself, as text; InputError for what none can."""
+    given = {key: value for key, value in values.items() if key != "work_dir"}
+    check_names(given, FIELDS)
+    for other in given.keys() - HOSPITALS:
+        raise InputError(f"-p {other}: a hospital sets {', '.join(HOSPITALS)} alone")
+    own = {key: convert(FIELDS[key], value) for key, value in given.items()}
+    for key, value in own.items():
+        check_value(FIELDS[key], value)
+    find_devices(own.get("device", "auto"))
+    if own.get("secure_aggregation"):
+        if not keys:
+            raise InputError("-p secure_aggregation=true wants --keys DIR with all *.key.pub")
+        check_public(keys)
+    if "weights" in own and not Path(own["weights"]).expanduser().is_file():
+        raise InputError(f"-p weights={own['weights']}: no such file; give the hospital's copy")
+    return {key: str(value) for key, value in own.items()}
+
+
 def take_step(
     step: str, name: str, server: str, keys: Path | None, values: Mapping[str, Any]
 ) -> Any:
@@ -191,16 +218,10 @@ def take_step(
         from .server import read_network
 
         read_network(values)  # what is wrong is said here, before anything starts
+        check_public(keys)
         return run_server_app(values, environment, keys=keys, survey=step == "survey")
     call = superlink(host, int(port), work / "flower", keys)
     if step == "hospital":
-        own = {key: value for key, value in values.items() if key != "work_dir"}
-        check_names(own, FIELDS)
-        for other in own.keys() - HOSPITALS:
-            raise InputError(f"-p {other}: a hospital sets {', '.join(HOSPITALS)} alone")
-        own = {key: str(convert(FIELDS[key], value)) for key, value in own.items()}
-        find_devices(own.get("device", "auto"))
-        if "weights" in own and not Path(own["weights"]).expanduser().is_file():
-            raise InputError(f"-p weights={own['weights']}: no such file; give the hospital's copy")
+        own = read_demands(values, keys)
         call = supernode(name, work, server, free_port(), keys, own)
     os.execvpe(call[0], call, environment)

@@ -21,23 +21,24 @@ from safetensors.torch import load_file, save
 from ..base.device import find_devices, set_up
 from ..base.errors import InputError
 from ..base.files import write_atomic
+from ..base.findings import SPLITS
 from ..base.fixed import Whole
 from ..base.provenance import code_hash
-from ..base.scores import validation_sums
-from ..base.state import State, state_hash
+from ..base.scores import only_of, validation_sums
+from ..base.state import State, find_odd, is_beside, state_hash
 from ..client import Client, predict
 from ..dataset import ChestXrayDataset, read_report
 from ..evidence.pooled import Plan, Sums, draw_sums, grid_sums, span_sums
 from ..model import ChestResNet
 from ..privacy.ledger import note_open
-from ..privacy.masks import MaskFault, MaskParameters
-from ..settings import FIELDS, Settings
+from ..privacy.masks import MaskFault
 from ..training.arms import client_class
 from ..training.batchnorm import measure_safely
 from ..training.checkpoint import KEPT_ROUNDS
 from ..training.halfway import Halfway
-from ..training.masked import encode
+from ..training.masked import encode, known_rows, read_whole, split_rows
 from ..training.replicas import fit_safely, start_model
+from .demands import read_run_settings
 from .messages import LOST, SEPARATOR, Answer, pack, trunk_hash, unpack
 from .site import Content, Site, answer, name_sum
 
@@ -49,17 +50,9 @@ class Hospital(Site):
 
     def __init__(self, order: ConfigRecord, node: dict[str, Any]) -> None:
         super().__init__(order, node)
-        given = Settings(**{key: self.config[key] for key in FIELDS if key in self.config})
-        here = {"work_dir": node["work_dir"], "name": order["run"]}
-        here["device"] = node.get("device", "auto")
-        if "weights" in node and given.weights != "none":
-            here["weights"] = node["weights"]
-        self.settings = dataclasses.replace(given, **here)
-        MaskParameters.check(self.settings)
-        if self.node.get("secure_aggregation") == "True" and not self.settings.secure_aggregation:
-            raise InputError(
-                "the server asks for bare updates, and this hospital sends masked ones"
-            )
+        self.settings = read_run_settings(self.config, order["run"], node)
+        self.rows: list[int] = []  # of `known_rows`, what a sum will show
+        self.weights = ""  # the hash of the parameters that came
         prepared = self.settings.prepared
         for key in ("image_size", "seed"):
             found, wanted = read_report(prepared)[key], getattr(self.settings, key)
@@ -72,7 +65,7 @@ class Hospital(Site):
         return self.films.where(self.films.index["split"] == name)
 
     def model(self) -> ChestResNet:
-        """Build the model; raise InputError where its frozen trunk is not the server's."""
+        """Build the model; InputError where its frozen trunk is not the server's."""
         settings = self.settings
         set_up(self.config["threads"], settings.precision)  # before a trunk is calibrated
         model = start_model(settings, settings.seed_list[0], len(self.films.findings))
@@ -80,43 +73,80 @@ class Hospital(Site):
             raise InputError(f"weights={settings.weights!r}: not the trunk of the server")
         return model.place(find_devices(settings.device)[0])
 
-    def judge(self, sent: State, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return of a split's films labels (n, k), a model's probabilities (n, k), and patients."""
-        films, model = self.split(split), self.model()
+    def model_for(self, sent: State, beside: bool = False) -> ChestResNet:
+        """Build the model for a state that came; InputError where that is not the whole of it.
+
+        What a strategy sends `beside` may come with it.
+        """
+        model = self.model()
+        plain = {name: value for name, value in sent.items() if not (beside and is_beside(name))}
+        if fault := find_odd(plain, model.tracked_state())[1]:
+            raise InputError(f"the state that came is not the whole of what is tracked: {fault}")
+        named = {name: plain[name] for name, _ in model.named_parameters() if name in plain}
+        self.weights = state_hash(named)
+        return model
+
+    def shown(self, kind: str, split: str) -> list[int]:
+        """Return the findings of which enough hospitals in a sum have labels in a split."""
+        count = len(self.films.findings)
+        if "masks" not in self.order:
+            raise MaskFault(f"{kind}: the offer of {self.name} did not arrive")
+        offers, what = self.masks["offers"], self.sum_asked_for(kind)
+        rows = self.masker().common(what, offers, split_rows(split, count))
+        self.rows += rows
+        return [row % count for row in rows]
+
+    def labels(self, kind: str, split: str) -> np.ndarray:
+        """Return a split's labels, as far as a masked sum may show them."""
+        return only_of(self.split(split).labels, self.shown(kind, split))
+
+    def judge(
+        self, kind: str, sent: State, split: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return of a split's films labels (n, k), a model's probabilities (n, k), and patients.
+
+        No films where none of their labels may be shown.
+        """
+        films, labels, model = self.split(split), self.labels(kind, split), self.model_for(sent)
         model.load(sent)
         chances = 1 / (1 + np.exp(-predict(model, films).astype(np.float64)))
-        return films.labels, chances, films.index["patient_id"].to_numpy()
+        some = slice(None if self.shown(kind, split) else 0)
+        return labels[some], chances[some], films.index["patient_id"].to_numpy()[some]
 
     def client(self) -> Client:
         """Return the client of this hospital, of the class that the settings ask for."""
         seed = self.order.get("seed", self.settings.seed_list[0])
         return client_class(self.settings)(self.name, self.split("train"), self.settings, seed)
 
-    def numbers_asked_for(self, kind: str) -> str:
-        """Return what goes into a sum: the same for the same numbers, in whichever run it is."""
-        own = dataclasses.asdict(self.settings)
-        trained = {key: value for key, value in own.items() if FIELDS[key].metadata["identity"]}
-        about = {
-            "count": [self.run_key, self.masks["members"]],
-            "fit": [trained | {"weights": self.order["trunk"]}, self.asked],
-        }.get(kind, [self.order["trunk"], self.asked["hash"]])
-        return name_sum(kind, about)
+    def numbers_asked_for(self, kind: str) -> list[str]:
+        """Return two names of what goes into a sum: of this run, and in whichever run it is.
+
+        Neither knows the parameters of training or BatchNorm's state, of which another value might
+        give the same numbers: those of the same weights, seed and round are for one list alone.
+        """
+        when = [] if kind == "count" else [self.asked["seed"], self.asked["round"]]
+        names = [name_sum(kind, [self.run_key, *when])]
+        if kind != "count":
+            when = when if kind in ("fit", "measure") else []
+            names.append(name_sum(kind, [self.order["trunk"], self.weights, *when]))
+        return names
 
     def hide(self, kind: str, numbers: State) -> State:
         """Return integers under the masks of the sum that the order names."""
         if "masks" not in self.order:
             raise MaskFault(f"{kind}: the offer of {self.name} did not arrive")
-        masks, masker, what = self.masks, self.masker(), self.sum_asked_for(kind)
-        name = self.numbers_asked_for(kind)
-        hidden = masker.mask(what, name, masks["offers"], masks["shares"], numbers)
-        self.remember(masker)
-        return hidden
+        masks, what, called = self.masks, self.sum_asked_for(kind), self.numbers_asked_for(kind)
+        with self.masking() as masker:
+            if kind in ("fit", "measure"):
+                masker.hold(f"whole of {self.run_key}", masks["whole"])
+            return masker.mask(what, called, masks["offers"], masks["shares"], numbers, self.rows)
 
     def encoded(self, kind: str, state: State, client: Client) -> State:
         """Return what leaves of a state: all of it, or under masks what the client adds up."""
         if not self.settings.secure_aggregation:
             return state
-        return self.hide(kind, encode(state, Whole(*self.masks["whole"]), client))
+        shown = self.shown(kind, "train") if kind == "fit" else []
+        return self.hide(kind, encode(state, read_whole(*self.masks["whole"]), client, shown))
 
     def receive(self, sent: State) -> State | None:
         """Return the state that a message is about; None where what it builds on is not here.
@@ -125,7 +155,7 @@ class Hospital(Site):
         another state than the message names.
         """
         base, new = (self.order.get(key, "") for key in ("base", "hash"))
-        if not sent and not base:
+        if not sent and not base and not new:
             return sent
         for name in filter(None, (base, new)):
             if not re.fullmatch(r"[0-9a-f]{64}", name):
@@ -211,12 +241,14 @@ def answers(work: Callable[[Hospital, State], Answer]) -> Callable[[Message, Con
 def introduce(here: Hospital, sent: State) -> Answer:
     """Say who this is, which findings it knows, and what its update counts in the mean.
 
-    Under masks only that it counts: how much, the server learns of all together.
+    Of which findings it has labels it says at any rate, by split, for masked sums; under masks only
+    that it counts: how much, the server learns of all together.
     """
-    client, masker = here.client(), here.masker()
+    client = here.client()
+    knows = known_rows(client.known, *(here.split(name).known for name in SPLITS[1:]))
     words = {"name": here.name, "findings": SEPARATOR.join(here.films.findings)}
-    words["introduction"] = json.dumps(masker.introduce(here.node["node"]))
-    here.remember(masker)
+    with here.masking() as masker:
+        words["introduction"] = json.dumps(masker.introduce(here.node["node"], knows))
     if here.settings.secure_aggregation:
         return words, {"weight": 1, "known": [1] * len(here.films.findings)}, {}
     return words, {"weight": client.weight, "known": client.known}, {}
@@ -246,7 +278,7 @@ def fit(here: Hospital, sent: State) -> Answer:
     if stop := client.over_budget(kept):
         return {"status": "stopped", "reason": stop}, {}, {}
     client.halfway = here.halfway(kept)
-    update, keep = fit_safely(client, here.model(), sent, kept, round)
+    update, keep = fit_safely(client, here.model_for(sent, beside=True), sent, kept, round)
     if update.status != "ok":
         print(f"{here.name}, round {round}: {update.reason}", flush=True)
         reason = "" if here.settings.secure_aggregation else update.reason.partition(":")[0]
@@ -268,7 +300,7 @@ def batchnorm(here: Hospital, sent: State) -> Answer:
     client = here.client()
     if client.withholds_loss or here.settings.batchnorm != "precise":
         return {"status": "failed", "reason": "BatchNorm of this run stays here"}, {}, {}
-    measured, fault = measure_safely(client, here.model(), sent, here.order["round"])
+    measured, fault = measure_safely(client, here.model_for(sent), sent, here.order["round"])
     if fault:
         print(f"{here.name}, round {here.order['round']}: {fault}", flush=True)
         reason = "its films" if here.settings.secure_aggregation else fault.partition(":")[0]
@@ -280,10 +312,11 @@ def batchnorm(here: Hospital, sent: State) -> Answer:
 def validate(here: Hospital, sent: State) -> Answer:
     """Return the sums of the films for validation, as the simulation adds them up."""
     here.halfway({})  # which drops what is left of a round that is over
-    films, model = here.split("val"), here.model()
+    films, model, hidden = here.split("val"), here.model_for(sent), here.settings.secure_aggregation
     model.load(sent)
-    sums = validation_sums(films.labels, predict(model, films))
-    if here.settings.secure_aggregation:
+    labels = here.labels("validate", "val") if hidden else films.labels
+    sums = validation_sums(labels, predict(model, films))
+    if hidden:
         numbers = {name: torch.from_numpy(value) for name, value in sums.items()}
         return {}, {}, here.hide("validate", numbers)
     return {}, {name: value.tolist() for name, value in sums.items()}, {}
@@ -303,18 +336,18 @@ def counts(kind: str, work: Callable[[Hospital, State], Sums]) -> Callable[..., 
 @partial(counts, "span")
 def count_span(here: Hospital, sent: State) -> Sums:
     """Count films for validation by where a model's scores lie."""
-    return span_sums(*here.judge(sent, "val"))
+    return span_sums(*here.judge("span", sent, "val"))
 
 
 @partial(counts, "grid")
 def count_grid(here: Hospital, sent: State) -> Sums:
     """Count films for validation and test on a grid of a model's scores."""
-    taught, spans = here.split("train").labels, json.loads(here.order["plan"])
-    return grid_sums(taught, here.judge(sent, "val"), here.judge(sent, "test"), spans)
+    val, test = (here.judge("grid", sent, split) for split in SPLITS[1:])
+    return grid_sums(here.labels("grid", "train"), val, test, json.loads(here.order["plan"]))
 
 
 @partial(counts, "draws")
 def count_draws(here: Hospital, sent: State) -> Sums:
     """Count the resamples of test films, and what a model errs in them."""
     plan = Plan(**json.loads(here.order["plan"]))
-    return draw_sums(*here.judge(sent, "test"), plan, here.settings.seed)
+    return draw_sums(*here.judge("draws", sent, "test"), plan, here.settings.seed)

@@ -46,7 +46,7 @@ class Judges(MaskedNetwork):
     def test(self, jobs: list[Job], seconds: float) -> None:
         """Write into the run's `evaluation` what the hospitals' sums say of each job's model.
 
-        Waits so many seconds for all of them. Raises MaskFault where one does not answer: the same
+        Waits so many seconds for all of them. Raises InputError where one does not answer: the same
         command tests again. Not twice, where the same models were tested already.
         """
         folder = self.settings.run / "evaluation"
@@ -93,16 +93,10 @@ class Judges(MaskedNetwork):
         """Return one step's sums over all hospitals."""
         zero = {name: torch.zeros(shape, dtype=torch.int64) for name, shape in shapes.items()}
         orders = dict.fromkeys(self.members, about)
-        found = self.collect(kind, f"evaluate.{kind}", orders, state, zero)
+        why = "not tested without {}: the same command tests once all are back"
+        found = self.collect(kind, f"evaluate.{kind}", orders, state, zero, why)
         sums = {name: value.numpy() for name, value in found.items()}
         signed = "gaps", "slope"  # sums of what lies on either side
         if any((value < 0).any() for name, value in sums.items() if name not in signed):
             raise MaskFault(f"the sums of the test's {kind} are none of any films: somebody lies")
         return sums
-
-    def unmask(self) -> State:
-        """Return the open sum, of all hospitals."""
-        if missing := [name for name in self.members if name not in self.sum.survivors]:
-            names = ", ".join(missing)
-            raise MaskFault(f"not tested without {names}: the same command tests once all are back")
-        return super().unmask()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,20 @@ from ..base.scores import BOUNDLESS
 from ..base.state import LARGEST, State, count_bytes, find_misfit, find_odd, state_hash
 from ..client import Update
 from ..model import ChestResNet
+from ..privacy.keys import LONGEST, is_key
 
 # The sums of a validation: whether there is one for each finding.
 SUMS = {"loss": False, "labels": False, "pairs": True, "ordered": True}
 MOST = BOUNDLESS  # of a sum: thousands of them do not overflow
 SEPARATOR = "\n"  # between the findings in an introduction
+# What a hospital may say of its work; all else is that it failed.
+STATUSES = ("ok", "failed", "late", "lost", "non-finite", "out of range", "stopped", "unlabelled")
+LINE = 300  # characters of a reason
 LOST = "lost"  # the status of a hospital that has not got what a message builds on
 SAID = "member/said"  # in what the server keeps of a hospital
+ACCOUNT = {"patients", "sampling_rate", "noise_multiplier", "steps", "delta", "clip", "epsilon",
+           "total_epsilon"}  # fmt: skip
+INTRODUCTION, OFFER = ("key", "node", "knows", "signature"), ("key", "digest", "signature")
 Answer = tuple[dict[str, str], dict[str, Any], State]  # words, numbers, tensors
 Fault = tuple[str, str]  # status and reason, as the history has them
 
@@ -82,12 +90,21 @@ def read_reply(reply: Message | Fault) -> Answer:
         if isinstance(reply, tuple):
             return dict(zip(words, reply, strict=True)), {}, {}
         if reply.has_error():
-            return words | {"reason": reply.error.reason}, {}, {}
+            return words | {"reason": short_line(reply.error.reason)}, {}, {}
         words |= dict(reply.content.config_records["words"])
+        words["reason"] = short_line(words["reason"])
+        if words["status"] not in STATUSES:
+            words["status"] = "failed"
         numbers = reply.content.metric_records.get("numbers", {})
         return words, dict(numbers), unpack(reply) if reply.content.array_records else {}
     except Exception as error:  # it comes from elsewhere, and must not end the run
-        return {"status": "failed", "reason": f"reply of another kind: {error}"}, {}, {}
+        reason = short_line(f"reply of another kind: {error}")
+        return {"status": "failed", "reason": reason}, {}, {}
+
+
+def short_line(text: object) -> str:
+    """Return what somebody else says as a short line, and never as one of the server's own."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:LINE])
 
 
 def read_update(
@@ -130,13 +147,14 @@ def read_introduction(reply: Message | Fault) -> tuple[str, dict[str, Any], str]
         return "", {}, words["reason"] or "it has failed"
     counts["findings"] = str(words.get("findings", "")).split(SEPARATOR)
     said, _ = read_json(words | {"said": words.get("introduction")})
-    if not is_text(said, "key", "node", "signature"):
-        return "", {}, f"no introduction: {name!r} gives no key"
-    counts["introduction"] = said
+    if not is_text(said, *INTRODUCTION) or not is_key(said["key"]):
+        return "", {}, f"no introduction: {short_line(name)!r} gives no key"
+    counts["introduction"] = {key: said[key] for key in INTRODUCTION}
     known = counts["known"] if isinstance(counts["known"], list) else [None]
     fits = len(known) == len(counts["findings"]) and all(map(is_number, [counts["weight"], *known]))
-    if not (isinstance(name, str) and name and fits):
-        return "", {}, f"no introduction: name={name!r} {counts}"
+    fits = fits and re.fullmatch("[01]*", said["knows"]) is not None
+    if not (isinstance(name, str) and name and fits and name == short_line(name)):
+        return "", {}, short_line(f"no introduction: name={name!r} {counts}")
     return name, counts, ""
 
 
@@ -173,15 +191,19 @@ def read_json(words: dict[str, Any]) -> tuple[dict[str, Any], str]:
         return {}, f"what it says cannot be read: {type(error).__name__}"
 
 
-def is_text(said: object, *keys: str) -> bool:
-    """Tell a dictionary that has a text under each of these keys."""
-    return isinstance(said, dict) and all(isinstance(said.get(key), str) for key in keys)
+def is_text(said: object, *keys: str, longest: int = LONGEST) -> bool:
+    """Tell a dictionary that has under each of these keys a text, which is not too long."""
+    return isinstance(said, dict) and all(
+        isinstance(said.get(key), str) and len(said[key]) <= longest for key in keys
+    )
 
 
 def offer_fault(said: dict[str, Any], members: Sequence[str]) -> str:
     """Say why a hospital's offer for a masked sum is none; empty where it is one."""
-    whole = is_text(said, "what") and is_text(said.get("offer"), "key", "digest", "signature")
-    return "" if whole and is_text(said.get("shares"), *members) else "its offer is none"
+    whole = is_text(said, "what") and is_text(said.get("offer"), *OFFER)
+    whole = whole and is_key(said["offer"]["key"])
+    whole = whole and is_text(said.get("shares"), *members, longest=4 * LONGEST)
+    return "" if whole else "its offer is none"
 
 
 def is_number(value: object) -> bool:
@@ -193,11 +215,12 @@ def read_said(text: str) -> tuple[dict[str, Any], str]:
     """Read what a hospital said of its patients' budget: `account` and `stop`; or why it cannot."""
     try:
         said = json.loads(text or "{}")
-        numbers = {k: v for k, v in said.get("account", {}).items() if k != "hospital"}
-        stop = said.get("stop", "")
-        if all(isinstance(v, int | float) for v in numbers.values()) and isinstance(stop, str):
-            return said, ""
-    except (ValueError, AttributeError, TypeError, RecursionError):
+        account, stop = said.get("account", {}), said.get("stop", "")
+        numbers = {k: v for k, v in account.items() if k != "hospital"}
+        whole = numbers.keys() == ACCOUNT and all(float(v) >= 0 for v in numbers.values())
+        if not account or (whole and isinstance(stop, str)):
+            return {"account": numbers, "stop": short_line(stop)} if account else {}, ""
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         pass
     return {}, "its budget cannot be read"
 

@@ -5,12 +5,9 @@ import json
 import math
 import shlex
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -26,21 +23,20 @@ from ..evidence.tables import NETWORK
 from ..fedavg import FedAvg
 from ..model import ChestResNet
 from ..privacy.keys import is_introduced, read_keys
-from ..rounds import FederationError, Job, Progress, Row
-from ..settings import FIELDS, Settings, convert_texts, read_parameters
+from ..rounds import Job, Progress
+from ..settings import Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
 from ..training.training import Training
 from . import messages
+from .demands import check_network
 from .messages import Fault, Member, Parcel, pack
-from .roster import note_changes
+from .roster import check_validated, note_changes, print_round
 from .site import run_key
 
 POLL = 0.5  # seconds between two looks for a reply
 RETURNS = 120.0  # seconds for one that was lost while it answered to be back, and go on
 server_app = ServerApp()
-# What means nothing over a network, and why: refused unless it is as it is by default.
-REFUSED = tomllib.loads(Path(__file__).with_name("refused.toml").read_text())
 
 
 class Network:
@@ -52,6 +48,8 @@ class Network:
     def __init__(self, grid: Grid, settings: Settings, keys: str = "") -> None:
         self.grid, self.settings = grid, settings
         _, self.keys = read_keys(keys, "")  # of the hospitals, by name
+        if keys and not self.keys:
+            raise InputError(f"--keys {keys}: it has no NAME.key.pub, by which to know a hospital")
         self.introduced: dict[str, dict[str, str]] = {}
         self.config: dict[str, Any] = {}
         self.model: ChestResNet | None = None
@@ -115,17 +113,8 @@ class Network:
                 faults[name] = fault
             else:
                 sums.append(found)
-        self.check_validated(job, now, len(sums), faults)
+        check_validated(job, now, len(sums), faults)
         return judge(sums)
-
-    def check_validated(
-        self, job: Job, now: Progress, count: int, faults: Mapping[str, object]
-    ) -> None:
-        """Raise FederationError where fewer than `min_clients` of several have validated."""
-        if count < min(self.settings.min_clients, len(job.clients)) > 1:
-            about = {"round": now.round, "status": "failed"}
-            rows = [about | {"client": name, "reason": fault} for name, fault in faults.items()]
-            raise FederationError(job, rows, "too few hospitals validated")
 
     def prepare(
         self, kind: str, orders: dict[str, dict[str, Any]], sent: State
@@ -278,17 +267,6 @@ def read_network(values: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def check_network(settings: Settings) -> None:
-    """Raise InputError for a parameter that a network cannot heed."""
-    for name, why in REFUSED.items():
-        value, only = getattr(settings, name), FIELDS[name].default
-        if value != only:
-            raise InputError(f"over a network only {name}={only!r}, not {value!r}: {why}")
-    if settings.batchnorm == "local":
-        only = "batchnorm=precise, average or frozen"
-        raise InputError(f"over a network only {only}: local models never leave the hospitals")
-
-
 def sent_config(config: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what hospitals are told of a run: what its result depends on, and their limit.
 
@@ -367,10 +345,3 @@ def serve(grid: Grid, context: Context) -> None:
     training = NetworkTraining(settings, grid, seconds, keys)
     training.train(print_round)
     training.test()
-
-
-def print_round(row: Row, history: pd.DataFrame) -> None:
-    """Print a line about a round."""
-    print(f"round {row['round']}: train loss {row['train_loss']:.4f}, validation loss "
-          f"{row['val_loss']:.4f}, AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s, "
-          f"state {row['state_sha256']}", flush=True)  # fmt: skip

@@ -1,19 +1,22 @@
 """A hospital's part in masked sums, without its films: torch would take seconds of each message."""
 
+import contextlib
 import json
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from ..base.errors import in_a_line
-from ..base.files import sha256, write_atomic
+from ..base.errors import InputError, in_a_line
+from ..base.files import sha256, write_private
 from ..privacy.keys import read_keys
 from ..privacy.masks import Masker, MaskFault
 
 MASKS = "privacy/masks.json"  # in the work folder: of all runs
+MASKS_COUNT = "masks.count"  # there, too: how many numbers that file remembers
 Content = dict[str, Any]  # records of a message by name
 
 
@@ -22,7 +25,7 @@ class Site:
 
     That is its `name`, the `work_dir` in which notebook 02 prepared the films, and maybe its
     `keys`, a `device`, `weights`, its own copy of the file that the server starts from, and what it
-    insists on: `min_clients` and `secure_aggregation`.
+    insists on: `min_clients`, `secure_aggregation`, `dp` and `total_epsilon`.
     """
 
     def __init__(self, order: ConfigRecord, node: dict[str, Any]) -> None:
@@ -30,24 +33,43 @@ class Site:
         self.config: dict[str, Any] = json.loads(order["config"])
         self.run_key = run_key(order["run"], self.config)
         self.memory = Path(node["work_dir"]) / MASKS
+        self.counted = Path(node["work_dir"]) / MASKS_COUNT
 
     def masker(self) -> Masker:
-        """Return this hospital's half of masks, with its own key and those it was given."""
+        """Return this hospital's half of masks, with its own key and those it was given.
+
+        Raises InputError where it insists on masks and has no keys, by which alone it knows that
+        the others are hospitals; and where the memory of masks is not the latest.
+        """
         memory = json.loads(self.memory.read_text()) if self.memory.is_file() else {}
+        known = len(memory.get("revealed", ()))
+        if self.counted.is_file() and known < int(self.counted.read_text()):
+            raise InputError(
+                f"{self.memory} is lost, or an older copy: without it numbers could be unmasked for"
+                " two lists of hospitals. Bring the latest back; if there is none, delete"
+                f" {self.counted}, take part in none of the runs so far, and let new ones have"
+                " other seeds (-p seeds=)"
+            )
         least = max(int(self.config["min_clients"]), int(self.node.get("min_clients", 1)))
         own, others = read_keys(self.node.get("keys", ""), self.name)
+        if self.node.get("secure_aggregation") == "True" and not (
+            own and others.keys() - {self.name}
+        ):
+            raise InputError("a hospital that insists on masks needs --keys with all *.key.pub")
         return Masker(self.name, self.run_key, least, memory, own, others)
 
-    def remember(self, masker: Masker) -> None:
-        """Write down what masks must not forget, for this hospital alone to read."""
+    @contextlib.contextmanager
+    def masking(self) -> Iterator[Masker]:
+        """Lend this hospital's half of masks; then write down what it must not forget.
+
+        Nobody else may read that, and no other process write it meanwhile.
+        """
         self.memory.parent.mkdir(parents=True, exist_ok=True)
-
-        def write(beside: Path) -> None:
-            """Write what nobody else may read."""
-            beside.touch(0o600)
-            beside.write_text(json.dumps(masker.memory))
-
-        write_atomic(self.memory, write)
+        with FileLock(self.memory.with_suffix(".lock")):
+            masker = self.masker()
+            yield masker
+            write_private(self.memory, json.dumps(masker.memory))
+            write_private(self.counted, str(len(masker.memory["revealed"])))
 
     @property
     def masks(self) -> dict[str, Any]:

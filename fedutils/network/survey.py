@@ -14,7 +14,7 @@ from ..base.errors import InputError
 from ..base.files import write_atomic
 from ..films.survey import describe_films, differing, tabulate_surveys
 from ..settings import FIELDS, Settings
-from .messages import is_text, pack, read_json, read_reply
+from .messages import INTRODUCTION, is_text, pack, read_json, read_reply
 from .server import POLL, Network
 from .site import Content, Site, answer
 
@@ -31,10 +31,9 @@ def tell_films(message: Message, context: Context) -> Message:
         here = Site(order, node)
         least = int(node.get("least_count", FIELDS["least_count"].default))
         counts, mean = describe_films(Path(node["work_dir"]) / "prepared", least)
-        masker = here.masker()
-        here.remember(masker)
         about = {"name": here.name, "least": least, "counts": counts}
-        about["introduction"] = masker.introduce(node["node"])
+        with here.masking() as masker:
+            about["introduction"] = masker.introduce(node["node"])
         films = {} if mean is None else {"mean": torch.from_numpy(mean)}
         return {"said": json.dumps(about)}, {"state": pack(films)}
 
@@ -75,7 +74,7 @@ class Survey(Network):
         if fault:
             return "", {}, fault
         name, counts, introduction = (said.get(k) for k in ("name", "counts", "introduction"))
-        if not (is_text(said, "name") and is_text(introduction, "key", "node", "signature")):
+        if not (is_text(said, "name") and is_text(introduction, *INTRODUCTION)):
             return "", {}, "says not who it is"
         if self.keys and not self.has_key(name, node, introduction):
             return "", {}, f"calls itself {name}, and has not its key: left out"

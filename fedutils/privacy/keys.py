@@ -12,6 +12,7 @@ Offer = dict[str, str]  # what a hospital says under its signature: a public key
 DRAWN_AT_ONCE = 1 << 17  # numbers of a stream
 PUBLIC = ".key.pub"  # after a hospital's name, the file of its public key
 KEY_DIGITS = 96  # of a private key
+LONGEST = 1024  # characters of a public key, a signature or what a hospital knows
 
 
 def digest(seed: bytes) -> str:
@@ -39,7 +40,7 @@ def is_signed(key: Any, signature: str, said: Sequence[str]) -> bool:
 
 def is_introduced(key: Any, run: str, name: str, node: str, said: Offer) -> bool:
     """Tell whether a hospital's introduction, as it speaks through a node, has its signature."""
-    about = "introduction", run, name, node, str(said.get("key"))
+    about = "introduction", run, name, node, *(str(said.get(key)) for key in ("key", "knows"))
     return is_signed(key, str(said.get("signature")), about)
 
 
@@ -95,10 +96,23 @@ def private_key(secret: str) -> Any:
 
 
 def public_key(public: str) -> Any:
-    """Return the public key of a PEM; ValueError if there is none."""
+    """Return the public key of a PEM; ValueError if there is none, or none of P-384."""
     from flwr.supercore.primitives.asymmetric import bytes_to_public_key
 
-    return bytes_to_public_key(public.encode())
+    key = bytes_to_public_key(public.encode()) if len(public) < LONGEST else None
+    if getattr(getattr(key, "curve", None), "name", "") != "secp384r1":
+        raise ValueError("no public key of P-384")
+    return key
+
+
+def is_key(public: object) -> bool:
+    """Tell the PEM of a public key from all else that somebody may send in its place."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    try:
+        return isinstance(public, str) and bool(public_key(public))
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return False
 
 
 def public_of(secret: str) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from filelock import FileLock
 
 from ..base.errors import InputError
-from ..base.files import sha256, write_atomic
+from ..base.files import sha256, write_private
 from .accountant import compose
 
 
@@ -40,7 +40,7 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.lock:
             if not (path := self._names(sha256(names))).is_file():
-                write_atomic(path, names)
+                write_private(path, names)
         return sha256(names)
 
     def read(self) -> dict[str, Release]:
@@ -57,7 +57,7 @@ class Ledger:
         """Write down what has been released in all of some models at a hospital, by their key."""
         with self.lock:
             entries = {k: entry._asdict() for k, entry in (self.read() | dict(releases)).items()}
-            write_atomic(self.file, json.dumps(entries, indent=1).encode())
+            write_private(self.file, json.dumps(entries, indent=1))
 
     def total(
         self, patients: Iterable[str], delta: float, planned: Mapping[str, Release] | None = None

@@ -7,7 +7,9 @@ minus that of the key which it has with each other one: uniform to whom lacks th
 numbers came sign who they are; once more than half of all have signed the same list, each gives its
 shares: of those in the list of the seed, of the others of the key. So all streams fall out of the
 sum. A hospital does so for one list, never for fewer than `least`, and of the same numbers for no
-other hospitals in any later sum.
+other hospitals in any later sum: it signs another list only as long as it has given no share for
+the first, which it then forgets. What fewer than `least` of those in a sum know, such as a finding
+that one alone labels, nobody shows in it; who knows what stands in the signed introductions.
 
 What a sum is about (`what`) each hospital computes from what it was asked, and signs with its
 offer: to ask them for different things is to have their keys refused. Shares are encrypted with
@@ -20,8 +22,9 @@ PyCryptodome; the streams are AES-256 in counter mode.
 
 import itertools
 import json
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -34,10 +37,10 @@ from .keys import (
     add_stream,
     digest,
     is_introduced,
+    is_key,
     is_signed,
     new_secret,
     pair_key,
-    public_key,
     public_of,
     shared_key,
     sign,
@@ -45,6 +48,7 @@ from .keys import (
 
 TRIED = 1000  # sets of shares
 OPEN = 8  # sums that a hospital remembers the shares of
+SHARES = re.compile("[0-9a-f]{136}"), re.compile("[0-9a-f]{104}")  # of a key, of a seed
 
 
 class MaskFault(SumFailed):
@@ -101,14 +105,23 @@ class Masker:
         if not memory:
             memory |= {"secret": new_secret(), "sums": {}, "revealed": {}}
 
-    def introduce(self, node: str = "") -> Offer:
+    def introduce(self, node: str = "", knows: str = "") -> Offer:
         """Return the key under which others encrypt for this hospital, in this run.
 
-        It is bound to the `node` that speaks for it, so that no other one can pass it off.
+        It is bound to the `node` that speaks for it, so that no other one can pass it off. `knows`
+        has a digit for each row that a sum may have: 1 where this hospital knows something of it.
         """
         key = public_of(self.memory["secret"])
-        signature = sign(self.signing, ["introduction", self.run, self.name, node, key])
-        return {"key": key, "node": node, "signature": signature}
+        signature = sign(self.signing, ["introduction", self.run, self.name, node, key, knows])
+        return {"key": key, "node": node, "knows": knows, "signature": signature}
+
+    def hold(self, name: str, value: Any) -> None:
+        """Remember a value for good; raise MaskFault where it was another before."""
+        before = self.memory.setdefault("held", {}).setdefault(name, value)
+        if before != value:
+            raise MaskFault(
+                f"{self.name} was told {name}={before}, and now {value}: name a new run"
+            )
 
     def offer(self, what: str, members: Mapping[str, Offer]) -> dict[str, Any]:
         """Return this hospital's offer for one sum, and of its secrets a share for each member.
@@ -123,6 +136,8 @@ class Masker:
         if what in sums or len(names) < self.least or self.name not in names:
             raise MaskFault(f"{what}: {self.name} offers nothing for it, or not again")
         for name, said in members.items():
+            if not is_key(said["key"]):
+                raise MaskFault(f"the mask key of {name} is none")
             if self.trusted and not is_introduced(
                 self.trusted.get(name), self.run, name, said["node"], said
             ):
@@ -139,6 +154,8 @@ class Masker:
             pair = shared_key(self.memory["secret"], members[name]["key"])
             shares[name] = encrypt(pair, text.encode()).decode()
         sums[what] = {"secret": secret, "seed": seed.hex(), "members": dict(members)}
+        sums[what] |= {"knows": {n: said["knows"] for n, said in members.items()}}
+        sums[what] |= {"least": self.least, "enough": threshold(len(names))}
         for old in list(sums)[:-OPEN]:
             del sums[old]
         about = "offer", self.run, self.name, what, key, told
@@ -147,21 +164,31 @@ class Masker:
             "shares": shares,
         }
 
+    def common(self, what: str, names: Collection[str], rows: Iterable[int]) -> list[int]:
+        """Return those rows of which enough of these hospitals know something."""
+        mine = self.memory["sums"].get(what, {})
+        if not {*names} <= mine.get("knows", {}).keys():
+            raise MaskFault(f"{what}: no offer of {self.name} is open to these")
+        knows, least = [mine["knows"][name] for name in names], max(self.least, mine["least"])
+        return [k for k in rows if sum(one[k : k + 1] == "1" for one in knows) >= least]
+
     def mask(
-        self, what: str, name: str, offers: Mapping[str, Offer], shares: Mapping[str, str],
-        values: Integers,
+        self, what: str, called: Sequence[str], offers: Mapping[str, Offer],
+        shares: Mapping[str, str], values: Integers, rows: Sequence[int] = (),
     ) -> Integers:  # fmt: skip
         """Return integers (int64) under the masks of one sum, and keep the others' shares.
 
-        `name` is what this hospital calls the numbers, however often they are asked for; `offers`
-        are those of all who take part, `shares` what each of them encrypted for this one. Raises
-        MaskFault for what is not its hospital's or of this sum, and for fewer than `least`.
+        `called` are names of the numbers, which are the same however often they are asked for;
+        `offers` are those of all who take part, `shares` what each of them encrypted for this one,
+        `rows` those of `common` that the numbers show. Raises MaskFault for what is not its
+        hospital's or of this sum, and for fewer than `least`.
         """
         mine = self.memory["sums"].get(what, {})
         if "secret" not in mine or self.name not in offers:
             raise MaskFault(f"{what}: no offer of {self.name} is open")
-        if len(offers) < self.least or not offers.keys() <= mine["members"].keys():
-            raise MaskFault(f"{what}: a sum of {len(offers)} hospitals, fewer than {self.least}")
+        least = max(self.least, mine["least"])
+        if len(offers) < least or not offers.keys() <= mine["members"].keys():
+            raise MaskFault(f"{what}: a sum of {len(offers)} hospitals, fewer than {least}")
         kept = {
             other: self._open(what, other, offer, mine["members"][other], shares.get(other, ""))
             for other, offer in offers.items()
@@ -171,8 +198,9 @@ class Masker:
         for other in offers.keys() - {self.name}:
             sign_of = 1 if self.name < other else -1
             add_stream(masked, pair_key(mine["secret"], offers[other]["key"]), sign_of)
-        count = len(mine["members"])  # its secrets are forgotten: it masks no more
-        self.memory["sums"][what] = {"name": name, "shares": kept, "members": count}
+        for forgotten in ("secret", "seed", "members"):  # it masks no more
+            del mine[forgotten]
+        mine |= {"called": list(called), "shares": kept, "least": least, "rows": list(rows)}
         return masked
 
     def agree(self, what: str, survivors: Sequence[str]) -> str:
@@ -180,13 +208,32 @@ class Masker:
         one, chosen = self.memory["sums"].get(what, {}), sorted(survivors)
         if self.name not in chosen or not {*chosen} <= one.get("shares", {}).keys():
             raise MaskFault(f"{what}: {self.name} has no numbers in that sum")
-        if len({*chosen}) < max(self.least, len(chosen)):
+        if len({*chosen}) < max(self.least, one["least"], len(chosen)):
             raise MaskFault(f"{what}: a sum of {len({*chosen})} hospitals, too few or named twice")
-        before = self.memory["revealed"].setdefault(one["name"], chosen)
-        if before != chosen or one.setdefault("agreed", chosen) != chosen:
-            named = f"what {self.name} sent was, or will be, unmasked for {', '.join(before)}"
-            raise MaskFault(f"{named}, and is for no other hospitals; take another seed")
+        if self.common(what, chosen, one["rows"]) != one["rows"]:
+            raise MaskFault(f"{what}: it holds what too few of {', '.join(chosen)} know; ask again")
+        self._bind(what, one, chosen)
+        one["agreed"] = chosen
         return sign(self.signing, ["survivors", self.run, self.name, what, *chosen])
+
+    def _bind(self, what: str, one: dict[str, Any], chosen: list[str]) -> None:
+        """Remember for whom numbers are unmasked; MaskFault where that was, or will be, for others.
+
+        A list that was signed in other sums gives way, with its shares, as long as none was given.
+        """
+        revealed, unopened = self.memory["revealed"], self.memory.setdefault("unopened", [])
+        for name in one["called"]:
+            before = revealed.get(name, chosen)
+            if before != chosen and (name not in unopened or "agreed" in one):
+                named = f"what {self.name} sent was, or will be, unmasked for {', '.join(before)}"
+                again = "with these it goes on, else as another run with other seeds (-p seeds=)"
+                raise MaskFault(f"{named}, and is for no other hospitals: {again}")
+        moved = {name for name in one["called"] if revealed.get(name, chosen) != chosen}
+        for other, old in list(self.memory["sums"].items()):
+            if other != what and moved & {*old.get("called", ())}:
+                del self.memory["sums"][other]
+        unopened += [name for name in one["called"] if name not in revealed]
+        revealed |= dict.fromkeys(one["called"], chosen)
 
     def reveal(self, what: str, signatures: Mapping[str, str]) -> dict[str, str]:
         """Return of each survivor the share of its seed, of each other one that of its key.
@@ -205,8 +252,10 @@ class Masker:
             return not self.trusted or is_signed(self.trusted.get(name), signatures[name], about)
 
         good = [name for name in {*signatures} & {*agreed} if has_signed(name)]
-        if len(good) < threshold(one["members"]):
+        if len(good) < one["enough"]:
             raise MaskFault(f"{what}: {len(good)} hospitals have signed that list: too few")
+        unopened = self.memory["unopened"]  # from now on it is for no other list
+        self.memory["unopened"] = [name for name in unopened if name not in one["called"]]
         return {other: part[other in agreed] for other, part in one["shares"].items()}
 
     def _open(
@@ -220,14 +269,18 @@ class Masker:
         if self.trusted and not is_signed(self.trusted.get(name), offer["signature"], about):
             raise MaskFault(f"the mask key of {name} is not signed with the key of {name}")
         wanted = [what, name, self.name, offer["key"], offer["digest"]]
+        if not is_key(offer["key"]):
+            raise MaskFault(f"the mask key of {name} is none")
         try:
             pair = shared_key(self.memory["secret"], introduced["key"])
             *found, of_key, of_seed = json.loads(decrypt(pair, token.encode()))
-            public_key(offer["key"])
-        except (InvalidToken, TypeError, ValueError) as error:
+        except (InvalidToken, TypeError, ValueError, RecursionError) as error:
             raise MaskFault(f"{what}: what {name} offers cannot be opened") from error
         if found != wanted:
             raise MaskFault(f"{what}: the shares of {name} are of another sum")
+        for pattern, share in zip(SHARES, (of_key, of_seed), strict=True):
+            if not (isinstance(share, str) and pattern.fullmatch(share)):
+                raise MaskFault(f"{what}: the shares of {name} are none")
         return of_key, of_seed
 
 
@@ -245,7 +298,9 @@ class MaskedSum:
         return {name: one["shares"][hospital] for name, one in self.offered.items()}
 
     def add(self, hospital: str, masked: Integers) -> None:
-        """Add what a hospital sent, modulo 2^64."""
+        """Add what a hospital sent, modulo 2^64; MaskFault if it offered nothing, or has sent."""
+        if hospital not in self.offers or hospital in self.survivors:
+            raise MaskFault(f"{self.what}: {hospital} has offered nothing for it, or sent before")
         old = self.total
         self.total = {k: old[k] + value if old else value for k, value in masked.items()}
         self.survivors.append(hospital)

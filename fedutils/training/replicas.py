@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..base.device import find_devices
 from ..base.errors import in_a_line
 from ..base.fixed import Pool
 from ..base.parameters import Parameters, parameter
-from ..base.scores import judge, validation_sums
+from ..base.scores import judge, only_of, validation_sums
 from ..base.state import LARGEST, State, find_misfit, to_cpu
 from ..base.threads import Item, Result, Shared
 from ..client import Client, Update
@@ -152,16 +152,22 @@ class Replicas:
         """Return loss and mean AUROC, within hospitals, of the aggregated model on their films."""
         return judge(self.validation_sums(job, now).values())
 
-    def validation_sums(self, job: Job, now: Progress) -> dict[str, dict[str, np.ndarray]]:
-        """Return by hospital what `judge` adds up; none of a broken model, no better than that."""
+    def validation_sums(
+        self, job: Job, now: Progress, findings: Sequence[int] | None = None
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Return by hospital what `judge` adds up; none of a broken model, no better than that.
+
+        Of these `findings` alone, by default of all.
+        """
         films = job.validation
+        labels = films.labels if findings is None else only_of(films.labels, findings)
         parts = films.parts(1 if self.start else len(self.models.tools))
         found = self._each(lambda p, model: predict_with(model, p, now.state, now.clients), parts)
         logits = np.concatenate(list(found))
         if not np.isfinite(logits).all():
             return {}
         own = films.index.groupby("client").indices.items()
-        return {name: validation_sums(films.labels[rows], logits[rows]) for name, rows in own}
+        return {name: validation_sums(labels[rows], logits[rows]) for name, rows in own}
 
     def _each(
         self, task: Callable[[Item, ChestResNet], Result], items: list[Item]

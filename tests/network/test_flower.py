@@ -7,11 +7,13 @@ import io
 import json
 import math
 import pickle
+import secrets
 import shutil
 import struct
 import time
 import tracemalloc
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ from torchvision.models import resnet34
 from fedutils import rounds, run
 from fedutils.base.device import precision
 from fedutils.base.errors import InputError
+from fedutils.base.fixed import FILM
 from fedutils.base.state import state_hash, to_cpu
 from fedutils.batch.absent import LeaveOut
 from fedutils.batch.run import run as batch_run
@@ -54,10 +57,12 @@ from fedutils.evidence.tables import best_rounds, read_table, training_cost
 from fedutils.films.phantom.cases import FINDINGS
 from fedutils.films.survey import HIDDEN
 from fedutils.model import build_resnet34
-from fedutils.network import hospital, messages, server
+from fedutils.network import demands, hospital, messages, server
 from fedutils.network.clientapp import client_app
 from fedutils.network.commands import make_key
+from fedutils.network.demands import REFUSED
 from fedutils.network.hospital import Hospital
+from fedutils.network.masked import MaskedNetwork
 from fedutils.network.messages import (
     Member,
     pack,
@@ -66,11 +71,12 @@ from fedutils.network.messages import (
     read_update,
     unpack,
 )
-from fedutils.network.server import REFUSED, NetworkTraining
+from fedutils.network.server import NetworkTraining
 from fedutils.network.survey import ask_hospitals
 from fedutils.plots.training import learning_curves
+from fedutils.privacy.keys import new_secret, public_of
 from fedutils.privacy.ledger import Ledger
-from fedutils.privacy.masks import Masker, MaskFault
+from fedutils.privacy.masks import MaskedSum, Masker, MaskFault
 from fedutils.rounds import FederationError
 from fedutils.settings import FIELDS
 from fedutils.training import halfway, replicas, training
@@ -102,6 +108,8 @@ def one_process():
         patch.setattr(hospital, "start_model", start)
         for room in (hospital, messages):
             patch.setattr(room, "trunk_hash", lambda model: "trunk")
+        # Else no private run had the bits of another.
+        patch.setattr(demands, "noise_is_secret", lambda settings: True)
         yield
 
 
@@ -716,7 +724,7 @@ def test_masks_are_signed_and_a_server_that_swaps_a_key_is_found(tmp_path, signe
                     order["introduced"] = json.dumps(introduced)
             return super().push_messages(messages)
 
-    with pytest.raises(MaskFault, match="too few for a sum: nobody"):
+    with pytest.raises(InputError, match="not counted under masks: client-1, client-2, client-3"):
         run_with_keys(tmp_path / "other", Swaps(homes, keys), keys, rounds=1, **MASKED)
     said = capfd.readouterr().out
     assert "no offer of client-1: MaskFault: the mask key of client-3 is not signed" in said
@@ -817,16 +825,23 @@ def test_a_hospital_that_returns_under_its_own_node_takes_part_again(tmp_path):
 
 
 def test_a_hospital_that_insists_on_masks_sends_nothing_bare(tmp_path, signed, capfd):
-    homes, _ = signed
+    homes, keys = signed
 
-    class Insists(Grid):
+    class Insists(KeyGrid):
         def config(self, name):
             return super().config(name) | {"secure_aggregation": "True", "min_clients": "3"}
 
     with pytest.raises(InputError, match="these connected: none"):
-        over_flower(tmp_path, Insists(homes))
+        over_flower(tmp_path, Insists(homes, keys))
     assert "the server asks for bare updates" in capfd.readouterr().err
-    history = over_flower(tmp_path / "masked", Insists(homes), rounds=1, **MASKED)
+    for folder in (tmp_path / "empty", tmp_path / "own alone"):  # whose key is whose, unknown
+        folder.mkdir()
+        for name in homes if "own" in folder.name else ():
+            shutil.copy(keys / f"{name}.key", folder)
+        with pytest.raises(InputError, match="these connected: none"):
+            over_flower(folder, Insists(homes, folder), rounds=1, **MASKED)
+        assert "a hospital that insists on masks needs --keys" in capfd.readouterr().err
+    history = over_flower(tmp_path / "masked", Insists(homes, keys), rounds=1, **MASKED)
     assert set(history["status"]) == {"ok"}  # three take part, and each wants three
 
 
@@ -991,10 +1006,10 @@ PREPARED = {"seed", "image_size"}  # a hospital compares them with what its note
 
 def values_of(field):
     """The allowed values of a parameter, other than its default."""
-    about, low = field.metadata, field.metadata["bounds"][0]
+    about, (low, high) = field.metadata, field.metadata["bounds"]
     found = [*about["allowed"], *about["parts"]] or {
         bool: [True, False], int: [max(3, 0 if low == -float("inf") else low + 1)],
-        float: [0.3], str: ["A"],
+        float: [min(0.3, high)], str: ["3"],
     }[type(field.default)]  # fmt: skip
     return [value for value in found if value != field.default]
 
@@ -1007,11 +1022,13 @@ def test_what_means_nothing_over_a_network_is_refused_by_name(tmp_path, name):
             NetworkTraining(dataclasses.replace(settings, **{name: value}), Grid({}), 1)
 
 
-def test_every_other_parameter_reaches_the_hospitals_or_is_the_servers(tmp_path):
+def test_every_other_parameter_reaches_the_hospitals_or_is_the_servers(tmp_path, monkeypatch):
+    monkeypatch.setattr(demands, "ROOMS", ())  # one value at a time, whatever goes with it
     settings = tiny_settings(tmp_path / "server", min_clients=2)  # which masks want
     home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
     node = {"work_dir": str(home), "name": "client-1"}
-    travels = set(FIELDS) - set(REFUSED) - SERVER - PREPARED - {"data_dir"}
+    own = {"data_dir", "least_count"}  # the second is what a hospital insists on
+    travels = set(FIELDS) - set(REFUSED) - SERVER - PREPARED - own
     assert {"dp", "secure", "clip", "strategy", "mu", "augment", "precision"} <= travels
     for name in sorted(travels):
         for value in values_of(FIELDS[name]):
@@ -1081,8 +1098,11 @@ def test_a_lying_hospital_neither_ends_the_validation_nor_moves_it(tmp_path, cap
     assert "not validated at a: its sums are none of any films" in capfd.readouterr().out
 
 
+KEY = public_of(new_secret())
+
+
 def introduced(node):
-    return json.dumps({"key": "", "node": str(node), "signature": ""})
+    return json.dumps({"key": KEY, "node": str(node), "knows": "", "signature": ""})
 
 
 def counts(weight):
@@ -1098,8 +1118,8 @@ NAMES = "\n".join(FINDINGS)
      {"known": [5] * 13 + [-1]}, {"known": [5.0] * 13 + [math.nan]}],
 )  # fmt: skip
 def test_an_introduction_that_is_none_is_named_and_its_node_takes_no_part(numbers):
-    said = {"key": "k", "node": "11", "signature": ""}
-    name = {"name": "north", "findings": NAMES, "introduction": json.dumps(said)}
+    said = {"key": KEY, "node": "11", "knows": "01", "signature": ""}
+    name = {"name": "north", "findings": NAMES, "introduction": json.dumps(said | {"x": 1})}
     about = counts(5) | {"findings": list(FINDINGS), "introduction": said}
     assert read_introduction(reply_with(counts(5), name)) == ("north", about, "")
     numbers = counts(5) | numbers if numbers else {}
@@ -1208,7 +1228,7 @@ def test_a_test_is_of_all_hospitals_or_of_none(tmp_path):
     grid = Replies(homes, "evaluate.grid", {"status": "failed", "reason": "lost"})
     training = NetworkTraining(tiny_settings(tmp_path / "server", rounds=1), grid, 1)
     training.train()
-    with pytest.raises(MaskFault, match="not tested without client-2: the same command tests"):
+    with pytest.raises(InputError, match="not tested without client-2: the same command tests"):
         training.test()
     kinds = [reply.metadata.message_type for name, reply, _ in grid.wire if name != "down"]
     assert not {"query.agree", "query.reveal"} & {*kinds[kinds.index("evaluate.grid") :]}
@@ -1306,3 +1326,388 @@ def test_what_is_no_survey_is_left_out(tmp_path, capsys):
     found = json.loads(ask_hospitals(grid, tiny_settings(tmp_path / "server"), 1).read_text())
     assert list(found) == ["client-1", "client-3"]
     assert "SuperNode 12: says not who it is" in capsys.readouterr().out
+
+
+# An active server, and hospitals that break the protocol.
+
+
+def open_sum(grid, kind, message, members, state=None, **more):
+    """What a server learns of one masked sum, whatever it asks for, by the messages alone."""
+    order = {"config": json.dumps(grid.settings), "trunk": "trunk", "run": "run"} | more
+    masks = {"whole": grid.whole, "members": sorted(members), "nonce": secrets.token_hex(8)}
+    sent, state = {name: node for node, name in grid.nodes.items()}, state or {}
+
+    def ask(name, kind, about, tensors):
+        """One message, and what is said."""
+        records = {"order": ConfigRecord(order | about), "state": pack(tensors)}
+        (key,) = grid.push_messages([Message(RecordDict(records), sent[name], kind)])
+        words, _, found = messages.read_reply(grid.pull_messages([key])[0])
+        if words["status"] != "ok":
+            raise MaskFault(words["reason"])
+        return json.loads(words.get("said", words.get("introduction", "{}"))), found
+
+    named = state_hash(state) if state else ""
+    named = more.get("hash", named)
+    about = {"kind": kind, "hash": named}
+    introduced = {name: ask(name, "query", {}, {})[0] for name in members}
+    about |= {"introduced": json.dumps(introduced), "masks": json.dumps(masks)}
+    offered = {name: ask(name, "query.offer", about, {})[0] for name in members}
+    one = MaskedSum(offered[members[0]]["what"], offered, len(members))
+    for name in members:
+        own = masks | {"offers": one.offers, "shares": one.shares_for(name)}
+        about = {"masks": json.dumps(own), "hash": named, "base": ""}
+        one.add(name, ask(name, message, about, state)[1])
+    survivors = {"what": one.what, "survivors": json.dumps(one.survivors)}
+    signed = {name: ask(name, "query.agree", survivors, {})[0]["signature"] for name in members}
+    revealing = {"what": one.what, "signatures": json.dumps(signed)}
+    return one.finish({name: ask(name, "query.reveal", revealing, {})[0] for name in members})
+
+
+@pytest.fixture(scope="module")
+def attacked(tmp_path_factory):
+    """The grid of a server that asks as it likes, and the state that a run begins with."""
+    work = tmp_path_factory.mktemp("attacked")
+    films = tiny_films(work)
+    homes = tiny_homes(work / SECRET, films)
+    for name in homes:
+        make_key(work / "keys", name)
+    grid = KeyGrid(homes, work / "keys")
+    settings = tiny_settings(work / "server", **MASKED | {"batchnorm": "frozen"})
+    config = settings.identity() | {"threads": 1, "dtype": "torch.float32"}
+    grid.settings = server.sent_config(config, settings)
+    grid.whole = [round(FILM * 40)] * 2
+    return grid, to_cpu(start_model(settings, 0, 14).tracked_state())
+
+
+ABC, AB = ["client-1", "client-2", "client-3"], ["client-1", "client-2"]
+FIRST = {"seed": 0, "round": 1, "kept": 0}
+COUNTER = "layer1.0.bn1.num_batches_tracked"
+
+
+@pytest.mark.parametrize(("message", "kind"), [
+    ("train", "fit"), ("evaluate", "validate"), ("evaluate.span", "span"), ("query.count", "count"),
+])  # fmt: skip
+def test_the_same_numbers_are_unmasked_for_one_list_under_whatever_name(attacked, message, kind):
+    """Another counter, a parameter that no hospital reads, another run: none makes them others."""
+    grid, state = attacked
+    state = {} if kind == "count" else state
+    about = {"count": {}, "fit": FIRST, "validate": FIRST}.get(kind, {"seed": 0, "round": 0})
+    open_sum(grid, kind, message, ABC, state, **about)
+    others = [(state, {}, {})]
+    if state:
+        counted = state | {COUNTER: state[COUNTER] + 1}
+        others += [(counted, {}, {}), (state, {"server_lr": 0.99}, {}), (state, {"lr": 2e-3}, {})]
+        others += [(counted, {"server_lr": 0.98}, {}), (state, {}, {"run": "another"})]
+        others += [(state | {"fc.bias": state["fc.bias"] + 1}, {}, {})]
+    before = dict(grid.settings)
+    for changed, config, name in others:
+        grid.settings = before | config
+        with pytest.raises(MaskFault, match="unmasked for client-1, client-2, client-3, and is"):
+            open_sum(grid, kind, message, AB, changed, **about, **name)
+    grid.settings = before
+    if kind == "fit":
+        open_sum(grid, kind, message, AB, state, **FIRST | {"round": 2})  # which stays open
+
+
+@pytest.mark.parametrize(("message", "kind"), [
+    ("train", "fit"), ("evaluate", "validate"), ("evaluate.span", "span"),
+])  # fmt: skip
+def test_a_state_is_whole_or_refused(attacked, message, kind, capfd):
+    grid, state = attacked
+    less = {name: value for name, value in state.items() if name != "fc.bias"}
+    for false in (less, state | {"junk": torch.ones(1)}, state | {"fc.bias": torch.ones(3)}):
+        with pytest.raises(MaskFault, match="InputError"):
+            open_sum(grid, kind, message, ABC, false, seed=0, round=7, kept=0)
+        assert "is not the whole of what is tracked" in capfd.readouterr().err
+    with pytest.raises(MaskFault, match="InputError"):
+        open_sum(grid, kind, message, ABC, {}, seed=0, round=7, kept=0, hash="a" * 64)
+    assert "not the one that the message names" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("whole", [[5, 6], [1.5, 1.5], [FILM << 40, FILM], [FILM * 41] * 2, [0, 0]])
+def test_a_false_or_second_whole_is_refused(attacked, whole):
+    grid, state = attacked
+    if whole[0] == FILM * 41:
+        open_sum(grid, "fit", "train", ABC, state, seed=0, round=8, kept=0)
+    before, grid.whole = grid.whole, whole
+    with pytest.raises(
+        MaskFault, match=r"(count together|was told whole of run .* name a new run)"
+    ):
+        open_sum(grid, "fit", "train", ABC, state, seed=0, round=9, kept=0)
+    grid.whole = before
+
+
+def order_for(home, config=None, run="run", **node):
+    """A hospital, asked with what a server says."""
+    settings = tiny_settings(home / "server", **MASKED)
+    about = settings.identity() | {"threads": 1, "dtype": "torch.float32"}
+    about = server.sent_config(about, settings) | (config or {})
+    order = {"config": json.dumps(about), "run": run, "trunk": ""}
+    return Hospital(order, {"work_dir": str(home), "name": "client-1"} | node)
+
+
+PATIENT = {"dp": "patient", "batchnorm": "frozen", "noise_multiplier": 1.0, "delta": 1e-3}
+SECURE = PATIENT | {"secure": True}
+
+
+@pytest.mark.parametrize(("node", "config", "said"), [
+    ({"dp": "patient"}, {}, "insists on dp=patient"),
+    ({"total_epsilon": "5"}, {}, "insists on dp=patient"),
+    ({}, PATIENT, "secure=false"),
+    ({}, {"lr": -1.0}, "lr="), ({}, {"optimizer": "evil"}, "optimizer="),
+    ({}, {"batch_size": 0}, "batch_size="), ({}, {"local_epochs": "x"}, "local_epochs="),
+    ({}, {"weights": "none", "seeds": "a"}, "seeds="), ({}, {"aggregation": "median"}, "median"),
+])  # fmt: skip
+def test_a_hospital_checks_what_it_is_asked(tmp_path, monkeypatch, node, config, said):
+    pytest.importorskip("opacus", reason="differential privacy needs Opacus")
+    monkeypatch.setattr(demands, "noise_is_secret", lambda settings: settings.secure)
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    with pytest.raises(InputError, match=said):
+        order_for(home, config, **node)
+    limits = [
+        order_for(home, SECURE | {"total_epsilon": asked}, total_epsilon=own).settings.total_epsilon
+        for asked, own in ((0.0, "5"), (3.0, "5"), (9.0, "5"), (9.0, "0"))
+    ]
+    assert limits == [5, 3, 5, 9]
+
+
+@pytest.mark.parametrize("run", ["../../../escaped", "a/b", "", ".hidden", "x\ny"])
+def test_a_run_that_is_no_name_writes_nothing(tmp_path, run):
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match="name="):
+        order_for(home, run=run)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_memory_that_is_lost_or_restored_is_noticed(tmp_path):
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    here = order_for(home)
+    older = None
+    for number in range(2):
+        with here.masking() as masker:
+            older = older or json.dumps(masker.memory)
+            masker.memory["revealed"][str(number)] = []
+    path = home / "privacy/masks.json"
+    assert path.stat().st_mode & 0o077 == 0
+    for text in (older, None):
+        path.unlink()
+        if text:
+            path.write_text(text)
+        with (
+            pytest.raises(
+                InputError, match=r"masks.json is lost, or an older copy: .* other seeds"
+            ),
+            here.masking(),
+        ):
+            pass
+        path.touch()
+    (home / "masks.count").unlink()
+    path.unlink()
+    with here.masking() as masker:
+        assert not masker.memory["revealed"]
+
+
+def test_two_processes_of_a_hospital_write_its_memory_in_turn(tmp_path):
+    home = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))["client-1"]
+    here, there = order_for(home), order_for(home)
+    with ThreadPoolExecutor() as pool:
+        with here.masking() as masker:
+            late = pool.submit(read_memory, there)
+            time.sleep(0.3)
+            assert not late.done()
+            masker.memory["revealed"]["a"] = ["client-1", "client-2"]
+        assert late.result()["a"] == ["client-1", "client-2"]
+
+
+def read_memory(here):
+    """What a hospital remembers, once it may look."""
+    with here.masking() as masker:
+        return dict(masker.memory["revealed"])
+
+
+@pytest.mark.parametrize("when", ["query.agree", "query.reveal"])
+def test_a_run_goes_on_without_a_hospital_that_was_lost_with_its_server(tmp_path, signed, when):
+    """Before a share was given; after it the message says with whom, or how else."""
+    homes, keys = signed
+    changes = {"batchnorm": "frozen"} | MASKED
+
+    class Killed(KeyGrid):
+        def pull_messages(self, ids):
+            replies = super().pull_messages(ids)
+            if any(reply.metadata.message_type == when for reply in replies):
+                raise KeyboardInterrupt
+            return replies
+
+    with pytest.raises(KeyboardInterrupt):
+        NetworkTraining(tiny_settings(tmp_path, **changes), Killed(homes, keys), 1, str(keys))
+    history = run_with_keys(tmp_path / "s", KeyGrid(homes, keys), keys, rounds=1, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        run_with_keys(tmp_path / "s", Killed(homes, keys), keys, rounds=2, **changes)
+    grid = KeyGrid(homes, keys)
+    grid.dead.add("client-3")
+    if when == "query.reveal":
+        with pytest.raises(FederationError, match=r"unmasked for client-1, client-2, client-3"):
+            run_with_keys(tmp_path / "s", grid, keys, rounds=2, **changes)
+        grid.dead.clear()
+    history = run_with_keys(tmp_path / "s", grid, keys, rounds=2, **changes)
+    last = history[history["round"] == 2]["status"].tolist()
+    gone = when == "query.agree"
+    assert last == ["left"] * gone + ["ok", "ok", "failed" if gone else "ok", "ok"]
+
+
+class Lies(Grid):
+    """Of some messages client-3 gives a reply that a function has changed."""
+
+    def __init__(self, homes, change):
+        super().__init__(homes)
+        self.change = change
+
+    def pull_messages(self, ids):
+        replies = super().pull_messages(ids)
+        for number, reply in enumerate(replies):
+            if self.nodes[reply.metadata.src_node_id] == "client-3":
+                replies[number] = self.change(reply.metadata.message_type, reply) or reply
+        return replies
+
+
+def test_numbers_of_who_offered_no_masks_do_not_count(tmp_path):
+    homes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))
+    counted = []
+
+    def change(kind, reply):
+        if kind == "query.offer" and counted:
+            return reply_with({}, {"said": "{}"})
+        if kind == "query.count":
+            counted.append(kind)
+        if kind == "train":
+            return reply_with({}, {}, seen)
+        return None
+
+    seen, expect = {}, MaskedNetwork.expect
+
+    def look(self, *about):
+        seen.update(expect(self, *about))
+        return seen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedNetwork, "expect", look)
+        changes = MASKED | {"batchnorm": "frozen"}
+        history = over_flower(tmp_path, Lies(homes, change), rounds=1, **changes)
+    assert history["status"].tolist()[:3] == ["ok", "ok", "failed"]
+    assert history["reason"][2] == "it has offered no masks for this sum"
+
+
+@pytest.mark.parametrize("lie", [-(2**60), 2**62])
+def test_counts_that_no_hospitals_have_are_not_written_down(tmp_path, monkeypatch, lie):
+    homes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))
+    hide = Hospital.hide
+
+    def lies(self, kind, numbers):
+        if kind == "count" and self.name == "client-3":
+            numbers = {name: torch.tensor(lie) for name in numbers}
+        return hide(self, kind, numbers)
+
+    monkeypatch.setattr(Hospital, "hide", lies)
+    with pytest.raises(MaskFault, match="no hospitals count together"):
+        over_flower(tmp_path, Grid(homes), rounds=1, **MASKED)
+    assert not list(tmp_path.rglob("whole.json"))
+
+
+@pytest.mark.parametrize("account", [
+    '{"account":{"x":1}}', '{"account":{"epsilon":1}}', '{"account":[],"stop":5}', "[]",
+    '{"account":{"epsilon":1' + "0" * 400 + "}}", '{"account":{"epsilon":NaN}}',
+])  # fmt: skip
+@pytest.mark.parametrize("masks", [{}, MASKED])
+def test_a_false_account_costs_its_hospital_not_the_run(tmp_path, account, masks):
+    state = {"w": torch.ones(3)}
+    reply = reply_with({"examples": 5, "train_loss": 0.5}, {"said": account}, state)
+    update, kept = read_update("a", reply, state, None if masks else 5)
+    assert (update.status, update.reason) == ("failed", "its budget cannot be read") and not kept
+
+
+def test_what_a_hospital_says_stays_one_short_line():
+    lie = "lost\nround 7: client-1 failed: stole films\x1b[31m" + "x" * 5000
+    words, _, _ = messages.read_reply(reply_with({}, {"status": "ok\nround 7", "reason": lie}))
+    assert words["status"] == "failed" and len(words["reason"]) == 300
+    assert words["reason"].startswith("lost round 7: client-1 failed: stole films [31m")
+    said = {"key": KEY, "node": "11", "knows": "", "signature": ""}
+    for name in ("a\nround 7", "x" * 400, ""):
+        about = {"name": name, "findings": NAMES, "introduction": json.dumps(said)}
+        got, _, fault = read_introduction(reply_with(counts(5), about))
+        assert got == "" and fault.startswith("no introduction") and "\n" not in fault
+
+
+@pytest.mark.parametrize("said", [
+    {"key": "garbage"}, {"key": "A" * 5000}, {"knows": "2"}, {"knows": "0" * 5000},
+    {"signature": "0" * 5000}, {"node": 5},
+])  # fmt: skip
+def test_an_introduction_without_a_key_of_the_right_curve_is_none(said):
+    whole = {"key": KEY, "node": "11", "knows": "01", "signature": ""}
+    about = {"name": "a", "findings": NAMES, "introduction": json.dumps(whole | said)}
+    assert read_introduction(reply_with(counts(5), about))[2].startswith("no introduction")
+
+
+def test_what_a_hospital_puts_into_an_offer_beside_is_passed_to_nobody(tmp_path):
+    homes = tiny_homes(tmp_path / SECRET, tiny_films(tmp_path))
+
+    def change(kind, reply):
+        if kind != "query.offer":
+            return None
+        said = json.loads(dict(reply.content["words"])["said"])
+        return reply_with({}, {"said": json.dumps(said | {"offer": said["offer"] | {"x": "@@@"}})})
+
+    grid = Lies(homes, change)
+    history = over_flower(tmp_path, grid, rounds=1, batchnorm="frozen", **MASKED)
+    assert set(history["status"]) == {"ok"}
+    down = b"".join(content for name, _, content in grid.wire if name == "down")
+    assert b"@@@" not in down
+
+
+def test_a_folder_without_public_keys_is_refused(tmp_path):
+    (tmp_path / "keys").mkdir()
+    with pytest.raises(InputError, match=r"keys: it has no NAME.key.pub"):
+        NetworkTraining(tiny_settings(tmp_path), Grid({}), 1, str(tmp_path / "keys"))
+
+
+def test_a_finding_that_one_hospital_knows_is_in_no_sum_over_a_network(tmp_path):
+    """Not in training, validation or test; what is trained is the masked simulation."""
+    films = tiny_films(tmp_path, films=150)
+    alone = films.index["client"] == "client-3"
+    films.index.loc[~alone, FINDINGS[0]] = np.nan
+    films.labels = films.index[list(FINDINGS)].to_numpy(np.float32)
+    expected = Training(tiny_settings(tmp_path, rounds=1, **MASKED), films).train()
+    sums, unmask = {}, MaskedNetwork.unmask
+
+    def look(self):
+        found = unmask(self)
+        sums[self.sum.what.split()[0]] = {name: value.clone() for name, value in found.items()}
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedNetwork, "unmask", look)
+        homes = tiny_homes(tmp_path / SECRET, films)
+        settings = tiny_settings(tmp_path / "server", rounds=1, **MASKED)
+        training = NetworkTraining(settings, Grid(homes), 1)
+        history = training.train()
+        training.test()
+    assert hashes(history) == hashes(expected)
+    assert history["val_loss"].tolist()[-1] == expected["val_loss"].tolist()[-1]
+    assert not sums["fit"]["sum/fc.weight"][0].any() and sums["fit"]["sum/fc.weight"][1].any()
+    assert sums["validate"]["pairs"][0] == 0 < sums["validate"]["pairs"][1]
+    for kind, name, axis in (("span", "coarse", 0), ("grid", "val", 1), ("grid", "test", 1),
+                             ("grid", "taught", 0), ("draws", "counts", 0)):  # fmt: skip
+        found = sums[kind][name].movedim(axis, 0)
+        assert not found[0].any() and found[1].any(), (kind, name)
+
+
+def test_test_films_at_one_hospital_alone_are_not_counted(tmp_path):
+    films = tiny_films(tmp_path, clients=2)
+    index = films.index
+    index.loc[(index["client"] == "client-2") & (index["split"] == "test"), "split"] = "val"
+    settings = tiny_settings(tmp_path / "server", rounds=1, num_clients=2)
+    training = NetworkTraining(settings, Grid(tiny_homes(tmp_path / SECRET, films)), 1)
+    training.train()
+    training.test()
+    found = json.loads((training.run / "evaluation/pooled.json").read_text())
+    assert (found["films"], found["patients"]) == (0, 0)

@@ -249,9 +249,20 @@ def test_a_hospital_is_told_what_it_cannot_set(tmp_path, monkeypatch, capsys):
     assert 'device="cpu,cpu"' in started[1][-2]
     main([*here, "-p", f"work_dir={tmp_path / 'mine'}"])
     assert f'work_dir="{tmp_path / "mine"}"' in started[2][-2]
-    main([*here, "-p", "secure_aggregation=true", "-p", "min_clients=3"])
-    assert 'secure_aggregation="True"' in started[3][-2] and 'min_clients="3"' in started[3][-2]
-    assert main([*here, "-p", "min_clients=few"]) == 2 and len(started) == 4
+    masks = ["-p", "secure_aggregation=true", "-p", "min_clients=3"]
+    for keys in ([], ["--keys", str(tmp_path)]):
+        assert main([*here, *masks, *keys]) == 2 and len(started) == 3
+        said = capsys.readouterr().err
+        assert "wants --keys DIR" in said or "it has no NAME.key.pub" in said
+    (tmp_path / "south.key.pub").touch()
+    main([*here, *masks, "--keys", str(tmp_path)])
+    assert 'secure_aggregation="True"' in " ".join(started[3]) and 'min_clients="3"' in " ".join(
+        started[3]
+    )
+    for wrong in ("min_clients=few", "dp=none", "total_epsilon=-1"):
+        assert main([*here, "-p", wrong]) == 2 and len(started) == 4
+    main([*here, "-p", "dp=patient", "-p", "total_epsilon=8"])
+    assert 'dp="patient"' in started[4][-2] and 'total_epsilon="8.0"' in started[4][-2]
     with pytest.raises(SystemExit):  # no step but training has parameters
         main(["flower", "server", "-p", "rounds=2"])
 
