@@ -74,18 +74,6 @@ def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
             beside.unlink(missing_ok=True)
 
 
-def write_private(path: Path, text: str | bytes) -> None:
-    """Write a file as `write_atomic` does, for nobody else to read; its folder is made."""
-
-    def write(beside: Path) -> None:
-        """Write what nobody else may read."""
-        beside.touch(0o600)
-        beside.write_bytes(text if isinstance(text, bytes) else text.encode())
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, write)
-
-
 def drop_halves(path: Path) -> None:
     """Drop what processes that were killed left beside a file that they wrote."""
     if os.name != "posix":  # elsewhere one cannot ask whether a process lives
@@ -97,6 +85,18 @@ def drop_halves(path: Path) -> None:
             half.unlink(missing_ok=True)
         except (PermissionError, ValueError):
             continue  # it lives, and is another user's; or the file is not one of ours
+
+
+def write_private(path: Path, text: str | bytes) -> None:
+    """Write a file as `write_atomic` does, for nobody else to read; its folder is made."""
+
+    def write(beside: Path) -> None:
+        """Write what nobody else may read."""
+        beside.touch(0o600)
+        beside.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, write)
 
 
 def sha256(content: bytes) -> str:

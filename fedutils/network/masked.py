@@ -21,6 +21,7 @@ from ..rounds import Job, Progress
 from ..training.masked import MaskedPool, encode, read_whole
 from . import messages
 from .messages import Fault, Member
+from .roster import check_validated
 from .server import Network
 
 WHOLE = "whole.json"  # what all hospitals count together
@@ -68,7 +69,7 @@ class MaskedNetwork(Network):
             found = self.collect("validate", "evaluate", orders, now.state, zero)
         except MaskFault as error:
             print(f"round {now.round}: not validated: {error}", flush=True)
-            self.check_validated(job, now, len(self.sum.survivors), {"": error})
+            check_validated(job, now, len(self.sum.survivors), {"": error})
             return math.nan, math.nan
         sums = {name: value.numpy() for name, value in found.items()}
         if not messages.could_be(sums, len(self.findings)):

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import pandas as pd
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -24,7 +23,7 @@ from ..evidence.tables import NETWORK
 from ..fedavg import FedAvg
 from ..model import ChestResNet
 from ..privacy.keys import is_introduced, read_keys
-from ..rounds import FederationError, Job, Progress, Row
+from ..rounds import Job, Progress
 from ..settings import Settings, convert_texts, read_parameters
 from ..training.arms import arm_settings, check_rule, client_class
 from ..training.batchnorm import RUNNING_MEAN, RUNNING_VAR
@@ -32,7 +31,7 @@ from ..training.training import Training
 from . import messages
 from .demands import check_network
 from .messages import Fault, Member, Parcel, pack
-from .roster import note_changes
+from .roster import check_validated, note_changes, print_round
 from .site import run_key
 
 POLL = 0.5  # seconds between two looks for a reply
@@ -114,17 +113,8 @@ class Network:
                 faults[name] = fault
             else:
                 sums.append(found)
-        self.check_validated(job, now, len(sums), faults)
+        check_validated(job, now, len(sums), faults)
         return judge(sums)
-
-    def check_validated(
-        self, job: Job, now: Progress, count: int, faults: Mapping[str, object]
-    ) -> None:
-        """Raise FederationError where fewer than `min_clients` of several have validated."""
-        if count < min(self.settings.min_clients, len(job.clients)) > 1:
-            about = {"round": now.round, "status": "failed"}
-            rows = [about | {"client": name, "reason": fault} for name, fault in faults.items()]
-            raise FederationError(job, rows, "too few hospitals validated")
 
     def prepare(
         self, kind: str, orders: dict[str, dict[str, Any]], sent: State
@@ -355,10 +345,3 @@ def serve(grid: Grid, context: Context) -> None:
     training = NetworkTraining(settings, grid, seconds, keys)
     training.train(print_round)
     training.test()
-
-
-def print_round(row: Row, history: pd.DataFrame) -> None:
-    """Print a line about a round."""
-    print(f"round {row['round']}: train loss {row['train_loss']:.4f}, validation loss "
-          f"{row['val_loss']:.4f}, AUROC {row['val_auroc']:.3f}, {row['seconds']:.0f} s, "
-          f"state {row['state_sha256']}", flush=True)  # fmt: skip
