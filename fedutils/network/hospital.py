@@ -9,7 +9,6 @@ import functools
 import json
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,7 @@ class Hospital(Site):
         """Return a split's labels, as far as a masked sum may show them."""
         return only_of(self.split(split).labels, self.shown(kind, split))
 
-    def judge(
-        self, kind: str, sent: State, split: str
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def judge(self, kind: str, sent: State, split: str) -> tuple[np.ndarray, ...]:
         """Return of a split's films labels (n, k), a model's probabilities (n, k), and patients.
 
         No films where none of their labels may be shown.
@@ -333,20 +330,20 @@ def counts(kind: str, work: Callable[[Hospital, State], Sums]) -> Callable[..., 
     return answers(count)
 
 
-@partial(counts, "span")
+@functools.partial(counts, "span")
 def count_span(here: Hospital, sent: State) -> Sums:
     """Count films for validation by where a model's scores lie."""
     return span_sums(*here.judge("span", sent, "val"))
 
 
-@partial(counts, "grid")
+@functools.partial(counts, "grid")
 def count_grid(here: Hospital, sent: State) -> Sums:
     """Count films for validation and test on a grid of a model's scores."""
     val, test = (here.judge("grid", sent, split) for split in SPLITS[1:])
     return grid_sums(here.labels("grid", "train"), val, test, json.loads(here.order["plan"]))
 
 
-@partial(counts, "draws")
+@functools.partial(counts, "draws")
 def count_draws(here: Hospital, sent: State) -> Sums:
     """Count the resamples of test films, and what a model errs in them."""
     plan = Plan(**json.loads(here.order["plan"]))
