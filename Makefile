@@ -34,7 +34,7 @@ flower-chaos: .venv/.flower  ## kill, cut and fill up such a network for ten rou
 	@$(VENV) tests/bench/chaos.py
 
 flower-test: .venv/.flower
-	@$(VENV) -m pytest -m 'not slow' tests/network tests/privacy/test_masks.py
+	@$(VENV) -m pytest -m 'not slow' -n 2 tests/network tests/privacy/test_masks.py
 
 oracle-test: .venv/.oracle  ## compare labels with TorchXRayVision's readers, cell by cell
 	@$(VENV) -m pytest tests/films/test_presets.py

@@ -1092,7 +1092,9 @@ def test_a_lying_hospital_neither_ends_the_validation_nor_moves_it(tmp_path, cap
     network.findings = list(FINDINGS)
     replies = {"a": reply_with(SUMS | {"ordered": [400] * 14}), "b": reply_with(SUMS)}
     network.ask = lambda kind, orders, state: replies.items()
-    job = rounds.Job("federated", 0, [Member(name, counts(1), None, 0) for name in "ab"], None)
+    settings = tiny_settings(tmp_path)
+    members = [Member(name, counts(1), settings, 0) for name in "ab"]
+    job = rounds.Job("federated", 0, members, None)
     loss, area = network.validate(job, rounds.Progress({}))
     assert area == 0.75 and loss == pytest.approx(2 / 28)
     assert "not validated at a: its sums are none of any films" in capfd.readouterr().out
