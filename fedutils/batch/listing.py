@@ -19,7 +19,7 @@ from ..evidence.tables import (
     with_interval,
 )
 from ..run import read_history
-from ..settings import FIELDS, convert_texts, read_parameters
+from ..settings import FIELDS
 from .early import check_early
 from .notebook import TRAINS
 from .run import Step, plan_steps
@@ -101,14 +101,16 @@ def plan_run(values: Mapping[str, Any], only: str, force: bool) -> Iterator[str]
     Raises InputError where `run` would before it starts.
     """
     steps = plan_steps(values, only)
-    yield f"run {steps[0].settings.name} in {steps[0].settings.work_dir}"
-    settings = read_parameters(convert_texts(values))
-    check_early([settings], [step.stem for step in steps if force or not step.is_unchanged()])
-    earlier = ""
+    settings = steps[0].settings
+    reasons = {step.stem: step.why() or "--force" * force for step in steps}
+    check_early([settings], [stem for stem, why in reasons.items() if why])
+    yield f"run {settings.name} in {settings.work_dir}"
+    before = ""
     for step in steps:
-        why = "" if step.is_unchanged() and not (force or earlier) else step.why() or earlier
-        yield f"  {step.stem:<19} {_would(step, why or ('--force' if force else ''))}"
-        earlier = earlier or (f"{step.stem} runs before it" if why or force else "")
+        why = reasons[step.stem]
+        unless = f"; runs if {before} leaves something else" if before and not why else ""
+        yield f"  {step.stem:<19} {_would(step, why)}{unless}"
+        before = before or (step.stem if why else "")
 
 
 def _would(step: Step, why: str) -> str:

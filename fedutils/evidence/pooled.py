@@ -130,9 +130,13 @@ def plan_of(spans: Spans, grid: Sums) -> Plan:
     grid = _taught_only(grid, grid["taught"])
     segments = [join_scores(*pair[:, ::-1]) for pair in grid["test"].transpose(1, 0, 2)]
     ends = [np.flatnonzero(np.diff(segment, prepend=-1)).tolist() for segment in segments]
-    cuts = [[choose_cut(*pair, rule) for rule in CUTS] for pair in grid["val"].transpose(1, 0, 2)]
     weights = [[w.tolist() for w, _ in fits] for fits in _fits(spans, grid)]
-    return Plan(spans, ends, cuts, weights)
+    return Plan(spans, ends, _cuts(grid), weights)
+
+
+def _cuts(grid: Sums) -> list[list[int]]:
+    """Choose each finding's cuts by the films for validation, a cell a rule; -1: none."""
+    return [[choose_cut(*pair, rule) for rule in CUTS] for pair in grid["val"].transpose(1, 0, 2)]
 
 
 def _fits(spans: Spans, grid: Sums) -> list[list[tuple[np.ndarray, np.ndarray]]]:
@@ -253,10 +257,10 @@ def _rates(
     findings: Sequence[str], spans: Spans, grid: Sums, sums: Sums, positives: np.ndarray
 ) -> list[dict[str, Any]]:
     """Return the operating points, a row a finding and rule; `positives` are on validation."""
-    counts, plan, rows = counts_of(grid), plan_of(spans, grid), []
+    counts, cuts, rows = counts_of(grid), _cuts(grid), []
     for k, finding in enumerate(findings):
         for rule, name in enumerate(CUTS):
-            threshold = threshold_of(plan.cuts[k][rule], spans[k])
+            threshold = threshold_of(cuts[k][rule], spans[k])
             row = {"finding": finding, "rule": name, "threshold": threshold}
             row |= {"val_positives": int(positives[k])}
             own = dict(zip(RATES, sums["rates"][k, rule], strict=True))
